@@ -1,0 +1,138 @@
+"""Runs an action list on paper: when each action starts and ends, where compute stalls, what memory is occupied."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from autosp.schedule.actions import RESOURCE, Action, Kind, Ref, Resource, Schedule
+from autosp.spec import Profile
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """Durations in seconds. `before_s` and `forward_s` have one entry per FORWARD of the schedule, in order."""
+
+    before_s: Sequence[float]
+    forward_s: Sequence[float]
+    tail_s: float
+    layer_bytes: Sequence[int]
+    link_latency_s: float
+    link_bytes_per_s: float
+
+    def load_s(self, layers: Sequence[int]) -> float:
+        """One transfer of `layers`: latency plus bytes over bandwidth."""
+        return self.link_latency_s + sum(self.layer_bytes[layer] for layer in layers) / self.link_bytes_per_s
+
+    def contended(self, compute_factor: float, link_factor: float) -> Costs:
+        """The same work while compute and link slow each other down by these factors."""
+        return replace(
+            self,
+            before_s=[seconds * compute_factor for seconds in self.before_s],
+            forward_s=[seconds * compute_factor for seconds in self.forward_s],
+            tail_s=self.tail_s * compute_factor,
+            link_latency_s=self.link_latency_s * link_factor,
+            link_bytes_per_s=self.link_bytes_per_s / link_factor,
+        )
+
+
+def costs_of(profile: Profile) -> Costs:
+    """The costs of one period of the profiled pass, uncontended. The pass's tail is spread over its periods."""
+    return Costs(
+        before_s=[visit.before_s for visit in profile.visits],
+        forward_s=[visit.forward_s for visit in profile.visits],
+        tail_s=profile.tail_s / profile.partition.repeats,
+        layer_bytes=[layer.n_bytes for layer in profile.partition.layers],
+        link_latency_s=profile.link.latency_s,
+        link_bytes_per_s=profile.link.bytes_per_s,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One executed action."""
+
+    action: Action
+    period: int
+    start_s: float
+    end_s: float
+    stall_s: float = 0.0
+    """For a FORWARD: how long compute stood still before it, waiting for its weights."""
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Spans of several periods, the first one from empty buffers, and the end of each period."""
+
+    spans: tuple[Span, ...]
+    period_ends_s: tuple[float, ...]
+
+    @property
+    def cold_s(self) -> float:
+        """The first period."""
+        return self.period_ends_s[0]
+
+    @property
+    def steady_s(self) -> float:
+        """One period in the steady state: the mean of the last two, which may alternate."""
+        ends = self.period_ends_s
+        return (ends[-1] - ends[-3]) / 2 if len(ends) > 2 else ends[-1] - (ends[-2] if len(ends) > 1 else 0.0)
+
+    def stalls_s(self) -> dict[int, float]:
+        """Layer -> its stall in the last period."""
+        last = len(self.period_ends_s) - 1
+        stalls: dict[int, float] = {}
+        for span in self.spans:
+            if span.period == last and span.action.kind is Kind.FORWARD:
+                layer = span.action.layers[0]
+                stalls[layer] = stalls.get(layer, 0.0) + span.stall_s
+        return stalls
+
+
+PERIODS = 4
+"""Periods simulated: a cold one, one to settle, and two that are the steady state."""
+
+
+def simulate(schedule: Schedule, costs: Costs, periods: int = PERIODS) -> Timeline:
+    """The timeline of `periods` passes in a row, prefetching across their boundaries.
+
+    Each resource runs its actions in list order, one at a time; an action starts when its resource is free and its
+    waits are over. A FORWARD is preceded by the compute that lies before it, which needs no weights.
+    """
+    free = dict.fromkeys(Resource, 0.0)
+    spans: list[Span] = []
+    ends: list[float] = []
+    done: dict[Ref, float] = {}
+    for load in schedule.cold:
+        start = free[Resource.LINK]
+        free[Resource.LINK] = done[load.ref] = start + costs.load_s(load.layers)
+        spans.append(Span(load, 0, start, free[Resource.LINK]))
+    previous: dict[Ref, float] = {}
+    for period in range(periods):
+        forward = 0
+        for action in schedule.actions:
+            ready = max((_end_of(ref, done, previous) for ref in action.waits), default=0.0)
+            begin = free[RESOURCE[action.kind]]
+            stall = 0.0
+            if action.kind is Kind.FORWARD:
+                begin += costs.before_s[forward]
+                stall = max(0.0, ready - begin)
+                end = begin + stall + costs.forward_s[forward]
+                forward += 1
+            elif action.kind is Kind.LOAD:
+                end = max(begin, ready) + costs.load_s(action.layers)
+            else:
+                end = max(begin, ready)
+            free[RESOURCE[action.kind]] = done[action.ref] = end
+            spans.append(Span(action, period, max(begin, ready), end, stall))
+        free[Resource.COMPUTE] += costs.tail_s
+        ends.append(free[Resource.COMPUTE])
+        previous, done = done, {}
+    return Timeline(tuple(spans), tuple(ends))
+
+
+def _end_of(ref: Ref, done: dict[Ref, float], previous: dict[Ref, float]) -> float:
+    """When the action ended that `ref` names; 0 if it was before the beginning."""
+    if ref.previous_pass:
+        return previous.get(Ref(ref.kind, ref.layers, ref.occurrence), 0.0)
+    return done.get(ref, 0.0)

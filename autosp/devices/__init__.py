@@ -1,0 +1,55 @@
+"""The hardware behind one protocol."""
+
+from __future__ import annotations
+
+import torch
+
+from autosp.devices.accelerator import AcceleratorDevice
+from autosp.devices.base import Device, Event, Region, Stamp
+from autosp.devices.cpu import CpuDevice
+from autosp.devices.virtual import VirtualDevice
+from autosp.errors import SettingError
+
+__all__ = [
+    "AcceleratorDevice",
+    "CpuDevice",
+    "Device",
+    "Event",
+    "Region",
+    "Stamp",
+    "VirtualDevice",
+    "choose_device",
+]
+
+STREAMING_TYPES = ("cuda", "xpu")
+"""Device types with the streams, events and memory figures that streaming needs. ROCm calls itself cuda."""
+
+
+def choose_device(device: torch.device | str | Device | None) -> Device:
+    """The device to plan for: the accelerator if there is one, else the CPU; or what the user names or brings.
+
+    Raises: SettingError if the named device is not there.
+    """
+    if device is None:
+        return AcceleratorDevice() if _accelerator() else CpuDevice()
+    if not isinstance(device, torch.device | str):
+        return device
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise SettingError(f"device {device!r} is not a torch device: {error}") from error
+    if wanted.type == "cpu":
+        return CpuDevice()
+    if wanted.type not in STREAMING_TYPES:
+        raise SettingError(f"device {device!r}: autosp streams to {', '.join(STREAMING_TYPES)} and cpu")
+    found = _accelerator()
+    count = torch.accelerator.device_count() if found else 0
+    if found != wanted.type or (wanted.index or 0) >= count:
+        raise SettingError(f"device {device!r} is not here: torch sees {count} accelerators ({found or 'none'})")
+    return AcceleratorDevice(wanted)
+
+
+def _accelerator() -> str | None:
+    """The type of the accelerator that autosp would use."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found.type if found is not None and found.type in STREAMING_TYPES else None

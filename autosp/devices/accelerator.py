@@ -1,0 +1,131 @@
+"""CUDA, ROCm and XPU through torch's device modules: one copy stream beside the user's compute stream."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from autosp.devices.base import Region
+from autosp.spec import DeviceInfo, Tier
+
+
+class AcceleratorDevice:
+    """Host memory -> device memory. The host never blocks on a copy: `wait` orders streams, not the host."""
+
+    def __init__(self, device: torch.device | str | None = None) -> None:
+        chosen = torch.device(device) if device is not None else torch.accelerator.current_accelerator()
+        assert chosen is not None, "choose_device checks that there is an accelerator"
+        if chosen.index is None:
+            chosen = torch.device(chosen.type, torch.accelerator.current_device_index())
+        self.torch_device = chosen
+        self._module = torch.get_device_module(chosen)
+        self._copies = self._module.Stream(chosen)
+        self._baseline = 0
+        self.info = self._describe()
+
+    def allocate(self, n_bytes: int) -> torch.Tensor:
+        """From torch's caching allocator, cut to a 4096-byte boundary."""
+        with torch.inference_mode(False):
+            memory = torch.empty(n_bytes + 4096, dtype=torch.uint8, device=self.torch_device)
+        shift = -memory.data_ptr() % 4096
+        return memory[shift : shift + n_bytes]
+
+    def copy(self, regions: Sequence[Region], target: torch.Tensor, after: Any = None) -> Any:
+        """One `cudaMemcpyAsync` (or its like) per region, on the copy stream."""
+        if after is not None:
+            self._copies.wait_event(after)
+        with self._module.stream(self._copies):
+            done = 0
+            for region in regions:
+                assert region.host is not None, "an accelerator streams from host memory"
+                target[done : done + region.n_bytes].copy_(region.host, non_blocking=True)
+                done += region.n_bytes
+            return self._copies.record_event()
+
+    def record(self) -> Any:
+        """On the user's current stream."""
+        return self._module.current_stream(self.torch_device).record_event()
+
+    def wait(self, event: Any) -> None:
+        """The user's current stream waits; the host does not."""
+        if event is not None:
+            self._module.current_stream(self.torch_device).wait_event(event)
+
+    def finished(self, event: Any) -> bool:
+        """Query the event."""
+        return event is None or bool(event.query())
+
+    def finish_compute(self) -> None:
+        """Wait for the user's current stream."""
+        self._module.current_stream(self.torch_device).synchronize()
+
+    def synchronize(self) -> None:
+        """Wait for all streams of the device."""
+        self._module.synchronize(self.torch_device)
+
+    def stamp(self) -> Any:
+        """A timing event on the current stream."""
+        event = self._module.Event(enable_timing=True)
+        event.record(self._module.current_stream(self.torch_device))
+        return event
+
+    def seconds(self, start: Any, end: Any) -> float:
+        """From the device's own clock."""
+        return float(start.elapsed_time(end)) / 1e3
+
+    def start_measuring(self) -> None:
+        """Empty the allocator's cache and begin a new peak of reserved bytes."""
+        self.synchronize()
+        self._module.empty_cache()
+        self._module.reset_peak_memory_stats(self.torch_device)
+        self._baseline = self._module.memory_reserved(self.torch_device)
+
+    def originals_freed(self, n_bytes: int) -> None:
+        """Host memory is not counted."""
+
+    def peak_bytes(self) -> int:
+        """Bytes that torch's allocator reserved at most, less those reserved at the start."""
+        return max(0, self._module.max_memory_reserved(self.torch_device) - self._baseline)
+
+    def restart_peak(self) -> None:
+        """New peak, same baseline."""
+        self._module.reset_peak_memory_stats(self.torch_device)
+
+    @contextmanager
+    def limit(self, budget_bytes: int | None) -> Iterator[None]:
+        """The allocator refuses to reserve more than what it holds now plus the budget."""
+        setter = getattr(self._module, "set_per_process_memory_fraction", None)
+        if budget_bytes is None or setter is None:
+            yield
+            return
+        held = self._module.memory_reserved(self.torch_device)
+        setter(min(1.0, (held + budget_bytes) / self.info.memory_bytes), self.torch_device)
+        try:
+            yield
+        finally:
+            setter(1.0, self.torch_device)
+
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        """torch's own exception for it."""
+        return isinstance(error, torch.OutOfMemoryError)
+
+    def close(self) -> None:
+        """Wait for copies in flight: their sources may be freed next."""
+        self.synchronize()
+
+    def _describe(self) -> DeviceInfo:
+        properties = self._module.get_device_properties(self.torch_device)
+        total = int(properties.total_memory)
+        text = f"{properties.name}|{total >> 28}|{torch.__version__}"
+        return DeviceInfo(
+            kind=self.torch_device.type,
+            name=str(properties.name),
+            slow_tier=Tier.HOST,
+            memory_bytes=total,
+            torch_version=str(torch.__version__),
+            fingerprint=hashlib.sha256(text.encode()).hexdigest()[:16],
+        )

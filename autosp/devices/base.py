@@ -1,0 +1,88 @@
+"""What the executor and the profiler ask of the hardware. One implementation per file; one conformance suite for all.
+
+[Note: two orders] A device has a compute order (what the model runs) and a copy order (what `copy` starts). Nothing
+relates the two but events: a copy starts after `after`, compute that follows `wait(event)` starts after that copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from autosp.spec import DeviceInfo
+
+Event = Any
+"""A point in the compute order (`record`) or a copy's end (`copy`). Opaque; belongs to the device that made it."""
+
+Stamp = Any
+"""A point in the compute order whose time can be read once the device is synchronised."""
+
+
+@runtime_checkable
+class Region(Protocol):
+    """Bytes of the slow tier that one read or copy fetches."""
+
+    n_bytes: int
+    host: torch.Tensor | None
+    """The bytes in RAM (uint8), or None if they are on disk."""
+
+    def read_into(self, target: memoryview) -> None:
+        """Fill `target` (as many bytes). Called off the main thread. Raises ReadError."""
+
+
+class Device(Protocol):
+    """One device tier with its copy engine."""
+
+    info: DeviceInfo
+    torch_device: torch.device
+
+    def allocate(self, n_bytes: int) -> torch.Tensor:
+        """Uninitialised device memory, uint8, aligned to 4096 bytes; freed when the last view of it goes."""
+
+    def copy(self, regions: Sequence[Region], target: torch.Tensor, after: Event | None) -> Event:
+        """Start filling `target` with the regions, one after another, once `after` is over. Does not block."""
+
+    def record(self) -> Event:
+        """A point in the compute order: over when everything launched so far is."""
+
+    def wait(self, event: Event) -> None:
+        """Order all further compute after `event`. Raises what the copy raised, where the host can see it."""
+
+    def finished(self, event: Event) -> bool:
+        """Whether an event is over. Does not block."""
+
+    def finish_compute(self) -> None:
+        """Block until the compute launched so far is over; copies go on."""
+
+    def synchronize(self) -> None:
+        """Block until compute and copies are over."""
+
+    def stamp(self) -> Stamp:
+        """A timed point in the compute order."""
+
+    def seconds(self, start: Stamp, end: Stamp) -> float:
+        """Time between two stamps, after `synchronize`."""
+
+    def start_measuring(self) -> None:
+        """Give unused memory back and begin a new peak, counted from what is in use now."""
+
+    def originals_freed(self, n_bytes: int) -> None:
+        """Weights that were in use in host memory at the start are freed: what replaced them counts in full."""
+
+    def peak_bytes(self) -> int:
+        """Most memory in use since `start_measuring`, beyond what was in use then."""
+
+    def restart_peak(self) -> None:
+        """Begin a new peak above the same beginning: for the peak of one layer within a pass."""
+
+    def limit(self, budget_bytes: int | None) -> AbstractContextManager[None]:
+        """Where the platform can: make allocations beyond the budget fail while the context is open."""
+
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        """Whether an exception says that this device's memory is exhausted."""
+
+    def close(self) -> None:
+        """Stop copies and free what the device object itself holds."""

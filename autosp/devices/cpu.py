@@ -1,0 +1,222 @@
+"""The device tier on a machine without an accelerator: budgeted RAM, filled by one reader thread."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import mmap
+import os
+import platform
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import torch
+
+from autosp.devices.base import Region
+from autosp.spec import DeviceInfo, Tier
+
+HUGE_PAGE_BYTES = 2 * 2**20
+
+
+class CopyEvent:
+    """The end of one job of the reader thread, with the exception it ended in."""
+
+    __slots__ = ("_done", "error")
+
+    def __init__(self) -> None:
+        self._done = threading.Event()
+        self.error: BaseException | None = None
+
+    def set(self) -> None:
+        """The job is over."""
+        self._done.set()
+
+    def over(self) -> bool:
+        """Whether it is."""
+        return self._done.is_set()
+
+    def wait(self) -> None:
+        """Block until it is over. Raises what the reader raised."""
+        self._done.wait()
+        if self.error is not None:
+            raise self.error
+
+
+_Job = tuple[Sequence[Region], torch.Tensor, CopyEvent]
+
+
+class CpuDevice:
+    """Compute is synchronous with the host, so a point in the compute order is over when it is made.
+
+    `slow_tier` is where streamed weights rest: DISK, or HOST for a study or test of the host -> device path.
+    `paced_bytes_per_s` makes every copy take at least its bytes over that: a stand-in for a link, never a default.
+    """
+
+    def __init__(self, *, slow_tier: Tier = Tier.DISK, paced_bytes_per_s: float | None = None) -> None:
+        self.torch_device = torch.device("cpu")
+        self.info = _info(slow_tier, paced_bytes_per_s)
+        self._pace = paced_bytes_per_s
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._reader: threading.Thread | None = None
+        self._last: CopyEvent | None = None
+        self._baseline = 0
+
+    def allocate(self, n_bytes: int) -> torch.Tensor:
+        """Anonymous pages, huge where the kernel grants them, touched once so that no pass pays for page faults."""
+        if n_bytes == 0:
+            return torch.empty(0, dtype=torch.uint8)
+        pages = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if n_bytes >= HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        with torch.inference_mode(False):
+            memory = torch.frombuffer(pages, dtype=torch.uint8)
+            memory.zero_()
+        return memory
+
+    def copy(self, regions: Sequence[Region], target: torch.Tensor, after: None = None) -> CopyEvent:
+        """Queue the job. The compute that `after` stands for is over already."""
+        if self._reader is None:
+            self._reader = threading.Thread(target=self._read_jobs, name="autosp-reader", daemon=True)
+            self._reader.start()
+        event = CopyEvent()
+        self._last = event
+        self._jobs.put((regions, target, event))
+        return event
+
+    def record(self) -> None:
+        """Nothing to mark: the host has waited for all compute."""
+
+    def wait(self, event: CopyEvent | None) -> None:
+        """Block until the copy is over."""
+        if event is not None:
+            event.wait()
+
+    def finished(self, event: CopyEvent | None) -> bool:
+        """Whether the reader is done with it."""
+        return event is None or event.over()
+
+    def finish_compute(self) -> None:
+        """It is finished when its call returns."""
+
+    def synchronize(self) -> None:
+        """Block until the last copy is over; its error, if any, is its waiter's to raise."""
+        if self._last is not None:
+            self._last._done.wait()
+
+    def stamp(self) -> float:
+        """Seconds of the monotonic clock."""
+        return time.perf_counter()
+
+    def seconds(self, start: float, end: float) -> float:
+        """Plain difference."""
+        return end - start
+
+    def start_measuring(self) -> None:
+        """Return freed heap to the kernel, so that what comes next is seen."""
+        _trim_heap()
+        self.restart_peak()
+        self._baseline = _status_bytes("VmRSS")
+
+    def originals_freed(self, n_bytes: int) -> None:
+        """Lower the baseline by them, and forget the moment in which both copies existed."""
+        _trim_heap()
+        self._baseline -= n_bytes
+        self.restart_peak()
+
+    def peak_bytes(self) -> int:
+        """Peak resident memory of the process, from the kernel, less the baseline."""
+        return max(0, _status_bytes("VmHWM") - self._baseline)
+
+    def restart_peak(self) -> None:
+        """Reset the kernel's high-water mark (proc(5), clear_refs, value 5)."""
+        Path("/proc/self/clear_refs").write_text("5")
+
+    @contextmanager
+    def limit(self, budget_bytes: int | None) -> Iterator[None]:
+        """No cap that is safe to hit: the measured peak decides instead."""
+        yield
+
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        """Python's MemoryError, or the failure of torch's CPU allocator."""
+        return isinstance(error, MemoryError) or (
+            isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+        )
+
+    def close(self) -> None:
+        """End the reader thread after its queued jobs."""
+        if self._reader is not None:
+            self._jobs.put(None)
+            self._reader.join()
+            self._reader = None
+
+    def _read_jobs(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            regions, target, event = job
+            del job
+            try:
+                self._fill(regions, target)
+            except BaseException as error:  # noqa: BLE001 - handed to the thread that waits for the event
+                event.error = error
+            del regions, target
+            event.set()
+            del event
+
+    def _fill(self, regions: Sequence[Region], target: torch.Tensor) -> None:
+        start = time.perf_counter()
+        view = memory_of(target)
+        done = 0
+        for region in regions:
+            region.read_into(view[done : done + region.n_bytes])
+            done += region.n_bytes
+        if self._pace is not None:
+            time.sleep(max(0.0, start + done / self._pace - time.perf_counter()))
+
+
+def memory_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, writable. The caller keeps the tensor alive."""
+    n_bytes = tensor.numel() * tensor.element_size()
+    if n_bytes == 0:
+        return memoryview(b"")
+    return memoryview((ctypes.c_char * n_bytes).from_address(tensor.data_ptr())).cast("B")
+
+
+def _info(slow_tier: Tier, pace: float | None) -> DeviceInfo:
+    name = _processor_name()
+    memory = psutil.virtual_memory().total
+    text = f"{name}|{os.cpu_count()}|{memory >> 28}|{torch.__version__}|{torch.get_num_threads()}|{slow_tier}|{pace}"
+    return DeviceInfo(
+        kind="cpu",
+        name=f"{name}, {os.cpu_count()} cores" + (f", link paced to {pace / 1e9:g} GB/s" if pace else ""),
+        slow_tier=slow_tier,
+        memory_bytes=memory,
+        torch_version=str(torch.__version__),
+        fingerprint=hashlib.sha256(text.encode()).hexdigest()[:16],
+    )
+
+
+def _processor_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def _trim_heap() -> None:
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
+    if trim is not None:
+        trim(0)

@@ -1,0 +1,107 @@
+"""A device with a clock of its own, so that a test can say exactly when everything must happen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from autosp.devices.base import Region
+from autosp.devices.cpu import memory_of
+from autosp.spec import DeviceInfo, Tier
+
+
+class VirtualDevice:
+    """Copies move real bytes at once but take virtual time; compute takes the time that `spend` is told.
+
+    Events and stamps are seconds of the virtual clock.
+    """
+
+    def __init__(self, *, bytes_per_s: float, latency_s: float = 0.0) -> None:
+        self.torch_device = torch.device("cpu")
+        self.info = DeviceInfo(
+            kind="virtual",
+            name="virtual clock",
+            slow_tier=Tier.HOST,
+            memory_bytes=2**40,
+            torch_version=str(torch.__version__),
+            fingerprint=f"virtual-{bytes_per_s}-{latency_s}",
+        )
+        self.now_s = 0.0
+        self.copies: list[tuple[float, float, int]] = []
+        """Every copy so far: its start, its end, its bytes."""
+        self._bytes_per_s = bytes_per_s
+        self._latency_s = latency_s
+        self._link_free_s = 0.0
+
+    def spend(self, seconds: float) -> None:
+        """Compute for that long."""
+        self.now_s += seconds
+
+    def allocate(self, n_bytes: int) -> torch.Tensor:
+        """Plain memory, filled with bytes that make a missing copy visible."""
+        return torch.full((n_bytes,), 0xFF, dtype=torch.uint8)
+
+    def copy(self, regions: Sequence[Region], target: torch.Tensor, after: float | None = None) -> float:
+        """After the copies before it, after `after`, and not before it is issued."""
+        view = memory_of(target)
+        done = 0
+        for region in regions:
+            region.read_into(view[done : done + region.n_bytes])
+            done += region.n_bytes
+        start = max(self._link_free_s, self.now_s, after or 0.0)
+        self._link_free_s = start + self._latency_s + done / self._bytes_per_s
+        self.copies.append((start, self._link_free_s, done))
+        return self._link_free_s
+
+    def record(self) -> float:
+        """Now."""
+        return self.now_s
+
+    def wait(self, event: float | None) -> None:
+        """Compute stands still until then."""
+        self.now_s = max(self.now_s, event or 0.0)
+
+    def finished(self, event: float | None) -> bool:
+        """Whether the clock has passed it."""
+        return event is None or event <= self.now_s
+
+    def finish_compute(self) -> None:
+        """The clock of the host is the clock of compute."""
+
+    def synchronize(self) -> None:
+        """The clock of the host is the clock of compute."""
+
+    def stamp(self) -> float:
+        """Now."""
+        return self.now_s
+
+    def seconds(self, start: float, end: float) -> float:
+        """Plain difference."""
+        return end - start
+
+    def start_measuring(self) -> None:
+        """Memory is not simulated."""
+
+    def originals_freed(self, n_bytes: int) -> None:
+        """Host memory is not counted."""
+
+    def peak_bytes(self) -> int:
+        """Memory is not simulated."""
+        return 0
+
+    def restart_peak(self) -> None:
+        """Memory is not simulated."""
+
+    @contextmanager
+    def limit(self, budget_bytes: int | None) -> Iterator[None]:
+        """Memory is not simulated."""
+        yield
+
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        """Only a test's own MemoryError."""
+        return isinstance(error, MemoryError)
+
+    def close(self) -> None:
+        """Nothing is held."""

@@ -1,0 +1,119 @@
+"""Everything autosp raises on purpose.
+
+    AutospError
+    ├── BudgetError                 the budget itself is not a usable number
+    │   └── BudgetTooSmallError     nothing fits in it; names the least that works
+    ├── ModelError                  the model cannot be streamed as it is
+    │   ├── EmptyModelError         no parameter and no buffer
+    │   ├── MetaModelError          some tensors have no data (device "meta")
+    │   └── ModelChangedError       tensors were replaced while a plan was applied
+    ├── PlanError                   a plan file or object that cannot be used
+    │   ├── PlanFormatError         corrupt, or written by a newer autosp
+    │   ├── PlanMismatchError       made for another model, batch or mode
+    │   └── OutputMismatchError     the streamed output differed from the plain one
+    ├── SettingError                an argument out of its range (k, k', mode, batch, device …)
+    ├── TierError                   the slow tier failed
+    │   ├── DiskFullError           no room for the packed weights
+    │   └── ReadError               weights could not be read back
+    └── StoreError                  the database
+        ├── StudyNotFoundError      no study of that name; names the close ones
+        ├── StudyMismatchError      the study was made for something else
+        ├── StoreVersionError       the database was written by a newer autosp
+        └── StoreReadOnlyError      the database cannot be written
+
+An exception raised by the user's own model or step passes through unwrapped.
+"""
+
+from __future__ import annotations
+
+
+class AutospError(Exception):
+    """Base of all errors raised by autosp."""
+
+
+class BudgetError(AutospError, ValueError):
+    """The budget is not a positive, finite amount of memory."""
+
+
+class BudgetTooSmallError(BudgetError):
+    """No setting fits the budget.
+
+    Attributes: `budget_bytes`, `least_bytes` (the least that works), `layer` (the layer that sets it).
+    """
+
+    def __init__(self, message: str, *, budget_bytes: int, least_bytes: int, layer: str) -> None:
+        super().__init__(message)
+        self.budget_bytes = budget_bytes
+        self.least_bytes = least_bytes
+        self.layer = layer
+
+
+class ModelError(AutospError):
+    """The model cannot be streamed as it is."""
+
+
+class EmptyModelError(ModelError, ValueError):
+    """The model owns no data: there is nothing to stream."""
+
+
+class MetaModelError(ModelError, ValueError):
+    """Some tensors are on the `meta` device and have no data."""
+
+
+class ModelChangedError(ModelError, RuntimeError):
+    """A parameter's data was replaced while a plan was applied."""
+
+
+class PlanError(AutospError):
+    """A plan cannot be used."""
+
+
+class PlanFormatError(PlanError, ValueError):
+    """The file is not a plan this version can read."""
+
+
+class PlanMismatchError(PlanError, ValueError):
+    """The plan was made for something else; the message names both fingerprints."""
+
+
+class OutputMismatchError(PlanError, RuntimeError):
+    """A streamed pass gave another output than the plain pass. Such a plan is never returned."""
+
+
+class SettingError(AutospError, ValueError):
+    """An argument is out of its range."""
+
+
+class TierError(AutospError, OSError):
+    """The slow tier failed."""
+
+
+class DiskFullError(TierError):
+    """The disk has no room for the packed weights. Nothing was left behind."""
+
+
+class ReadError(TierError):
+    """Weights could not be read back from their file."""
+
+
+class StoreError(AutospError):
+    """The database cannot be used."""
+
+
+class StudyNotFoundError(StoreError, KeyError):
+    """There is no study of that name."""
+
+    def __str__(self) -> str:  # KeyError would print the repr of the message
+        return str(self.args[0])
+
+
+class StudyMismatchError(StoreError, ValueError):
+    """The study of that name was made for another model, device, budget, batch or mode."""
+
+
+class StoreVersionError(StoreError):
+    """The database was written by a newer autosp."""
+
+
+class StoreReadOnlyError(StoreError, PermissionError):
+    """The database cannot be written."""

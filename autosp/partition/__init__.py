@@ -1,0 +1,150 @@
+"""nn.Module -> ordered layers: `partition` decides, `bind` finds a decided partition in a model again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from autosp.errors import PlanMismatchError
+from autosp.partition.split import Unit, choose_units
+from autosp.partition.tensors import (
+    EXTENT_ALIGNMENT,
+    LAYER_ALIGNMENT,
+    Extent,
+    NamedTensor,
+    align,
+    collect,
+    model_fingerprint,
+)
+from autosp.partition.trace import Trace, trace
+from autosp.spec import Layer, Partition
+
+__all__ = ["BoundLayer", "BoundModel", "Placed", "bind", "model_fingerprint", "partition"]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """An extent's place in the packed bytes it travels in."""
+
+    extent: Extent
+    offset: int
+
+
+@dataclass(frozen=True)
+class BoundLayer:
+    """A layer found in a model: its module, and its extents packed one after another."""
+
+    layer: Layer
+    module: nn.Module
+    placed: tuple[Placed, ...]
+
+
+@dataclass(frozen=True)
+class BoundModel:
+    """A partition found in a model."""
+
+    model: nn.Module
+    layers: tuple[BoundLayer, ...]
+    residents: tuple[Placed, ...]
+    opaque: tuple[NamedTensor, ...]
+
+
+def partition(model: nn.Module, run: Callable[[], Any], device: torch.device) -> Partition:
+    """Ordered layers of any module, by one observed pass.
+
+    `run` performs the pass. Layers are numbered in the order of their first visit; those that the pass never visited
+    come last. The model is left as it was; what it raises passes through.
+
+    Raises: EmptyModelError, MetaModelError.
+    """
+    tensors = collect(model)
+    seen = trace(model, tensors, run, device)
+    units = choose_units(model, tensors, seen)
+    sequence = _visits(units, seen)
+    period, repeats = _period(sequence)
+    by_index = {unit.index: unit for unit in units}
+    first_visits = dict.fromkeys(period)
+    ordered = [by_index[index] for index in first_visits] + [unit for unit in units if unit.index not in first_visits]
+    number = {unit.index: position for position, unit in enumerate(ordered)}
+    moving = {extent for unit in units for extent in unit.extents}
+    staying = [extent for extent in tensors.extents if extent not in moving]
+    return Partition(
+        layers=tuple(
+            Layer(
+                index=position,
+                name=unit.name,
+                tensors=tuple(item.name for extent in unit.extents for item in extent.tensors),
+                n_bytes=packed_bytes(unit.extents),
+            )
+            for position, unit in enumerate(ordered)
+        ),
+        resident_tensors=tuple(item.name for extent in staying for item in extent.tensors),
+        resident_bytes=packed_bytes(staying),
+        visits=tuple(number[index] for index in period),
+        repeats=repeats,
+    )
+
+
+def bind(model: nn.Module, plan: Partition) -> BoundModel:
+    """Find a partition's modules and tensors in `model`.
+
+    Raises: PlanMismatchError naming the first layer that is not there, or not of the planned size.
+    """
+    tensors = collect(model)
+    extent_of = {item.name: extent for extent in tensors.extents for item in extent.tensors}
+
+    def extents(names: Sequence[str], owner: str) -> list[Extent]:
+        missing = next((name for name in names if name not in extent_of), None)
+        if missing is not None:
+            raise PlanMismatchError(f"{owner}: the model has no tensor {missing!r} that can be streamed")
+        return list(dict.fromkeys(extent_of[name] for name in names))
+
+    bound = []
+    for layer in plan.layers:
+        parts = extents(layer.tensors, f"layer {layer.index} ({layer.name})")
+        if packed_bytes(parts) != layer.n_bytes:
+            raise PlanMismatchError(
+                f"layer {layer.index} ({layer.name}) has {packed_bytes(parts)} bytes, the plan says {layer.n_bytes}"
+            )
+        bound.append(BoundLayer(layer, model.get_submodule(layer.name), _pack(parts)))
+    residents = _pack(extents(plan.resident_tensors, "resident tensors"))
+    return BoundModel(model, tuple(bound), residents, tuple(tensors.opaque))
+
+
+def packed_bytes(extents: Sequence[Extent]) -> int:
+    """Bytes of the extents packed together, alignment included."""
+    return align(sum(align(extent.n_bytes, EXTENT_ALIGNMENT) for extent in extents), LAYER_ALIGNMENT)
+
+
+def _pack(extents: Sequence[Extent]) -> tuple[Placed, ...]:
+    placed = []
+    offset = 0
+    for extent in extents:
+        placed.append(Placed(extent, offset))
+        offset += align(extent.n_bytes, EXTENT_ALIGNMENT)
+    return tuple(placed)
+
+
+def _visits(units: Sequence[Unit], seen: Trace) -> list[int]:
+    """The units' module indices, once per call that is not inside another call of the same unit."""
+    indices = {unit.index for unit in units}
+    return [stack[-1] for stack in seen.calls if stack[-1] in indices and stack[-1] not in stack[:-1]]
+
+
+def _period(sequence: Sequence[int]) -> tuple[list[int], int]:
+    """The shortest sequence that, repeated, gives `sequence`, and how often. A loop of model calls has a short one."""
+    length = len(sequence)
+    border = [0] * length  # longest proper prefix that is also a suffix, per position (Knuth, Morris, Pratt)
+    for position in range(1, length):
+        match = border[position - 1]
+        while match and sequence[position] != sequence[match]:
+            match = border[match - 1]
+        border[position] = match + (sequence[position] == sequence[match])
+    shortest = length - border[-1] if length else 0
+    if not shortest or length % shortest:
+        return list(sequence), 1
+    return list(sequence[:shortest]), length // shortest

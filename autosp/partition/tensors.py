@@ -1,0 +1,176 @@
+"""A model's tensors as byte ranges: which of them share memory, and how to see them in another buffer.
+
+[Note: extents] An extent is a maximal run of bytes of one storage covered by overlapping tensors. Tied parameters, and
+views of a fused parameter, fall into one extent and so move together; neighbours in a big storage (a memory-mapped
+checkpoint, a flat buffer) do not overlap and stay apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from autosp.errors import EmptyModelError, MetaModelError
+
+EXTENT_ALIGNMENT = 64
+"""Bytes. As torch's own CPU allocator aligns, so that kernels take the same path on a streamed tensor."""
+
+LAYER_ALIGNMENT = 4096
+"""Bytes. What O_DIRECT asks of file offsets, lengths and memory addresses."""
+
+
+def align(n_bytes: int, alignment: int) -> int:
+    """The least multiple of `alignment` that is at least `n_bytes`."""
+    return -(-n_bytes // alignment) * alignment
+
+
+@dataclass(eq=False)
+class NamedTensor:
+    """One tensor object of the model, with every name it goes by; the first is its canonical one."""
+
+    tensor: torch.Tensor
+    names: list[str]
+    is_buffer: bool
+    offset: int = 0
+    """Bytes from its extent's beginning."""
+
+    @property
+    def name(self) -> str:
+        """The canonical name."""
+        return self.names[0]
+
+    def on(self, base: torch.Tensor, byte_offset: int) -> torch.Tensor:
+        """This tensor's shape, strides and dtype over the bytes of `base` (uint8) from `byte_offset`."""
+        tensor = self.tensor
+        start = (base.storage_offset() + byte_offset) // tensor.element_size()
+        with torch.no_grad():
+            return torch.empty(0, dtype=tensor.dtype, device=base.device).set_(
+                base.untyped_storage(), start, tensor.size(), tensor.stride()
+            )
+
+
+@dataclass(eq=False)
+class Extent:
+    """See [Note: extents]. `begin` and `end` are bytes of `storage`."""
+
+    storage: torch.UntypedStorage
+    begin: int
+    end: int
+    tensors: list[NamedTensor] = field(default_factory=list)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the run."""
+        return self.end - self.begin
+
+    @property
+    def name(self) -> str:
+        """The canonical name of its first tensor."""
+        return self.tensors[0].name
+
+    def raw(self) -> torch.Tensor:
+        """The bytes, as a uint8 view of the storage they are in."""
+        return torch.empty(0, dtype=torch.uint8).set_(self.storage, self.begin, (self.n_bytes,), (1,))
+
+    def release(self) -> None:
+        """Let go of the storage, once the tensors are somewhere else."""
+        self.storage = torch.UntypedStorage()
+
+
+@dataclass
+class ModelTensors:
+    """All tensors of a model: in extents, or opaque (subclasses, sparse, empty …: never streamed)."""
+
+    extents: list[Extent]
+    opaque: list[NamedTensor]
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all extents; shared memory counts once."""
+        return sum(extent.n_bytes for extent in self.extents)
+
+
+def collect(model: nn.Module) -> ModelTensors:
+    """Find every parameter and buffer, and which of them share memory.
+
+    Raises: MetaModelError if a tensor has no data, EmptyModelError if there is no tensor at all.
+    """
+    named = _named_tensors(model)
+    meta = [item.name for item in named if item.tensor.is_meta]
+    if meta:
+        raise MetaModelError(
+            f"{len(meta)} of {len(named)} tensors of {type(model).__name__} are on the meta device, {meta[0]} first; "
+            "load the weights before autosp sees the model"
+        )
+    if not any(item.tensor.numel() for item in named):
+        raise EmptyModelError(f"{type(model).__name__} has no parameters and no buffers: there is nothing to stream")
+    plain = [item for item in named if _is_plain(item.tensor)]
+    opaque = [item for item in named if not _is_plain(item.tensor)]
+    return ModelTensors(_extents(plain), opaque)
+
+
+def _named_tensors(model: nn.Module) -> list[NamedTensor]:
+    by_id: dict[int, NamedTensor] = {}
+    for is_buffer, pairs in (
+        (False, model.named_parameters(remove_duplicate=False)),
+        (True, model.named_buffers(remove_duplicate=False)),
+    ):
+        for name, tensor in pairs:
+            by_id.setdefault(id(tensor), NamedTensor(tensor, [], is_buffer)).names.append(name)
+    return list(by_id.values())
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return (
+        type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer)
+        and not is_traceable_wrapper_subclass(tensor)
+        and tensor.layout is torch.strided
+        and tensor.device.type == "cpu"
+        and not tensor.is_quantized
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+        and tensor.numel() > 0
+    )
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """The bytes of its storage that a strided tensor touches, as [begin, end)."""
+    size = tensor.element_size()
+    begin = tensor.storage_offset() * size
+    last = sum((length - 1) * stride for length, stride in zip(tensor.size(), tensor.stride(), strict=True))
+    return begin, begin + (last + 1) * size
+
+
+def _extents(named: Iterable[NamedTensor]) -> list[Extent]:
+    by_storage: dict[int, list[NamedTensor]] = {}
+    for item in named:
+        by_storage.setdefault(item.tensor.untyped_storage().data_ptr(), []).append(item)
+    extents: list[Extent] = []
+    for items in by_storage.values():
+        open_extent: Extent | None = None
+        for item in sorted(items, key=lambda item: _span(item.tensor)):
+            begin, end = _span(item.tensor)
+            if open_extent is None or begin >= open_extent.end:
+                # From a multiple of 16, so that a view of a wider dtype starts on a whole element.
+                open_extent = Extent(item.tensor.untyped_storage(), begin // 16 * 16, end)
+                extents.append(open_extent)
+            item.offset = begin - open_extent.begin
+            open_extent.end = max(open_extent.end, end)
+            open_extent.tensors.append(item)
+    return extents
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """A hash of structure: module classes, tensor names, shapes, dtypes and ties. The values do not count."""
+    digest = hashlib.sha256()
+    for path, module in model.named_modules(remove_duplicate=False):
+        digest.update(f"{path}:{type(module).__qualname__}\n".encode())
+    for item in _named_tensors(model):
+        line = f"{'='.join(sorted(item.names))}:{tuple(item.tensor.shape)}:{item.tensor.dtype}:{item.is_buffer}\n"
+        digest.update(line.encode())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,205 @@
+"""Observes every visit of every layer under the least-memory plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from autosp.batch import tensors_in
+from autosp.devices import Device, Stamp
+from autosp.runtime.bench import Bench
+from autosp.schedule.streaming import arena_bytes
+from autosp.spec import Candidate, LayerProfile, Measurement, Outcome
+
+TIMED_PASSES = 3
+
+LEAST_MEMORY = Candidate(k=1, k_prime=1)
+"""One layer at a time: nothing is resident that need not be, and nothing overlaps, so times are undisturbed."""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the least-memory plan showed."""
+
+    visits: tuple[LayerProfile, ...]
+    tail_s: float
+    workspace_bytes: int
+    measurement: Measurement
+
+
+def observe(bench: Bench, run: Callable[[], Any], progress: Callable[[str], None]) -> Observation:
+    """Run the least-memory plan: a cold pass, a pass for memory, and `TIMED_PASSES` for time."""
+    partition = bench.partition
+    device = bench.device
+    plan_bytes = partition.resident_bytes + arena_bytes([layer.n_bytes for layer in partition.layers], 1)
+    streamed = bench.apply(LEAST_MEMORY)
+    try:
+        samples: list[float] = []
+        progress("cold pass")
+        cold_s = _timed(device, run)
+        warm_peak = device.peak_bytes()
+        progress("memory pass")
+        memory = _MemoryObserver(device, plan_bytes)
+        streamed.observe(memory)
+        run()
+        passes: list[_TimeObserver] = []
+        moved_before = streamed.stats().moved_bytes
+        for index in range(TIMED_PASSES):
+            progress(f"timed pass {index + 1}/{TIMED_PASSES}")
+            timer = _TimeObserver(device)
+            streamed.observe(timer)
+            timer.begin()
+            run()
+            timer.end()
+            samples.append(timer.total_s())
+            passes.append(timer)
+        stats = streamed.stats()
+    finally:
+        streamed.remove()
+    peak = max(warm_peak, stats.peak_bytes, memory.peak_bytes)
+    measurement = Measurement(
+        outcome=Outcome.FITS,
+        latency_s=median(samples),
+        samples_s=tuple(samples),
+        cold_latency_s=cold_s,
+        peak_bytes=peak,
+        moved_bytes=(stats.moved_bytes - moved_before) // TIMED_PASSES,
+        misses=stats.misses,
+    )
+    return Observation(
+        visits=_visits(partition.visits, partition.repeats, passes, memory),
+        tail_s=median(timer.tail_s() for timer in passes),
+        workspace_bytes=max(0, peak - plan_bytes),
+        measurement=measurement,
+    )
+
+
+def _timed(device: Device, run: Callable[[], Any]) -> float:
+    start = device.stamp()
+    run()
+    end = device.stamp()
+    device.synchronize()
+    return device.seconds(start, end)
+
+
+@dataclass
+class _Visit:
+    layer: int
+    arrive: Stamp
+    start: Stamp = None
+    finish: Stamp = None
+
+
+class _TimeObserver:
+    """Stamps of one pass. A layer called inside its own call is part of the outer visit."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self.visits: list[_Visit] = []
+        self._open: list[_Visit] = []
+        self._depth: dict[int, int] = {}
+        self._begin: Stamp = None
+        self._end: Stamp = None
+
+    def begin(self) -> None:
+        """The pass starts."""
+        self._begin = self._device.stamp()
+
+    def end(self) -> None:
+        """The pass is over."""
+        self._end = self._device.stamp()
+        self._device.synchronize()
+
+    def arrive(self, layer: int) -> None:
+        """Before the weights are waited for."""
+        self._depth[layer] = self._depth.get(layer, 0) + 1
+        if self._depth[layer] == 1:
+            self._open.append(_Visit(layer, self._device.stamp()))
+
+    def start(self, layer: int) -> None:
+        """The weights are there."""
+        if self._depth[layer] == 1:
+            self._open[-1].start = self._device.stamp()
+
+    def finish(self, layer: int, output: Any) -> None:
+        """The forward returned."""
+        self._depth[layer] -= 1
+        if self._depth[layer] == 0:
+            visit = self._open.pop()
+            visit.finish = self._device.stamp()
+            self.visits.append(visit)
+
+    def times_s(self) -> list[tuple[int, float, float]]:
+        """Per visit: its layer, the compute before it, its own compute."""
+        seconds = self._device.seconds
+        previous = self._begin
+        times = []
+        for visit in self.visits:
+            times.append((visit.layer, seconds(previous, visit.arrive), seconds(visit.start, visit.finish)))
+            previous = visit.finish
+        return times
+
+    def tail_s(self) -> float:
+        """Compute after the last visit."""
+        return self._device.seconds(self.visits[-1].finish if self.visits else self._begin, self._end)
+
+    def total_s(self) -> float:
+        """The pass."""
+        return self._device.seconds(self._begin, self._end)
+
+
+class _MemoryObserver:
+    """Peak and output bytes of every visit."""
+
+    def __init__(self, device: Device, plan_bytes: int) -> None:
+        self._device = device
+        self._plan_bytes = plan_bytes
+        self.peak_bytes = 0
+        self.visits: dict[int, tuple[int, int]] = {}
+
+    def arrive(self, layer: int) -> None:
+        """A new peak begins."""
+        self._device.restart_peak()
+
+    def start(self, layer: int) -> None:
+        """The load is part of the visit's peak."""
+
+    def finish(self, layer: int, output: Any) -> None:
+        """Read the peak."""
+        peak = self._device.peak_bytes()
+        self.peak_bytes = max(self.peak_bytes, peak)
+        out = sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(output))
+        known = self.visits.get(layer, (0, 0))
+        self.visits[layer] = (max(known[0], peak - self._plan_bytes), max(known[1], out))
+
+
+def _visits(
+    period: tuple[int, ...], repeats: int, passes: list[_TimeObserver], memory: _MemoryObserver
+) -> tuple[LayerProfile, ...]:
+    """Medians over passes, means over a pass's periods. Where a pass ran otherwise than planned, means per layer."""
+    per_pass = [timer.times_s() for timer in passes]
+    planned = list(period) * repeats
+    regular = all([layer for layer, _, _ in times] == planned for times in per_pass)
+    profiles = []
+    for position, layer in enumerate(period):
+        before, forward = [], []
+        for times in per_pass:
+            if regular:
+                mine = times[position :: len(period)]
+            else:
+                mine = [entry for entry in times if entry[0] == layer] or [(layer, 0.0, 0.0)]
+            before.append(sum(entry[1] for entry in mine) / len(mine))
+            forward.append(sum(entry[2] for entry in mine) / len(mine))
+        peak, output = memory.visits.get(layer, (0, 0))
+        profiles.append(
+            LayerProfile(
+                layer=layer,
+                before_s=max(0.0, median(before)),
+                forward_s=max(0.0, median(forward)),
+                peak_bytes=max(0, peak),
+                output_bytes=output,
+            )
+        )
+    return tuple(profiles)

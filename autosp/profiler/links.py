@@ -1,0 +1,149 @@
+"""Measures the link that weights take: latency and bandwidth alone, and what link and compute cost each other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+
+import numpy as np
+import torch
+
+from autosp.devices import Device
+from autosp.spec import LinkPoint, LinkProfile, Tier
+from autosp.tiers import Store
+
+SMALLEST_BYTES = 64 * 2**10
+REPEATS = 5
+PROBE_BYTES = 256 * 2**20
+"""Bytes moved by the contention probe."""
+
+CHUNK_BYTES = 16 * 2**20
+"""Bytes of each of its transfers, at most."""
+
+
+def measure_link(
+    device: Device, store: Store, store_bytes: int, largest_bytes: int, dtype: torch.dtype, progress: Callable[[str], None]
+) -> LinkProfile:
+    """Sweep transfer sizes up to `largest_bytes` (the memory that this takes), then probe contention.
+
+    Sources rotate through the store, so that no cache of the slow tier answers instead of it.
+    """
+    largest = min(largest_bytes, store_bytes)
+    target = device.allocate(largest)
+    sweep = _Sweep(device, store, store_bytes, target)
+    points = []
+    for n_bytes in _sizes(largest):
+        progress(f"link, {n_bytes / 1e6:.3g} MB")
+        points.append(LinkPoint(n_bytes=n_bytes, seconds=median(sweep.seconds(n_bytes) for _ in range(REPEATS))))
+    latency_s, bytes_per_s = fit([(point.n_bytes, point.seconds) for point in points])
+    progress("link under compute")
+    compute_slowdown, link_slowdown = _contention(device, sweep, largest, dtype)
+    return LinkProfile(
+        source=device.info.slow_tier,
+        target=Tier.DEVICE,
+        latency_s=latency_s,
+        bytes_per_s=bytes_per_s,
+        link_slowdown=link_slowdown,
+        compute_slowdown=compute_slowdown,
+        points=tuple(points),
+    )
+
+
+def fit(points: list[tuple[int, float]]) -> tuple[float, float]:
+    """Latency and bandwidth of `seconds = latency + bytes / bandwidth`, least squares of the relative errors."""
+    sizes = np.array([size for size, _ in points], dtype=float)
+    seconds = np.array([second for _, second in points])
+    if len(points) == 1:
+        return 0.0, float(sizes[0] / seconds[0])
+    table = np.stack([np.ones_like(sizes), sizes], axis=1) / seconds[:, None]
+    (latency, per_byte), *_ = np.linalg.lstsq(table, np.ones_like(seconds), rcond=None)
+    if latency < 0 or per_byte <= 0:
+        return 0.0, float(sizes[-1] / seconds[-1])
+    return float(latency), float(1 / per_byte)
+
+
+def _sizes(largest: int) -> list[int]:
+    sizes = [largest]
+    while sizes[-1] // 4 >= SMALLEST_BYTES:
+        sizes.append(sizes[-1] // 4 // 4096 * 4096)
+    return sorted(sizes)
+
+
+class _Sweep:
+    """Transfers of any size from rotating places of the store."""
+
+    def __init__(self, device: Device, store: Store, store_bytes: int, target: torch.Tensor) -> None:
+        self._device = device
+        self._store = store
+        self._store_bytes = store_bytes
+        self._target = target
+        self._next = 0
+
+    def start(self, n_bytes: int) -> object:
+        """Begin one transfer; returns its event."""
+        if self._next + n_bytes > self._store_bytes:
+            self._next = 0
+        region = self._store.window(self._next, n_bytes)
+        self._next += n_bytes
+        return self._device.copy([region], self._target[:n_bytes], self._device.record())
+
+    def seconds(self, n_bytes: int) -> float:
+        """One transfer, alone."""
+        self._device.synchronize()
+        begin = self._device.stamp()
+        self._device.wait(self.start(n_bytes))
+        end = self._device.stamp()
+        self._device.synchronize()
+        return self._device.seconds(begin, end)
+
+
+def _contention(device: Device, sweep: _Sweep, largest: int, dtype: torch.dtype) -> tuple[float, float]:
+    """How many times longer compute takes during transfers, and transfers during compute.
+
+    Compute steps run one by one until a queue of transfers is through; both are compared with running alone.
+    """
+    chunk = min(largest, CHUNK_BYTES)
+    count = max(2, PROBE_BYTES // chunk)
+    step = _compute_step(device, dtype)
+    queue_alone_s, _ = _until_through(device, sweep, chunk, count, device.synchronize)
+    step_alone_s = median(_step_s(device, step) for _ in range(max(8, 4 * REPEATS)))
+    queue_s, steps = _until_through(device, sweep, chunk, count, step)
+    if steps < 2:  # too short to tell
+        return 1.0, 1.0
+    return max(1.0, queue_s / steps / step_alone_s), max(1.0, queue_s / queue_alone_s)
+
+
+def _until_through(
+    device: Device, sweep: _Sweep, chunk: int, count: int, step: Callable[[], None]
+) -> tuple[float, int]:
+    """Seconds until `count` transfers are over, and how often `step` ran meanwhile."""
+    device.synchronize()
+    begin = time.perf_counter()
+    events = [sweep.start(chunk) for _ in range(count)]
+    steps = 0
+    while not device.finished(events[-1]):
+        step()
+        steps += 1
+    return time.perf_counter() - begin, steps
+
+
+def _step_s(device: Device, step: Callable[[], None]) -> float:
+    begin = time.perf_counter()
+    step()
+    return time.perf_counter() - begin
+
+
+def _compute_step(device: Device, dtype: torch.dtype) -> Callable[[], None]:
+    """A matrix product of a few milliseconds, like a model's, in its dtype."""
+    usable = dtype if dtype.is_floating_point and dtype.itemsize >= 2 else torch.float32
+    rows, size = (256, 1024) if device.torch_device.type == "cpu" else (4096, 4096)
+    left = torch.ones(rows, size, dtype=usable, device=device.torch_device)
+    right = torch.ones(size, size, dtype=usable, device=device.torch_device)
+
+    def step() -> None:
+        with torch.no_grad():
+            torch.mm(left, right)
+        device.finish_compute()
+
+    return step

@@ -1,0 +1,41 @@
+"""A model packed once, on which any candidate can be tried."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+
+from torch import nn
+
+from autosp.devices import Device
+from autosp.partition import bind
+from autosp.runtime.streamed_model import Originals, StreamedModel
+from autosp.schedule.streaming import lower
+from autosp.spec import Candidate, Partition
+from autosp.tiers import open_store
+
+
+class Bench:
+    """Holds the slow tier's copy of all layers. The model's own memory is kept, and it is restored after each trial."""
+
+    def __init__(self, model: nn.Module, partition: Partition, device: Device, cache_dir: Path) -> None:
+        """Raises: DiskFullError if the slow tier has no room; PlanMismatchError if the partition is another model's."""
+        self.model = model
+        self.partition = partition
+        self.device = device
+        self._bound = bind(model, partition)
+        self.store = open_store(device, self._bound.layers, cache_dir)
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.store.close()
+
+    def apply(self, candidate: Candidate) -> StreamedModel[nn.Module]:
+        """The model under `candidate`, until `remove()`."""
+        layer_bytes = [layer.n_bytes for layer in self.partition.layers]
+        schedule = lower(candidate, layer_bytes, self.partition.visits)
+        return StreamedModel(self._bound, schedule, self.device, self.store, Originals.KEPT)

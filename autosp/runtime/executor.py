@@ -1,0 +1,363 @@
+"""Runs an action list while the model runs: a cursor over the compute actions, loads issued when their turn comes.
+
+[Note: prefetch is a hint] The schedule says when to load what, never what is right. Whether a layer's weights are on
+the device is decided by the state of its group, so a layer that runs out of order, twice or not at all is right too: it
+is loaded on the spot (a miss) if it is not there.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Any, Protocol
+
+import torch
+
+from autosp.devices import Device, Event, Region
+from autosp.runtime.streamed_layer import StreamedLayer
+from autosp.schedule.actions import Kind, Ref, Schedule
+from autosp.tiers import Store
+
+
+class State(Enum):
+    """Who owns a group's range of the arena."""
+
+    ABSENT = auto()
+    """Somebody else, or nobody."""
+    LOADING = auto()
+    """The link, until the group's `ready` event."""
+    READY = auto()
+    """Compute, until the group is evicted."""
+
+
+@dataclass(eq=False)
+class TransferGroup:
+    """Layers that are loaded by one copy, at a fixed place of the arena."""
+
+    layers: tuple[StreamedLayer, ...]
+    regions: tuple[Region, ...]
+    target: torch.Tensor
+    begin: int
+    end: int
+    state: State = State.ABSENT
+    ready: Event = None
+    running: int = 0
+    """Layers of the group that are in a forward right now."""
+    version: int = 0
+    rivals: list[TransferGroup] = field(default_factory=list)
+    """Groups whose range overlaps this one's."""
+
+
+@dataclass
+class Counters:
+    """What the executor did. Only ever grows."""
+
+    passes: int = 0
+    visits: int = 0
+    loads: int = 0
+    moved_bytes: int = 0
+    misses: int = 0
+    waits: int = 0
+    """Visits that found their group still loading."""
+    temporary_loads: int = 0
+    """Misses whose place was in use, served from memory taken for the occasion."""
+
+
+class Observer(Protocol):
+    """Told of every visit; the profiler is one."""
+
+    def arrive(self, layer: int) -> None:
+        """Before anything is waited for."""
+
+    def start(self, layer: int) -> None:
+        """The weights are there."""
+
+    def finish(self, layer: int, output: Any) -> None:
+        """The layer's forward returned."""
+
+
+@dataclass(frozen=True)
+class _Prefetch:
+    group: TransferGroup
+    needed_in: int
+    """Visits between the one that issues it and the one that needs it."""
+
+
+class Executor:
+    """Streams the layers of one model through one arena. One pass at a time: other threads wait for their turn."""
+
+    def __init__(
+        self, schedule: Schedule, layers: Sequence[StreamedLayer], device: Device, store: Store, arena: torch.Tensor
+    ) -> None:
+        self.counters = Counters()
+        self.observer: Observer | None = None
+        self._device = device
+        self._store = store
+        self._arena = arena
+        self._by_index = {layer.layer.index: layer for layer in layers}
+        self._group_of: dict[int, TransferGroup] = {}
+        groups = self._build_groups(schedule)
+        self._visits = [a.layers[0] for a in schedule.forwards if a.layers[0] in self._group_of]
+        self._start, self._after = _prefetches(schedule, groups, self._visits)
+        self._cursor = 0
+        self._lock = threading.RLock()
+        self._owner: int | None = None
+        self._primed = False
+
+    # -- passes ---------------------------------------------------------------------------------------------------
+
+    def run_pass(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an outermost call of the model, without autograd. Nested calls run as they are.
+
+        If it raises, every layer is at rest again and the next pass starts from the schedule's beginning.
+        """
+        if self.running_here():
+            return forward(*args, **kwargs)
+        with self._lock:
+            self._owner = threading.get_ident()
+            try:
+                with torch.no_grad():
+                    self._begin_pass()
+                    return forward(*args, **kwargs)
+            except BaseException:
+                self._abort()
+                raise
+            finally:
+                self._owner = None
+
+    def run_layer(
+        self, layer: StreamedLayer, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run one layer's forward with its weights on the device."""
+        if self._owner != threading.get_ident():
+            return self.run_pass(lambda *a, **k: self.run_layer(layer, forward, a, k), args, kwargs)
+        observer = self.observer
+        index = layer.layer.index
+        if observer is not None:
+            observer.arrive(index)
+        visit = self._advance(index)
+        group = self._acquire(layer)
+        try:
+            if observer is not None:
+                observer.start(index)
+            output = forward(*args, **kwargs)
+            if observer is not None:
+                observer.finish(index, output)
+        finally:
+            self._release(layer, group)
+        if visit is not None:
+            for prefetch in self._after[visit]:
+                self._load(prefetch.group)
+        return output
+
+    def running_here(self) -> bool:
+        """Whether this thread is inside a pass."""
+        return self._owner == threading.get_ident()
+
+    def close(self) -> None:
+        """Bring every layer to rest and let go of the arena, so that its memory is free when this returns."""
+        self._device.synchronize()
+        self._abort()
+        for layer in self._by_index.values():
+            layer.leave()
+        self._group_of.clear()
+        self._start.clear()
+        self._after.clear()
+        self._arena = torch.empty(0, dtype=torch.uint8)
+
+    # -- the cursor -----------------------------------------------------------------------------------------------
+
+    def _begin_pass(self) -> None:
+        self.counters.passes += 1
+        if not self._primed:
+            self._primed = True
+            for group in self._start:
+                self._load(group)
+        for group in set(self._group_of.values()):
+            # Weights written at rest since they were prefetched.
+            if group.state is not State.ABSENT and group.version != _version(group):
+                self._evict(group)
+
+    def _advance(self, index: int) -> int | None:
+        """Move the cursor past this visit and return its position; None if the schedule has no such visit."""
+        self.counters.visits += 1
+        visits = self._visits
+        period = len(visits)
+        position = self._cursor
+        if position < period and visits[position] == index:
+            self._cursor = (position + 1) % period
+            return position
+        return self._resynchronise(index)
+
+    def _resynchronise(self, index: int) -> int | None:
+        """The order differs from the profiled one. Skipped visits' loads are issued if their user is still to come."""
+        period = len(self._visits)
+        for skipped in range(1, period):
+            position = (self._cursor + skipped) % period
+            if self._visits[position] != index:
+                continue
+            if skipped <= period // 2:
+                for passed in range(skipped):
+                    for prefetch in self._after[(self._cursor + passed) % period]:
+                        if passed + prefetch.needed_in > skipped:
+                            self._load(prefetch.group)
+            self._cursor = (position + 1) % period
+            return position
+        return None
+
+    # -- groups ---------------------------------------------------------------------------------------------------
+
+    def _acquire(self, layer: StreamedLayer) -> TransferGroup | None:
+        """Order compute after the layer's load and bind its tensors. None: it got temporary memory."""
+        group = self._group_of[layer.layer.index]
+        if layer.running:  # a call inside a call of the same layer
+            layer.running += 1
+            return group
+        if group.state is State.ABSENT:
+            self.counters.misses += 1
+            if not self._load(group):
+                self._load_temporarily(layer)
+                return None
+        if group.state is State.LOADING:
+            self.counters.waits += 1
+            try:
+                self._device.wait(group.ready)
+            except BaseException:
+                group.state = State.ABSENT
+                raise
+            group.state = State.READY
+            group.ready = None
+        layer.bind_device()
+        layer.running = 1
+        group.running += 1
+        return group
+
+    def _release(self, layer: StreamedLayer, group: TransferGroup | None) -> None:
+        layer.running -= 1
+        if layer.running:
+            return
+        layer.bind_rest()
+        if group is not None:
+            group.running -= 1
+        else:
+            layer.place(self._place_of(layer))
+
+    def _load(self, group: TransferGroup) -> bool:
+        """Start the group's copy if it is not there. False if a layer that is running needs the place."""
+        if group.state is not State.ABSENT:
+            return True
+        if any(rival.running for rival in group.rivals):
+            return False
+        for rival in group.rivals:
+            self._evict(rival)
+        group.version = _version(group)
+        # All compute that can read the old bytes was launched before this point of the compute order.
+        group.ready = self._device.copy(group.regions, group.target, self._device.record())
+        group.state = State.LOADING
+        self.counters.loads += 1
+        self.counters.moved_bytes += group.end - group.begin
+        return True
+
+    def _load_temporarily(self, layer: StreamedLayer) -> None:
+        """A layer whose place is taken by one that is running around it: right, at the price of memory."""
+        self.counters.temporary_loads += 1
+        self.counters.moved_bytes += layer.layer.n_bytes
+        memory = self._device.allocate(layer.layer.n_bytes)
+        event = self._device.copy(self._store.regions([layer.layer.index]), memory, self._device.record())
+        self._device.wait(event)
+        layer.place(memory)
+        layer.bind_device()
+        layer.running = 1
+
+    @staticmethod
+    def _evict(group: TransferGroup) -> None:
+        """Unmodified weights are dropped: there is nothing to copy back. A copy on its way is overtaken in order."""
+        group.state = State.ABSENT
+        group.ready = None
+
+    def _abort(self) -> None:
+        for layer in self._by_index.values():
+            if layer.running:
+                layer.bind_rest()
+                layer.running = 0
+                layer.place(self._place_of(layer))
+        for group in set(self._group_of.values()):
+            group.running = 0
+        self._cursor = 0
+
+    # -- construction ---------------------------------------------------------------------------------------------
+
+    def _build_groups(self, schedule: Schedule) -> dict[tuple[int, ...], TransferGroup]:
+        """One group per distinct load; a layer that no load brings gets a group of its own at the arena's start."""
+        places = {load.layers: load.offset or 0 for load in (*schedule.cold, *schedule.loads)}
+        loaded = {index for layers in places for index in layers}
+        places.update({(index,): 0 for index in self._by_index if index not in loaded})
+        groups: dict[tuple[int, ...], TransferGroup] = {}
+        for indices, begin in places.items():
+            layers = tuple(self._by_index[index] for index in indices)
+            end = begin + sum(layer.layer.n_bytes for layer in layers)
+            group = TransferGroup(layers, self._store.regions(indices), self._arena[begin:end], begin, end)
+            groups[indices] = group
+            for layer in layers:
+                self._group_of[layer.layer.index] = group
+        for group in groups.values():
+            group.rivals = [
+                other
+                for other in groups.values()
+                if other is not group and other.begin < group.end and group.begin < other.end
+            ]
+            for layer in group.layers:
+                layer.place(self._place_of(layer))
+        return groups
+
+    def _place_of(self, layer: StreamedLayer) -> torch.Tensor:
+        group = self._group_of[layer.layer.index]
+        begin = group.begin
+        for member in group.layers:
+            if member is layer:
+                break
+            begin += member.layer.n_bytes
+        return self._arena[begin : begin + layer.layer.n_bytes]
+
+
+def _version(group: TransferGroup) -> int:
+    return sum(layer.version() for layer in group.layers)
+
+
+def _prefetches(
+    schedule: Schedule, groups: dict[tuple[int, ...], TransferGroup], visits: Sequence[int]
+) -> tuple[list[TransferGroup], list[list[_Prefetch]]]:
+    """What to load before the first pass, and after each visit of a streamed layer.
+
+    A load is due after the last of the visits that its waits stand for, and not before the load ahead of it.
+    """
+    period = len(visits)
+    streamed = {index for layers in groups for index in layers}
+    forwards = [action for action in schedule.forwards if action.layers[0] in streamed]
+    position = {action.ref: visit for visit, action in enumerate(forwards)}
+    evicted_after = {
+        action.ref: position[action.waits[0]] for action in schedule.actions if action.kind is Kind.EVICT
+    }
+    needed_by: dict[Ref, int] = {}
+    for visit, action in enumerate(forwards):
+        for ref in action.waits:
+            needed_by.setdefault(ref, visit)
+    due = [max((_visit_of(ref, evicted_after, period) for ref in load.waits), default=-period) for load in schedule.loads]
+    latest = max(due, default=0) - period  # of the pass before
+    start = [groups[load.layers] for load in schedule.cold]
+    after: list[list[_Prefetch]] = [[] for _ in visits]
+    for load, visit in zip(schedule.loads, due, strict=True):
+        latest = max(latest, visit)
+        prefetch = _Prefetch(groups[load.layers], needed_by[load.ref] - latest)
+        after[latest % period].append(prefetch)
+        if latest < 0:
+            start.append(prefetch.group)
+    return start, after
+
+
+def _visit_of(ref: Ref, evicted_after: dict[Ref, int], period: int) -> int:
+    """The visit after which an eviction happens; negative for one of the pass before."""
+    plain = Ref(ref.kind, ref.layers, ref.occurrence)
+    return evicted_after[plain] - period if ref.previous_pass else evicted_after[plain]

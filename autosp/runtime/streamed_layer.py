@@ -1,0 +1,102 @@
+"""A layer's tensors and where their data is: at rest, or on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from autosp.errors import ModelChangedError
+from autosp.partition import BoundLayer, NamedTensor, Placed
+
+
+@dataclass(slots=True)
+class Binding:
+    """One tensor object with its data in both places. The object never changes, its `.data` does."""
+
+    named: NamedTensor
+    rest: torch.Tensor
+    device: torch.Tensor
+    rest_address: int
+
+    def to_device(self) -> None:
+        """Compute sees the device's bytes."""
+        tensor = self.named.tensor
+        if tensor.data_ptr() != self.rest_address:
+            raise ModelChangedError(
+                f"the data of {self.named.name} was replaced while a plan was applied; "
+                "call remove() on the streamed model, change the weights, then apply the plan again"
+            )
+        tensor.data = self.device
+
+    def to_rest(self) -> None:
+        """Everybody sees the bytes at rest."""
+        self.named.tensor.data = self.rest
+
+
+class StreamedLayer:
+    """A layer that moves. `version()` changes when its weights at rest are written to."""
+
+    def __init__(self, bound: BoundLayer, rest: Sequence[torch.Tensor]) -> None:
+        """`rest`: the data at rest of each tensor, in the order of `tensors_of(bound.placed)`."""
+        self.layer = bound.layer
+        self.module = bound.module
+        self._placed = bound.placed
+        self._tensors = tensors_of(bound.placed)
+        self._rest = list(rest)
+        self._bindings: list[Binding] = []
+        self._buffers: list[tuple[Binding, int]] = []
+        self.running = 0
+        """Calls of the layer that are under way: more than one only if it calls itself."""
+
+    def place(self, base: torch.Tensor) -> None:
+        """Fix the layer's device address: `base` holds its packed bytes (uint8)."""
+        views = views_on(self._placed, base)
+        self._bindings = [
+            Binding(named, rest, device, rest.data_ptr())
+            for named, rest, device in zip(self._tensors, self._rest, views, strict=True)
+        ]
+
+    def leave(self) -> None:
+        """Let go of the device address."""
+        self._bindings = []
+
+    def bind_device(self) -> None:
+        """Compute sees the device's bytes.
+
+        Raises: ModelChangedError if a tensor's data at rest is not the data that was streamed.
+        """
+        for binding in self._bindings:
+            binding.to_device()
+        self._buffers = [
+            (binding, binding.named.tensor._version) for binding in self._bindings if binding.named.is_buffer
+        ]
+
+    def bind_rest(self) -> None:
+        """Everybody sees the bytes at rest. Buffers that the layer wrote to are copied back; parameters never are."""
+        for binding, version in self._buffers:
+            if binding.named.tensor._version != version:
+                binding.rest.copy_(binding.device)
+        for binding in self._bindings:
+            binding.to_rest()
+        self._buffers = []
+
+    def version(self) -> int:
+        """Sum of the tensors' version counters: grows with every in-place write that autograd knows of."""
+        return sum(named.tensor._version for named in self._tensors)
+
+
+def tensors_of(placed: Sequence[Placed]) -> list[NamedTensor]:
+    """The tensors of packed extents, in packed order."""
+    return [named for place in placed for named in place.extent.tensors]
+
+
+def views_on(placed: Sequence[Placed], base: torch.Tensor) -> list[torch.Tensor]:
+    """Each tensor of `tensors_of(placed)` as a view of the packed bytes in `base`."""
+    with torch.inference_mode(False):
+        return [
+            named.on(base, place.offset + named.offset)
+            for place in placed
+            for named in place.extent.tensors
+        ]

@@ -1,0 +1,5 @@
+"""The database. Records in, records out; importing this loads neither optuna nor alembic."""
+
+from autosp.store.repository import Repository
+
+__all__ = ["Repository"]

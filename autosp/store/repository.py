@@ -1,0 +1,283 @@
+"""Records in, records out. Every method is one short transaction; no row leaves this file."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Self, TypeVar
+
+from pydantic import ValidationError
+from sqlalchemy import func, inspect, select, text
+from sqlalchemy.orm import Session
+
+from autosp.errors import StoreError, StudyMismatchError, StudyNotFoundError
+from autosp.spec import Measurement, Outcome, Plan, Prediction, Profile, Record, StudyKey, StudySummary, Trial
+from autosp.store.engine import READ_ONLY, open_engine, shown, storage_url, translated
+from autosp.store.migrate import upgrade
+from autosp.store.models import PlanRow, StudyRow, TrialRow
+from autosp.store.trials import GRACE_PERIOD_S, HEARTBEAT_INTERVAL_S, open_optuna_storage
+
+if TYPE_CHECKING:
+    import optuna
+
+RecordT = TypeVar("RecordT", bound=Record)
+
+
+class Repository:
+    """The studies, trials and plans of one database. A context manager; each process opens its own.
+
+    Every method raises StoreReadOnlyError if it has to write and cannot, and StoreError if the database fails; a
+    database at the present schema can be read where it cannot be written.
+    """
+
+    def __init__(self, storage: str | os.PathLike[str] | None = None) -> None:
+        """Open a database, made or upgraded (after a copy) as needed. None stands for the setting AUTOSP_STORAGE.
+
+        Raises: StoreVersionError if a newer autosp wrote it, StoreReadOnlyError if it must be made or upgraded and
+        cannot be written, SettingError if `storage` names no database, StoreError for the rest.
+        """
+        self._url = storage_url(storage)
+        with ExitStack() as opening:
+            self._engine = open_engine(self._url)
+            opening.callback(self._engine.dispose)
+            upgrade(self._engine)
+            self._closing = opening.pop_all()
+        self._read_only_engine = self._engine.execution_options(**READ_ONLY)
+
+    @property
+    def url(self) -> str:
+        """The database's URL, password included: any `storage` argument accepts it."""
+        return self._url.render_as_string(hide_password=False)
+
+    def close(self) -> None:
+        """Close all connections, those of Optuna's storages too. More than once is harmless."""
+        self._closing.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    # Studies
+
+    def create_study(self, name: str, key: StudyKey) -> None:
+        """Enter a study. One of that name with an equal key is left as it is, whoever entered it.
+
+        Raises: StudyMismatchError if the name belongs to a study with another key.
+        """
+        with self._writing() as session:
+            row = session.scalar(select(StudyRow).where(StudyRow.name == name))
+            if row is None:
+                row = StudyRow(name=name, fingerprint=key.fingerprint, key=_encode(key), created_at=_now())
+                session.add(row)
+                return
+            differences = key.differences(_decode(StudyKey, row.key, name))
+            if differences:
+                told = "; ".join(
+                    f"{field}: {theirs} there, {mine} here" for field, (mine, theirs) in differences.items()
+                )
+                raise StudyMismatchError(f"study {name!r} was made for something else ({told}); choose another name")
+
+    def study_key(self, name: str) -> StudyKey:
+        """What a study was made for.
+
+        Raises: StudyNotFoundError.
+        """
+        with self._reading() as session:
+            return _decode(StudyKey, self._study(session, name).key, name)
+
+    def find_study(self, key: StudyKey) -> str | None:
+        """The newest study with this key."""
+        with self._reading() as session:
+            query = select(StudyRow.name).where(StudyRow.fingerprint == key.fingerprint)
+            return session.scalar(query.order_by(StudyRow.id.desc()).limit(1))
+
+    def unique_name(self, base: str) -> str:
+        """`base`, or `base-2`, `base-3` … : a name that neither we nor Optuna use in this database."""
+        with self._reading() as session:
+            names = set(session.scalars(select(StudyRow.name)))
+            if inspect(session.connection()).has_table("studies"):
+                names.update(session.scalars(text("SELECT study_name FROM studies")))
+        name, number = base, 1
+        while name in names:
+            number += 1
+            name = f"{base}-{number}"
+        return name
+
+    def summaries(self) -> list[StudySummary]:
+        """All studies, the newest first; the best latency and its peak are those of the fastest trial that fits."""
+        with self._reading() as session:
+            measured: defaultdict[int, list[Measurement]] = defaultdict(list)
+            for study_id, measurement in session.execute(select(TrialRow.study_id, TrialRow.measurement)):
+                measured[study_id].append(_decode(Measurement, measurement, f"#{study_id}"))
+            rows = session.scalars(select(StudyRow).order_by(StudyRow.id.desc()))
+            return [_summary(row, measured[row.id]) for row in rows]
+
+    def delete_study(self, name: str) -> None:
+        """Delete a study with its trials and plans. Optuna's study of that name stays.
+
+        Raises: StudyNotFoundError.
+        """
+        with self._writing() as session:
+            session.delete(self._study(session, name))
+
+    # Profiles, trials and plans of a study
+
+    def save_profile(self, name: str, profile: Profile) -> None:
+        """Keep the profile a study rests on, in place of an earlier one.
+
+        Raises: StudyNotFoundError.
+        """
+        with self._writing() as session:
+            self._study(session, name).profile = _encode(profile)
+
+    def profile(self, name: str) -> Profile | None:
+        """The profile a study rests on; None before it was measured.
+
+        Raises: StudyNotFoundError.
+        """
+        with self._reading() as session:
+            stored = self._study(session, name).profile
+            return None if stored is None else _decode(Profile, stored, name)
+
+    def add_trial(self, name: str, trial: Trial) -> None:
+        """Enter a trial, in place of one with its number.
+
+        Raises: StudyNotFoundError.
+        """
+        with self._writing() as session:
+            study = self._study(session, name)
+            query = select(TrialRow).where(TrialRow.study_id == study.id, TrialRow.number == trial.number)
+            row = session.scalar(query) or TrialRow(study_id=study.id, number=trial.number)
+            row.prediction, row.measurement = _encode(trial.prediction), _encode(trial.measurement)
+            session.add(row)
+
+    def trials(self, name: str) -> list[Trial]:
+        """A study's trials in the order of their numbers.
+
+        Raises: StudyNotFoundError.
+        """
+        with self._reading() as session:
+            return [
+                Trial(
+                    number=row.number,
+                    prediction=_decode(Prediction, row.prediction, name),
+                    measurement=_decode(Measurement, row.measurement, name),
+                )
+                for row in self._study(session, name).trials
+            ]
+
+    def save_plan(self, name: str, plan: Plan) -> None:
+        """Enter a study's answer, which makes the study finished. Earlier answers are kept; the newest counts.
+
+        Raises: StudyNotFoundError.
+        """
+        with self._writing() as session:
+            study = self._study(session, name)
+            study.finished = True
+            session.add(PlanRow(study_id=study.id, plan=_encode(plan), created_at=_now()))
+
+    def plan(self, name: str) -> Plan | None:
+        """A study's newest answer; None if it has none yet.
+
+        Raises: StudyNotFoundError.
+        """
+        with self._reading() as session:
+            study = self._study(session, name)
+            query = select(PlanRow.plan).where(PlanRow.study_id == study.id).order_by(PlanRow.id.desc())
+            stored = session.scalar(query.limit(1))
+            return None if stored is None else _decode(Plan, stored, name)
+
+    def find_plan(self, key: StudyKey) -> Plan | None:
+        """The newest answer of any finished study with this key."""
+        with self._reading() as session:
+            query = select(PlanRow.plan, StudyRow.name).join(StudyRow, PlanRow.study_id == StudyRow.id)
+            query = query.where(StudyRow.fingerprint == key.fingerprint, StudyRow.finished)
+            found = session.execute(query.order_by(PlanRow.id.desc()).limit(1)).first()
+            return None if found is None else _decode(Plan, found[0], found[1])
+
+    # Optuna
+
+    def optuna_storage(
+        self, *, heartbeat_interval_s: int = HEARTBEAT_INTERVAL_S, grace_period_s: int = GRACE_PERIOD_S
+    ) -> optuna.storages.RDBStorage:
+        """Optuna's storage in this database, closed with it. Under ask/tell use `autosp.store.trials.running_trial`.
+
+        Raises: StoreError if Optuna's tables here are of another version.
+        """
+        storage = open_optuna_storage(
+            self._url, heartbeat_interval_s=heartbeat_interval_s, grace_period_s=grace_period_s
+        )
+        self._closing.callback(storage.engine.dispose)
+        self._closing.callback(storage.remove_session)
+        return storage
+
+    # Transactions
+
+    @contextmanager
+    def _reading(self) -> Iterator[Session]:
+        with translated(self._url), Session(self._read_only_engine) as session, session.begin():
+            yield session
+
+    @contextmanager
+    def _writing(self) -> Iterator[Session]:
+        with translated(self._url), Session(self._engine) as session, session.begin():
+            yield session
+
+    def _study(self, session: Session, name: str) -> StudyRow:
+        row = session.scalar(select(StudyRow).where(StudyRow.name == name))
+        if row is not None:
+            return row
+        close = difflib.get_close_matches(name, session.scalars(select(StudyRow.name)).all())
+        hint = f"; did you mean {' or '.join(repr(other) for other in close)}?" if close else ""
+        count = session.scalar(select(func.count()).select_from(StudyRow))
+        raise StudyNotFoundError(
+            f"no study {name!r} among the {count} in {shown(self._url)}{hint} "
+            "`autosp studies` or autosp.list_studies(storage) lists them"
+        )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _encode(record: Record) -> str:
+    """JSON that gives an equal record back: a record that JSON cannot hold (inf, nan) is refused, not stored."""
+    stored = record.model_dump_json()
+    try:
+        if type(record).model_validate_json(stored) == record:
+            return stored
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise StoreError(f"a {type(record).__name__} cannot be stored: {where} is not a finite number") from error
+    raise StoreError(f"a {type(record).__name__} cannot be stored: it does not survive JSON")
+
+
+def _decode(record: type[RecordT], stored: str, study: str) -> RecordT:
+    try:
+        return record.model_validate_json(stored)
+    except ValidationError as error:
+        raise StoreError(
+            f"the {record.__name__} of study {study!r} cannot be read ({error.error_count()} errors); another version "
+            "of autosp wrote it: use that version, or delete the study"
+        ) from error
+
+
+def _summary(row: StudyRow, measured: list[Measurement]) -> StudySummary:
+    fitting = [measurement for measurement in measured if measurement.outcome is Outcome.FITS]
+    best = min(fitting, key=lambda measurement: measurement.latency_s, default=None)
+    return StudySummary(
+        name=row.name,
+        key=_decode(StudyKey, row.key, row.name),
+        created_at=row.created_at,
+        trials=len(measured),
+        best_latency_s=None if best is None else best.latency_s,
+        peak_bytes=None if best is None else best.peak_bytes,
+        finished=row.finished,
+    )

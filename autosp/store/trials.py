@@ -1,0 +1,101 @@
+"""Optuna's storage in our database, and trials that do not stay RUNNING when their process is killed.
+
+[Note: heartbeats under ask/tell]
+`Study.optimize` does three things that `ask` and `tell` do not: it fails trials whose heartbeat stopped, before it
+asks; it records heartbeats from a thread while the trial runs; it tells FAIL when the objective raises. `running_trial`
+does all three. Optuna takes a trial without any heartbeat for a live one, so the first is recorded before the block
+starts; only a kill between those two transactions, milliseconds apart, still leaves a trial RUNNING.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+
+from sqlalchemy import URL
+from sqlalchemy.exc import SQLAlchemyError
+
+from autosp.errors import StoreError
+from autosp.store.engine import PLUGIN, nested_reads, shown, store_error, translated
+
+if TYPE_CHECKING:
+    import optuna
+
+HEARTBEAT_INTERVAL_S = 20
+GRACE_PERIOD_S = 60
+
+
+def open_optuna_storage(
+    url: URL, *, heartbeat_interval_s: int = HEARTBEAT_INTERVAL_S, grace_period_s: int = GRACE_PERIOD_S
+) -> optuna.storages.RDBStorage:
+    """Optuna's storage on the database at `url`, under the rules of [Note: BEGIN IMMEDIATE].
+
+    Not to be pickled: each process opens its own.
+
+    Raises: StoreReadOnlyError if the database cannot be written, StoreError if its Optuna tables are of another
+    version (the message is Optuna's and says which command upgrades them) or for the rest.
+    """
+    import optuna
+
+    # RDBStorage passes its URL through str.format.
+    text = url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
+    try:
+        with translated(url), nested_reads(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return optuna.storages.RDBStorage(
+                text,
+                engine_kwargs={"plugins": [PLUGIN]},
+                heartbeat_interval=heartbeat_interval_s,
+                grace_period=grace_period_s,
+            )
+    except optuna.exceptions.StorageInternalError as error:
+        cause = error.__cause__
+        raise store_error(cause if isinstance(cause, SQLAlchemyError) else error, url) from error
+    except RuntimeError as error:
+        raise StoreError(f"{shown(url)}: {error}") from error
+
+
+@contextmanager
+def running_trial(study: optuna.Study, storage: optuna.storages.RDBStorage) -> Iterator[optuna.Trial]:
+    """Ask `study`, which lives in `storage`, for a trial and record its heartbeats until the block ends.
+
+    The caller tells inside the block; a trial that nobody tells is failed once its grace period is over. If the block
+    raises, the trial is told FAIL and the exception goes on. Tell with `skip_if_finished=True`: when this process was
+    asleep for longer than the grace period, another one may have failed the trial. See [Note: heartbeats under
+    ask/tell].
+    """
+    import optuna
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        warnings.filterwarnings("ignore", message="Heartbeat of storage")
+        optuna.storages.fail_stale_trials(study)
+        trial = study.ask()
+    study_id = storage.get_study_id_from_name(study.study_name)
+    trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, trial.number)
+    storage.record_heartbeat(trial_id)
+    stop = threading.Event()
+    thread = threading.Thread(target=_beat, args=(storage, trial_id, stop), name="autosp-heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield trial
+    except BaseException:
+        study.tell(trial, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
+        raise
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _beat(storage: optuna.storages.RDBStorage, trial_id: int, stop: threading.Event) -> None:
+    from optuna.exceptions import StorageInternalError
+
+    try:
+        while not stop.wait(storage.get_heartbeat_interval()):
+            with suppress(StorageInternalError):  # a missed beat; the grace period is several intervals long
+                storage.record_heartbeat(trial_id)
+    finally:
+        storage.remove_session()

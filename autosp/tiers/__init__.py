@@ -1,0 +1,43 @@
+"""Where streamed weights rest: pinned host memory, or a packed file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from autosp.devices import Device, Region
+from autosp.partition import BoundLayer
+from autosp.spec import Tier
+from autosp.tiers.disk import DiskStore
+from autosp.tiers.host import HostStore
+
+__all__ = ["DiskStore", "HostStore", "Store", "open_store"]
+
+
+class Store(Protocol):
+    """Packed layers on the slow tier. Neighbours in `layers` are neighbours in the store."""
+
+    def regions(self, layers: Sequence[int]) -> tuple[Region, ...]:
+        """What to fetch, in order, to have these layers one after another; adjacent layers are one region."""
+
+    def window(self, offset: int, n_bytes: int) -> Region:
+        """Any run of the store's bytes, for measuring the link. `offset` is rounded down to 4096 bytes."""
+
+    def rest(self, layer: int) -> torch.Tensor:
+        """The layer's bytes where they rest, as a uint8 CPU tensor: readable, writable, and seen by later loads."""
+
+    def close(self) -> None:
+        """Free the memory or the file. Views from `rest` stay valid as long as they live."""
+
+
+def open_store(device: Device, layers: Sequence[BoundLayer], cache_dir: Path) -> Store:
+    """Copy the layers' bytes to the device's slow tier, in this order.
+
+    Raises: DiskFullError if the disk has no room for them; nothing is left behind then.
+    """
+    if device.info.slow_tier is Tier.DISK:
+        return DiskStore(layers, cache_dir)
+    return HostStore(layers, pin=device.torch_device.type != "cpu")
