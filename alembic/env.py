@@ -26,7 +26,6 @@ def run(connection: Connection) -> None:
         version_table=VERSION_TABLE,
         render_as_batch=True,
         include_name=include_name,
-        transactional_ddl=True,
     )
     with context.begin_transaction():
         context.run_migrations()

@@ -142,6 +142,7 @@ class Outcome(StrEnum):
     FITS = "fits"
     OVER_BUDGET = "over budget"
     OUT_OF_MEMORY = "out of memory"
+    OUTPUT_DIFFERS = "output differs"
 
 
 class Measurement(Record):

@@ -28,9 +28,12 @@ class Workload:
     batch: Any
     step: Step | None
     mode: Mode
+    seed: int = 0
 
     @classmethod
-    def of(cls, model: nn.Module, batch: Any, step: Step | None, mode: str, device: Device) -> Workload:
+    def of(
+        cls, model: nn.Module, batch: Any, step: Step | None, mode: str, device: Device, seed: int = 0
+    ) -> Workload:
         """Check the arguments, and put the batch where compute happens.
 
         Raises: SettingError for a model, step or mode of the wrong kind.
@@ -41,7 +44,7 @@ class Workload:
             raise SettingError(f"step is a {type(step).__name__}; pass a function step(model, batch)")
         if mode != "inference":
             raise SettingError(f"mode={mode!r}: this version plans mode='inference' only")
-        return cls(model, map_tensors(lambda tensor: tensor.to(device.torch_device), batch), step, "inference")
+        return cls(model, map_tensors(lambda tensor: tensor.to(device.torch_device), batch), step, "inference", seed)
 
     def run(self) -> Any:
         """One pass, without autograd. What the model raises passes through."""
@@ -51,7 +54,7 @@ class Workload:
     def run_seeded(self) -> Any:
         """One pass from a fixed state of the random generators, which are left as they were."""
         with torch.random.fork_rng():
-            torch.manual_seed(0)
+            torch.manual_seed(self.seed)
             return self.run()
 
     def key(self, device: Device, budget_bytes: int) -> StudyKey:

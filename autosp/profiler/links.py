@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from autosp.devices import Device
+from autosp.partition.tensors import LAYER_ALIGNMENT
 from autosp.spec import LinkPoint, LinkProfile, Tier
 from autosp.tiers import Store
 
@@ -29,7 +30,7 @@ def measure_link(
 
     Sources rotate through the store, so that no cache of the slow tier answers instead of it.
     """
-    largest = min(largest_bytes, store_bytes)
+    largest = min(largest_bytes, store_bytes) // LAYER_ALIGNMENT * LAYER_ALIGNMENT
     target = device.allocate(largest)
     sweep = _Sweep(device, store, store_bytes, target)
     points = []
@@ -66,7 +67,7 @@ def fit(points: list[tuple[int, float]]) -> tuple[float, float]:
 def _sizes(largest: int) -> list[int]:
     sizes = [largest]
     while sizes[-1] // 4 >= SMALLEST_BYTES:
-        sizes.append(sizes[-1] // 4 // 4096 * 4096)
+        sizes.append(sizes[-1] // 4 // LAYER_ALIGNMENT * LAYER_ALIGNMENT)
     return sorted(sizes)
 
 

@@ -162,6 +162,8 @@ class Executor:
         self._abort()
         for layer in self._by_index.values():
             layer.leave()
+        for group in self._group_of.values():
+            group.rivals.clear()  # groups name each other: a cycle would keep the arena until the next collection
         self._group_of.clear()
         self._start.clear()
         self._after.clear()

@@ -1,0 +1,1 @@
+"""Which candidates there are, which one to try next, and when to stop."""

@@ -68,7 +68,7 @@ def _begin(connection: Connection) -> None:
     pool = connection.engine.pool
     nested = _nested_reads.get() and isinstance(pool, QueuePool) and pool.checkedout() > 1
     deferred = nested or connection.get_execution_options().get("autosp_read_only", False)
-    connection.exec_driver_sql("BEGIN")
+    connection.exec_driver_sql("BEGIN" if deferred else "BEGIN IMMEDIATE")
 
 
 @contextmanager

@@ -234,7 +234,7 @@ class Repository:
         if row is not None:
             return row
         close = difflib.get_close_matches(name, session.scalars(select(StudyRow.name)).all())
-        hint = f"; did you mean {' or '.join(repr(other) for other in close)}?" if close else ""
+        hint = f"; did you mean {' or '.join(repr(other) for other in close)}?" if close else "."
         count = session.scalar(select(func.count()).select_from(StudyRow))
         raise StudyNotFoundError(
             f"no study {name!r} among the {count} in {shown(self._url)}{hint} "

@@ -161,7 +161,8 @@ def test_deleting_a_study_leaves_no_row_behind_and_others_alone(repository: Repo
     for name in ("tiny", "other"):
         repository.add_trial(name, store_samples.trial())
         repository.save_plan(name, store_samples.plan())
-    repository.delete_study("tiny")
+    with Repository(storage) as reopened:
+        reopened.delete_study("tiny")
     assert [summary.name for summary in repository.summaries()] == ["other"]
     with closing(sqlite3.connect(storage)) as database:
         for table in ("autosp_study", "autosp_trial", "autosp_plan"):

@@ -1,0 +1,53 @@
+"""Runs a model under a plan."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import nn
+
+from autosp.devices import choose_device
+from autosp.errors import PlanMismatchError, SettingError
+from autosp.partition import bind, model_fingerprint
+from autosp.runtime.streamed_model import Originals, StreamedModel
+from autosp.schedule.streaming import lower
+from autosp.settings import settings
+from autosp.spec import Plan
+from autosp.tiers import open_store
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def apply(model: M, plan: Plan) -> StreamedModel[M]:
+    """Make `model` run under `plan`: inside its budget, with unchanged output.
+
+    The weights leave the memory they are in: residents go to the device, streamed layers to pinned host memory or, on a
+    CPU, to a packed file. Outside a pass the model is an ordinary CPU model whose streamed parameters are views of
+    that memory. `remove()`, or leaving the context, makes it an ordinary model in RAM again.
+
+    Passes run without autograd. Calls from other threads wait for the running pass.
+
+    Raises: PlanMismatchError if the plan was made for another model, SettingError if its device is not here,
+    DiskFullError if the disk has no room for the streamed weights (the model is unchanged then).
+    """
+    if not isinstance(plan, Plan):
+        raise SettingError(f"plan is a {type(plan).__name__}; use autosp.tune, autosp.plan or Plan.load")
+    found = model_fingerprint(model)
+    if found != plan.model_fingerprint:
+        raise PlanMismatchError(
+            f"the plan is for {plan.model_name} with fingerprint {plan.model_fingerprint}; this "
+            f"{type(model).__name__} has {found}: other module classes, tensor names, shapes, dtypes or ties"
+        )
+    device = choose_device(plan.device.kind)
+    residents = set(plan.candidate.residents)
+    bound = bind(model, plan.partition)
+    schedule = lower(plan.candidate, [layer.n_bytes for layer in plan.partition.layers], plan.partition.visits)
+    store = open_store(
+        device, [layer for layer in bound.layers if layer.layer.index not in residents], settings().cache_dir
+    )
+
+    def close() -> None:
+        store.close()
+        device.close()
+
+    return StreamedModel(bound, schedule, device, store, Originals.FREED, close)

@@ -1,0 +1,150 @@
+"""Which settings there are under a budget, and which layers each of them keeps resident."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from autosp.cost_model.predict import predict
+from autosp.errors import BudgetTooSmallError
+from autosp.schedule.streaming import arena_bytes
+from autosp.spec import Candidate, Prediction, Profile
+
+DEPTHS = (1, 2, 3, 4)
+"""Groups in the ring. Overlap needs two; more absorb layers of unlike compute. Beyond that, memory is better spent on
+residents."""
+
+PINNED_FIRST = 3
+"""How many of the largest layer sizes may be made resident first, so that the ring is cut for the smaller ones."""
+
+
+def rank(profile: Profile, budget_bytes: int) -> list[Prediction]:
+    """Every candidate predicted to fit, the fastest first; of equally fast ones, the one with less memory.
+
+    For each ring (k', number of groups) the budget is filled with residents. Besides these there are every (k, k') with
+    its residents spread evenly, the plain sliding windows (no residents), and everything resident.
+
+    Raises: BudgetTooSmallError if nothing is predicted to fit.
+    """
+    candidates = dict.fromkeys([*_filled(profile, budget_bytes), *grid(profile), *sliding_windows(profile)])
+    candidates[all_resident(profile)] = None
+    best: dict[tuple[int, int, int], Prediction] = {}
+    for prediction in predict(profile, list(candidates)):
+        if prediction.peak_bytes > budget_bytes:
+            continue
+        key = key_of(prediction.candidate)
+        if key not in best or _order(prediction) < _order(best[key]):
+            best[key] = prediction
+    if not best:
+        raise too_small(profile, budget_bytes)
+    return sorted(best.values(), key=_order)
+
+
+def key_of(candidate: Candidate) -> tuple[int, int, int]:
+    """What names a candidate within a study: k, k', and the number of residents."""
+    return candidate.k, candidate.k_prime, len(candidate.residents)
+
+
+def grid(profile: Profile) -> list[Candidate]:
+    """Every (k, k') with its best residents: a ring of two groups if k allows it, else of one, the rest resident."""
+    visited = list(dict.fromkeys(profile.partition.visits))
+    spread = [evenly_spread(visited, count) for count in range(len(visited) + 1)]
+    candidates = []
+    for k in range(1, len(visited) + 1):
+        for k_prime in range(1, k + 1):
+            ring = 2 * k_prime if k >= 2 * k_prime else k_prime
+            candidates.append(Candidate(k=k, k_prime=k_prime, residents=spread[k - ring]))
+    return candidates
+
+
+def sliding_windows(profile: Profile) -> list[Candidate]:
+    """The Superpipeline paper's own plans: no residents, k a multiple of k'."""
+    count = len(set(profile.partition.visits))
+    return [
+        Candidate(k=k, k_prime=k_prime)
+        for k_prime in range(1, count + 1)
+        for k in range(k_prime, count + 1, k_prime)
+    ]
+
+
+def all_resident(profile: Profile) -> Candidate:
+    """No streaming of anything the pass visits."""
+    visited = tuple(sorted(set(profile.partition.visits)))
+    return Candidate(k=len(visited), k_prime=1, residents=visited)
+
+
+def least_bytes(profile: Profile) -> int:
+    """The observed peak of the least-memory plan: no budget below it can work."""
+    return profile.observed.measurement.peak_bytes
+
+
+def too_small(profile: Profile, budget_bytes: int) -> BudgetTooSmallError:
+    """The error for a budget below the least that works, with the layer that sets it."""
+    layer = max(profile.partition.layers, key=lambda layer: layer.n_bytes)
+    least = least_bytes(profile)
+    return BudgetTooSmallError(
+        f"no setting fits {budget_bytes / 1e9:.4g} GB: the least that works is {least / 1e9:.4g} GB. It is set by layer "
+        f"{layer.index} ({layer.name}), {layer.n_bytes / 1e9:.4g} GB at once, beside "
+        f"{profile.partition.resident_bytes / 1e9:.4g} GB that must be resident and "
+        f"{profile.workspace_bytes / 1e9:.4g} GB of activations and workspace; try max_gpu_gb={least * 1.02 / 1e9:.3f}",
+        budget_bytes=budget_bytes,
+        least_bytes=least,
+        layer=layer.name,
+    )
+
+
+def evenly_spread(pool: Sequence[int], count: int) -> tuple[int, ...]:
+    """`count` of the pool at even distances, so that streamed layers have compute between them to hide behind."""
+    return tuple(pool[int((position + 0.5) * len(pool) / count)] for position in range(count))
+
+
+def _order(prediction: Prediction) -> tuple[float, int]:
+    return round(prediction.latency_s, 6), prediction.peak_bytes
+
+
+def _filled(profile: Profile, budget_bytes: int) -> Iterator[Candidate]:
+    """For each ring, resident sets that use up the budget."""
+    partition = profile.partition
+    free = budget_bytes - partition.resident_bytes - profile.workspace_bytes
+    visited = list(dict.fromkeys(partition.visits))
+    sizes = sorted({partition.layers[index].n_bytes for index in visited}, reverse=True)
+    limits = [sizes[0], *(size for size in sizes[1 : PINNED_FIRST + 1])]
+    for k_prime in range(1, len(visited) + 1):
+        for depth in DEPTHS:
+            if depth * k_prime > len(visited):
+                break
+            for limit in limits:
+                residents = _fill(profile, visited, k_prime, depth, limit, free)
+                if residents is not None:
+                    yield Candidate(k=len(residents) + depth * k_prime, k_prime=k_prime, residents=residents)
+
+
+def _fill(
+    profile: Profile, visited: Sequence[int], k_prime: int, depth: int, limit: int, free: int
+) -> tuple[int, ...] | None:
+    """Residents for a ring of `depth` groups: layers above `limit` bytes, then as many others as fit, spread evenly.
+
+    Layers visited more often in a pass come first: each visit saves a transfer. None if the ring itself does not fit.
+    """
+    layers = profile.partition.layers
+    counts = Counter(profile.partition.visits)
+    chosen = {index for index in visited if layers[index].n_bytes > limit}
+
+    def fits(residents: set[int]) -> bool:
+        streamed = [layers[index].n_bytes for index in visited if index not in residents]
+        groups = [sum(streamed[start : start + k_prime]) for start in range(0, len(streamed), k_prime)]
+        return sum(layers[index].n_bytes for index in residents) + arena_bytes(groups, depth) <= free
+
+    if not fits(chosen):
+        return None
+    for times in sorted(set(counts.values()), reverse=True):
+        pool = [index for index in visited if counts[index] == times and index not in chosen]
+        low, high = 0, len(pool)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if fits(chosen.union(evenly_spread(pool, middle))):
+                low = middle
+            else:
+                high = middle - 1
+        chosen.update(evenly_spread(pool, low))
+    return tuple(sorted(chosen))

@@ -1,0 +1,112 @@
+"""One candidate on the real device: its time, its peak, and whether its output is the plain model's."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+from autosp.batch import equal
+from autosp.runtime.bench import Bench
+from autosp.spec import Candidate, Measurement, Outcome
+from autosp.workload import Workload
+
+LEAST_PASSES = 3
+MOST_PASSES = 15
+ENOUGH_S = 0.5
+"""Short passes are repeated until they fill this time: their median needs it."""
+
+
+class Reference:
+    """The plain model's output, and a way to have it again."""
+
+    def __init__(self, output: Any, plain_pass: Callable[[], Any]) -> None:
+        self._output = output
+        self._plain_pass = plain_pass
+        self._deterministic: bool | None = None
+
+    def matches(self, output: Any) -> bool:
+        """Whether every bit is the same; for a model that differs from itself there is nothing to compare."""
+        if equal(output, self._output):
+            return True
+        if self._deterministic is None:
+            self._deterministic = equal(self._plain_pass(), self._output)
+            if not self._deterministic:
+                warnings.warn(
+                    "two plain passes of the model gave different outputs from the same seed: "
+                    "streamed outputs cannot be verified",
+                    stacklevel=2,
+                )
+        return not self._deterministic
+
+
+def validate(
+    bench: Bench,
+    workload: Workload,
+    candidate: Candidate,
+    reference: Reference,
+    budget_bytes: int,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Measurement:
+    """Run the candidate: a cold pass, compared with `reference`, then timed ones.
+
+    Out of memory and a differing output are outcomes, not errors. The model is restored in every case; what it raises
+    passes through.
+    """
+    device = bench.device
+    try:
+        with device.limit(budget_bytes):
+            streamed = bench.apply(candidate)
+            try:
+                progress("cold")
+                begin = time.perf_counter()
+                output = workload.run_seeded()
+                device.synchronize()
+                cold_s = time.perf_counter() - begin
+                same = reference.matches(output)
+                del output
+                moved_before = streamed.stats().moved_bytes
+                samples: list[float] = []
+                while len(samples) < LEAST_PASSES or (sum(samples) < ENOUGH_S and len(samples) < MOST_PASSES):
+                    progress(f"pass {len(samples) + 1}")
+                    samples.append(_pass_s(bench, workload))
+                stats = streamed.stats()
+            finally:
+                streamed.remove()
+    except BaseException as error:
+        if not device.is_out_of_memory(error):
+            raise
+        return _failed(Outcome.OUT_OF_MEMORY, budget_bytes + 1)
+    if not same:
+        return _failed(Outcome.OUTPUT_DIFFERS, stats.peak_bytes)
+    return Measurement(
+        outcome=Outcome.FITS if stats.peak_bytes <= budget_bytes else Outcome.OVER_BUDGET,
+        latency_s=median(samples),
+        samples_s=tuple(samples),
+        cold_latency_s=cold_s,
+        peak_bytes=stats.peak_bytes,
+        moved_bytes=(stats.moved_bytes - moved_before) // len(samples),
+        misses=stats.misses,
+    )
+
+
+def _failed(outcome: Outcome, peak_bytes: int) -> Measurement:
+    return Measurement(
+        outcome=outcome,
+        latency_s=0.0,
+        samples_s=(),
+        cold_latency_s=0.0,
+        peak_bytes=peak_bytes,
+        moved_bytes=0,
+        misses=0,
+    )
+
+
+def _pass_s(bench: Bench, workload: Workload) -> float:
+    begin = bench.device.stamp()
+    workload.run()
+    end = bench.device.stamp()
+    bench.device.finish_compute()
+    return bench.device.seconds(begin, end)

@@ -1,0 +1,27 @@
+"""What the database knows."""
+
+from __future__ import annotations
+
+import os
+
+from autosp.errors import StudyNotFoundError
+from autosp.spec import Plan, StudySummary
+from autosp.store import Repository
+
+
+def list_studies(storage: str | os.PathLike[str] | None = None) -> list[StudySummary]:
+    """All studies in the database (a path or URL; default `AUTOSP_STORAGE`), oldest first."""
+    with Repository(storage) as repository:
+        return repository.summaries()
+
+
+def load_plan(study_name: str, storage: str | os.PathLike[str] | None = None) -> Plan:
+    """The plan of a study.
+
+    Raises: StudyNotFoundError if there is no such study (naming the close names), or it has no plan yet.
+    """
+    with Repository(storage) as repository:
+        plan = repository.plan(study_name)
+        if plan is None:
+            raise StudyNotFoundError(f"study {study_name!r} has no plan yet: continue it with autosp.resume")
+        return plan

@@ -1,0 +1,293 @@
+"""The whole story: profile, predict, validate, store, answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from autosp.batch import Step
+from autosp.cost_model.floor import floor_s
+from autosp.devices import Device, choose_device
+from autosp.errors import AutospError, BudgetTooSmallError, OutputMismatchError, SettingError
+from autosp.partition import partition
+from autosp.profiler import measure
+from autosp.runtime.bench import Bench
+from autosp.search.limits import Limits
+from autosp.search.space import evenly_spread, rank
+from autosp.search.validate import Reference, validate
+from autosp.settings import settings
+from autosp.spec import Candidate, Outcome, Partition, Plan, Prediction, Profile, Trial
+from autosp.store import Repository
+from autosp.workload import Workload, parse_budget
+
+if TYPE_CHECKING:
+    import os
+
+    import torch
+
+Progress = Callable[[str], None]
+
+
+def tune(
+    model: nn.Module,
+    sample_batch: Any,
+    max_gpu_gb: float | str,
+    *,
+    mode: str = "inference",
+    step: Step | None = None,
+    device: torch.device | str | Device | None = None,
+    storage: str | os.PathLike[str] | None = None,
+    study_name: str | None = None,
+    max_trials: int | None = None,
+    timeout_s: float | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Plan:
+    """The fastest plan under a memory budget, measured on this device.
+
+    Args:
+        sample_batch: a tensor, a tuple of positional or a mapping of keyword arguments, of the shapes to plan for.
+        max_gpu_gb: GB (10^9 bytes) of device memory, or a string such as "8GiB". Without an accelerator: of RAM.
+        step: `step(model, batch)` instead of the plain call, for a `generate` or a loss.
+        device: default: the accelerator if there is one.
+        storage: database, a path or a SQLAlchemy URL; default `AUTOSP_STORAGE`, else the user's data directory.
+        study_name: default: made from the model's name. An unfinished study of that name is continued.
+        max_trials, timeout_s: limits on validation; the stop rule usually ends it earlier.
+        seed: of the pass whose outputs are compared.
+        progress: show a progress bar.
+
+    A second call with the same model, batch, device and budget answers from the database. The model is as before when
+    this returns or raises.
+
+    Raises: BudgetError, BudgetTooSmallError, ModelError, SettingError, TierError, StoreError, StudyMismatchError;
+    whatever the model itself raises passes through.
+    """
+    budget_bytes = parse_budget(max_gpu_gb)
+    chosen = choose_device(device)
+    workload = Workload.of(model, sample_batch, step, mode, chosen, seed)
+    limits = Limits(max_trials, timeout_s)
+    with Repository(storage) as repository:
+        key = workload.key(chosen, budget_bytes)
+        known = repository.find_plan(key) if study_name is None else None
+        if known is not None:
+            return known
+        name = study_name or repository.find_study(key) or repository.unique_name(f"{key.model_name}-{key.mode}")
+        repository.create_study(name, key)
+        return _continue(repository, name, workload, chosen, budget_bytes, limits, progress)
+
+
+def resume(
+    study_name: str,
+    model: nn.Module,
+    sample_batch: Any,
+    *,
+    step: Step | None = None,
+    device: torch.device | str | Device | None = None,
+    storage: str | os.PathLike[str] | None = None,
+    max_trials: int | None = None,
+    timeout_s: float | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Plan:
+    """Continue an interrupted study, or answer with the plan of a finished one. Nothing that was measured is repeated.
+
+    With `max_trials` (of the whole study) or `timeout_s`, a study that ended at such a limit goes on to the new one.
+
+    Raises: StudyNotFoundError naming the close names; StudyMismatchError naming what differs; and what `tune` raises.
+    """
+    chosen = choose_device(device)
+    workload = Workload.of(model, sample_batch, step, "inference", chosen, seed)
+    limits = Limits(max_trials, timeout_s)
+    with Repository(storage) as repository:
+        budget_bytes = repository.study_key(study_name).budget_bytes
+        repository.create_study(study_name, workload.key(chosen, budget_bytes))  # checks that the key is the same
+        known = repository.plan(study_name)
+        if known is not None and limits == Limits():
+            return known
+        return _continue(repository, study_name, workload, chosen, budget_bytes, limits, progress)
+
+
+def plan(
+    model: nn.Module,
+    sample_batch: Any,
+    *,
+    k: int,
+    k_prime: int,
+    residents: int = 0,
+    mode: str = "inference",
+    step: Step | None = None,
+    device: torch.device | str | Device | None = None,
+) -> Plan:
+    """The plan with the k and k' that the user sets, as the Superpipeline paper uses them: nothing is searched.
+
+    One pass is observed for the order of the layers. `residents` layers, spread evenly, never leave the device.
+
+    Raises: SettingError if the numbers do not fit together or the model has fewer layers.
+    """
+    chosen = choose_device(device)
+    workload = Workload.of(model, sample_batch, step, mode, chosen)
+    parts = partition(model, workload.run, chosen.torch_device)
+    candidate = _candidate(k, k_prime, residents, list(dict.fromkeys(parts.visits)))
+    return Plan(
+        **_identity(workload, chosen),
+        partition=parts,
+        candidate=candidate,
+        why=f"{candidate.label()} was set by the user",
+    )
+
+
+def profile(
+    model: nn.Module,
+    sample_batch: Any,
+    *,
+    mode: str = "inference",
+    step: Step | None = None,
+    device: torch.device | str | Device | None = None,
+    progress: bool = True,
+) -> Profile:
+    """Measure every layer and link under the least-memory plan. The model is as before when this returns or raises."""
+    chosen = choose_device(device)
+    workload = Workload.of(model, sample_batch, step, mode, chosen)
+    with _progress(progress) as show:
+        show("order of the layers")
+        parts = partition(model, workload.run, chosen.torch_device)
+        show("packing")
+        with Bench(model, parts, chosen, settings().cache_dir) as bench:
+            return measure(bench, workload, show)
+
+
+def estimate(profile: Profile, max_gpu_gb: float | str) -> list[Prediction]:
+    """Every setting predicted to fit the budget, the fastest first. Needs no device.
+
+    Raises: BudgetError, BudgetTooSmallError.
+    """
+    return rank(profile, parse_budget(max_gpu_gb))
+
+
+def floor(profile: Profile, max_gpu_gb: float | str) -> float:
+    """Seconds that no schedule can beat under the budget on the profiled hardware."""
+    return floor_s(profile, parse_budget(max_gpu_gb))
+
+
+def _continue(
+    repository: Repository,
+    name: str,
+    workload: Workload,
+    device: Device,
+    budget_bytes: int,
+    limits: Limits,
+    progress: bool,
+) -> Plan:
+    """Profile unless that is stored, validate what may win, store and return the best."""
+    from autosp.search.study import run_study  # optuna, which an answer from the database does not need
+
+    with _progress(progress) as show:
+        show("order of the layers")
+        parts, output = _plain_pass(workload, device)
+        show("packing")
+        reference = Reference(output, lambda: _plain_pass(workload, device)[1])
+        measured = repository.profile(name)
+        with Bench(workload.model, measured.partition if measured else parts, device, settings().cache_dir) as bench:
+            if measured is None:
+                measured = measure(bench, workload, show)
+                repository.save_profile(name, measured)
+            ranked = rank(measured, budget_bytes)
+            verdict = run_study(
+                repository,
+                name,
+                measured,
+                ranked,
+                budget_bytes,
+                lambda candidate: validate(bench, workload, candidate, reference, budget_bytes, show),
+                limits=limits,
+                progress=show,
+            )
+    if verdict.best is None:
+        raise _no_plan(measured, budget_bytes, repository.trials(name))
+    answer = Plan(
+        **_identity(workload, device),
+        study_name=name,
+        budget_bytes=budget_bytes,
+        partition=measured.partition,
+        candidate=verdict.best.prediction.candidate,
+        prediction=verdict.best.prediction,
+        measurement=verdict.best.measurement,
+        floor_s=floor_s(measured, budget_bytes),
+        why=verdict.why,
+    )
+    repository.save_plan(name, answer)
+    return answer
+
+
+def _plain_pass(workload: Workload, device: Device) -> tuple[Partition, Any]:
+    """The layers, and the output, of one pass of the unstreamed model."""
+    outputs: list[Any] = []
+    parts = partition(workload.model, lambda: outputs.append(workload.run_seeded()), device.torch_device)
+    return parts, outputs[0]
+
+
+def _identity(workload: Workload, device: Device) -> dict[str, Any]:
+    """What a plan is for, and what made it."""
+    key = workload.key(device, 0)
+    return {
+        "autosp_version": version("autosp"),
+        "torch_version": device.info.torch_version,
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "mode": workload.mode,
+        "model_name": key.model_name,
+        "model_fingerprint": key.model_fingerprint,
+        "batch_signature": key.batch_signature,
+        "device": device.info,
+    }
+
+
+def _candidate(k: int, k_prime: int, residents: int, visited: list[int]) -> Candidate:
+    """The user's numbers, checked. k' beyond the ring would move layers that have no place to go."""
+    for name, value, least in (("k", k, 1), ("k_prime", k_prime, 1), ("residents", residents, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise SettingError(f"{name}={value!r}: pass a whole number of at least {least}")
+    if k > len(visited):
+        raise SettingError(f"k={k}: the pass visits {len(visited)} layers only")
+    if residents > k or (residents < len(visited) and k - residents < k_prime):
+        raise SettingError(
+            f"k={k} with residents={residents} leaves {max(0, k - residents)} places for streamed layers, too few to move "
+            f"k_prime={k_prime} at a time; raise k to at least {min(residents + k_prime, len(visited))}"
+        )
+    return Candidate(k=k, k_prime=k_prime, residents=tuple(sorted(evenly_spread(visited, residents))))
+
+
+def _no_plan(profile: Profile, budget_bytes: int, trials: list[Trial]) -> AutospError:
+    """Every candidate that was predicted to fit failed on the device."""
+    differing = [trial for trial in trials if trial.measurement.outcome is Outcome.OUTPUT_DIFFERS]
+    if differing:
+        return OutputMismatchError(
+            f"{len(differing)} of {len(trials)} validated plans gave another output than the plain model, "
+            f"{differing[0].prediction.candidate.label()} first, and no other fits; nothing is returned"
+        )
+    least = min(trial.measurement.peak_bytes for trial in trials)
+    layer = max(profile.partition.layers, key=lambda layer: layer.n_bytes)
+    return BudgetTooSmallError(
+        f"all {len(trials)} validated plans took more than {budget_bytes / 1e9:.4g} GB on the device; the least was "
+        f"{least / 1e9:.4g} GB, set by layer {layer.index} ({layer.name}); try max_gpu_gb={least * 1.02 / 1e9:.3f}",
+        budget_bytes=budget_bytes,
+        least_bytes=least,
+        layer=layer.name,
+    )
+
+
+@contextmanager
+def _progress(visible: bool) -> Iterator[Progress]:
+    """A bar that counts steps and names the one that is running."""
+    with tqdm(disable=not visible, desc="autosp", bar_format="{desc}: {n_fmt} steps [{elapsed}] {postfix}") as bar:
+
+        def show(text: str) -> None:
+            bar.set_postfix_str(text, refresh=False)
+            bar.update()
+
+        yield show
