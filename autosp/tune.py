@@ -19,7 +19,7 @@ from autosp.partition import partition
 from autosp.profiler import measure
 from autosp.runtime.bench import Bench
 from autosp.search.limits import Limits
-from autosp.search.space import evenly_spread, rank
+from autosp.search.space import evenly_spread, rank, suggested_gb
 from autosp.search.validate import Reference, validate
 from autosp.settings import settings
 from autosp.spec import Candidate, Outcome, Partition, Plan, Prediction, Profile, Trial
@@ -274,7 +274,7 @@ def _no_plan(profile: Profile, budget_bytes: int, trials: list[Trial]) -> Autosp
     layer = max(profile.partition.layers, key=lambda layer: layer.n_bytes)
     return BudgetTooSmallError(
         f"all {len(trials)} validated plans took more than {budget_bytes / 1e9:.4g} GB on the device; the least was "
-        f"{least / 1e9:.4g} GB, set by layer {layer.index} ({layer.name}); try max_gpu_gb={least * 1.02 / 1e9:.3f}",
+        f"{least / 1e9:.4g} GB, set by layer {layer.index} ({layer.name}); try max_gpu_gb={suggested_gb(least)}",
         budget_bytes=budget_bytes,
         least_bytes=least,
         layer=layer.name,

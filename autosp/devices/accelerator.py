@@ -85,7 +85,7 @@ class AcceleratorDevice:
         self._baseline = self._module.memory_reserved(self.torch_device)
 
     def originals_freed(self, n_bytes: int) -> None:
-        """Host memory is not counted."""
+        """Host memory is not counted: the peak goes on."""
 
     def peak_bytes(self) -> int:
         """Bytes that torch's allocator reserved at most, less those reserved at the start."""

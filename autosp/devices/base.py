@@ -70,7 +70,10 @@ class Device(Protocol):
         """Give unused memory back and begin a new peak, counted from what is in use now."""
 
     def originals_freed(self, n_bytes: int) -> None:
-        """Weights that were in use in host memory at the start are freed: what replaced them counts in full."""
+        """Begin a new peak: the `n_bytes` of the plan's that are in use now count, nothing else does.
+
+        Called when weights that were in host memory have been freed, after device memory replaced them.
+        """
 
     def peak_bytes(self) -> int:
         """Most memory in use since `start_measuring`, beyond what was in use then."""

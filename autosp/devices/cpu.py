@@ -123,10 +123,9 @@ class CpuDevice:
         self._baseline = _status_bytes("VmRSS")
 
     def originals_freed(self, n_bytes: int) -> None:
-        """Lower the baseline by them, and forget the moment in which both copies existed."""
-        _trim_heap()
+        """A new baseline, which the freed originals are no part of; the moment with both copies is forgotten."""
+        self.start_measuring()
         self._baseline -= n_bytes
-        self.restart_peak()
 
     def peak_bytes(self) -> int:
         """Peak resident memory of the process, from the kernel, less the baseline."""

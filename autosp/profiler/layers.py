@@ -38,12 +38,13 @@ def observe(bench: Bench, run: Callable[[], Any], progress: Callable[[str], None
     try:
         samples: list[float] = []
         progress("cold pass")
-        cold_s = _timed(device, run)
+        cold_s, output = _timed(device, run)
+        output = run()  # as in a loop, an output lives until the next pass has made its own
         warm_peak = device.peak_bytes()
         progress("memory pass")
         memory = _MemoryObserver(device, plan_bytes)
         streamed.observe(memory)
-        run()
+        output = run()
         passes: list[_TimeObserver] = []
         moved_before = streamed.stats().moved_bytes
         for index in range(TIMED_PASSES):
@@ -51,10 +52,11 @@ def observe(bench: Bench, run: Callable[[], Any], progress: Callable[[str], None
             timer = _TimeObserver(device)
             streamed.observe(timer)
             timer.begin()
-            run()
+            output = run()
             timer.end()
             samples.append(timer.total_s())
             passes.append(timer)
+        del output
         stats = streamed.stats()
     finally:
         streamed.remove()
@@ -76,12 +78,12 @@ def observe(bench: Bench, run: Callable[[], Any], progress: Callable[[str], None
     )
 
 
-def _timed(device: Device, run: Callable[[], Any]) -> float:
+def _timed(device: Device, run: Callable[[], Any]) -> tuple[float, Any]:
     start = device.stamp()
-    run()
+    output = run()
     end = device.stamp()
     device.synchronize()
-    return device.seconds(start, end)
+    return device.seconds(start, end), output
 
 
 @dataclass

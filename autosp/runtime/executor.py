@@ -164,6 +164,7 @@ class Executor:
             layer.leave()
         for group in self._group_of.values():
             group.rivals.clear()  # groups name each other: a cycle would keep the arena until the next collection
+        self._by_index.clear()
         self._group_of.clear()
         self._start.clear()
         self._after.clear()

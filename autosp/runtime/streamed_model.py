@@ -131,6 +131,7 @@ class StreamedModel(Generic[M]):
         else:
             self._restore()
         self._layers = []
+        self._wrappers = []
         self._resident_memory = torch.empty(0, dtype=torch.uint8)
         self._on_close()
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from autosp.spec import Prediction, Trial
 
@@ -14,6 +15,12 @@ PRIOR_ERROR = 0.10
 
 PRIOR_WEIGHT = 0.3
 """How strongly the factors are held at 1, in trials."""
+
+OUTLIER_ERROR = 0.25
+OUTLIER_RATIO = 4
+"""A residual above both of these, the second times the median residual, is a disturbed trial's."""
+
+Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,8 @@ class Correction:
 def learn(trials: Sequence[Trial]) -> Correction:
     """Fit both factors by least squares of relative errors, held at 1 by a weak prior.
 
-    The error left is the largest residual seen, and no less than the prior's share that the trials have not worn off.
+    A trial far off all others was disturbed (a machine has neighbours) and is left out of a second fit. The error is
+    the largest residual of the others, and no less than the prior's share that the trials have not worn off.
     """
     timed = [trial for trial in trials if trial.measurement.samples_s]
     extra = max((t.measurement.peak_bytes - t.prediction.peak_bytes for t in timed), default=0)
@@ -50,12 +58,19 @@ def learn(trials: Sequence[Trial]) -> Correction:
         return Correction(1.0, 1.0, PRIOR_ERROR, 0)
     measured = np.array([trial.measurement.latency_s for trial in timed])
     stall = np.array([trial.prediction.stall_s for trial in timed])
-    compute = np.array([trial.prediction.latency_s for trial in timed]) - stall
-    rows = np.stack([compute / measured, stall / measured], axis=1)
+    parts = np.stack([np.array([trial.prediction.latency_s for trial in timed]) - stall, stall], axis=1)
+    factors, residuals = _fit(parts, measured)
+    usual = residuals <= max(OUTLIER_ERROR, OUTLIER_RATIO * float(np.median(residuals)))
+    if not usual.all():
+        factors, residuals = _fit(parts[usual], measured[usual])
+    error = max(float(residuals.max()), PRIOR_ERROR / (1 + len(residuals)))
+    return Correction(float(factors[0]), float(factors[1]), min(error, 0.5), max(0, int(extra)))
+
+
+def _fit(parts: Array, measured: Array) -> tuple[Array, Array]:
+    """Factors of compute and stall [2], and the relative residual of each trial [N]."""
     held = np.sqrt(PRIOR_WEIGHT) * np.eye(2)
-    target = np.concatenate([np.ones(len(timed)), np.sqrt(PRIOR_WEIGHT) * np.ones(2)])
-    (compute_factor, stall_factor), *_ = np.linalg.lstsq(np.concatenate([rows, held]), target, rcond=None)
-    corrected = compute_factor * compute + stall_factor * stall
-    residual = float(np.max(np.abs(corrected / measured - 1)))
-    error = max(residual, PRIOR_ERROR / (1 + len(timed)))
-    return Correction(float(compute_factor), float(stall_factor), min(error, 0.5), max(0, int(extra)))
+    rows = np.concatenate([parts / measured[:, None], held])
+    target = np.concatenate([np.ones(len(measured)), np.sqrt(PRIOR_WEIGHT) * np.ones(2)])
+    factors, *_ = np.linalg.lstsq(rows, target, rcond=None)
+    return factors, np.abs(parts @ factors / measured - 1)

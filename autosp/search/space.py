@@ -18,6 +18,16 @@ PINNED_FIRST = 3
 """How many of the largest layer sizes may be made resident first, so that the ring is cut for the smaller ones."""
 
 
+HEAP_NOISE_SHARE = 0.02
+"""On a CPU the heap's peak differs from run to run by this share of a budget: it is left free. The caching allocator of
+an accelerator has no such noise, and a cap that holds."""
+
+
+def usable_bytes(profile: Profile, budget_bytes: int) -> int:
+    """The budget less what repeated runs of one plan may differ by."""
+    return budget_bytes - (int(budget_bytes * HEAP_NOISE_SHARE) if profile.device.kind == "cpu" else 0)
+
+
 def rank(profile: Profile, budget_bytes: int) -> list[Prediction]:
     """Every candidate predicted to fit, the fastest first; of equally fast ones, the one with less memory.
 
@@ -26,11 +36,12 @@ def rank(profile: Profile, budget_bytes: int) -> list[Prediction]:
 
     Raises: BudgetTooSmallError if nothing is predicted to fit.
     """
-    candidates = dict.fromkeys([*_filled(profile, budget_bytes), *grid(profile), *sliding_windows(profile)])
+    usable = usable_bytes(profile, budget_bytes)
+    candidates = dict.fromkeys([*_filled(profile, usable), *grid(profile), *sliding_windows(profile)])
     candidates[all_resident(profile)] = None
     best: dict[tuple[int, int, int], Prediction] = {}
     for prediction in predict(profile, list(candidates)):
-        if prediction.peak_bytes > budget_bytes:
+        if prediction.peak_bytes > usable:
             continue
         key = key_of(prediction.candidate)
         if key not in best or _order(prediction) < _order(best[key]):
@@ -86,7 +97,7 @@ def too_small(profile: Profile, budget_bytes: int) -> BudgetTooSmallError:
         f"no setting fits {budget_bytes / 1e9:.4g} GB: the least that works is {least / 1e9:.4g} GB. It is set by layer "
         f"{layer.index} ({layer.name}), {layer.n_bytes / 1e9:.4g} GB at once, beside "
         f"{profile.partition.resident_bytes / 1e9:.4g} GB that must be resident and "
-        f"{profile.workspace_bytes / 1e9:.4g} GB of activations and workspace; try max_gpu_gb={least * 1.02 / 1e9:.3f}",
+        f"{profile.workspace_bytes / 1e9:.4g} GB of activations and workspace; try max_gpu_gb={suggested_gb(least)}",
         budget_bytes=budget_bytes,
         least_bytes=least,
         layer=layer.name,
@@ -96,6 +107,11 @@ def too_small(profile: Profile, budget_bytes: int) -> BudgetTooSmallError:
 def evenly_spread(pool: Sequence[int], count: int) -> tuple[int, ...]:
     """`count` of the pool at even distances, so that streamed layers have compute between them to hide behind."""
     return tuple(pool[int((position + 0.5) * len(pool) / count)] for position in range(count))
+
+
+def suggested_gb(least_bytes: int) -> str:
+    """A budget in which a plan of that peak fits with room for noise."""
+    return f"{least_bytes * (1 + 2 * HEAP_NOISE_SHARE) / 1e9:.3f}"
 
 
 def _order(prediction: Prediction) -> tuple[float, int]:

@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 from autosp.search.correction import learn
 from autosp.search.limits import Limits
 from autosp.search.sampler import PARAMETERS, CostModelSampler
-from autosp.search.space import all_resident, key_of
+from autosp.search.space import all_resident, key_of, usable_bytes
 from autosp.spec import Candidate, Measurement, Outcome, Prediction, Profile, Trial
 from autosp.store.trials import running_trial
 
@@ -52,7 +52,8 @@ def run_study(
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = repository.optuna_storage()
-    sampler = CostModelSampler(ranked, budget_bytes)
+    usable = usable_bytes(profile, budget_bytes)
+    sampler = CostModelSampler(ranked, usable)
     study = optuna.create_study(study_name=name, storage=storage, sampler=sampler, load_if_exists=True)
     study.set_user_attr("autosp_fingerprint", repository.study_key(name).fingerprint)
     trials = repository.trials(name)
@@ -61,7 +62,7 @@ def run_study(
         if baseline not in {key_of(trial.prediction.candidate) for trial in trials}:
             study.enqueue_trial(dict(zip(PARAMETERS, baseline, strict=True)), skip_if_exists=True)
     while True:
-        verdict = judge(trials, ranked, budget_bytes)
+        verdict = judge(trials, ranked, usable)
         waiting = bool(study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
         if verdict.finished and not waiting:
             return verdict
@@ -81,7 +82,7 @@ def run_study(
         trials.append(done)
 
 
-def judge(trials: Sequence[Trial], ranked: Sequence[Prediction], budget_bytes: int) -> Verdict:
+def judge(trials: Sequence[Trial], ranked: Sequence[Prediction], usable_bytes: int) -> Verdict:
     """Whether any unvalidated candidate's optimistic prediction beats the best measurement, by more than a tolerance."""
     fitting = [trial for trial in trials if trial.measurement.outcome is Outcome.FITS]
     best = min(fitting, key=lambda trial: (trial.measurement.latency_s, trial.measurement.peak_bytes), default=None)
@@ -90,7 +91,7 @@ def judge(trials: Sequence[Trial], ranked: Sequence[Prediction], budget_bytes: i
     rivals = [
         prediction
         for prediction in ranked
-        if key_of(prediction.candidate) not in tried and correction.peak_bytes(prediction) <= budget_bytes
+        if key_of(prediction.candidate) not in tried and correction.peak_bytes(prediction) <= usable_bytes
     ]
     if best is None:
         return Verdict(None, "no validated candidate fits the budget", finished=not rivals and bool(trials))

@@ -18,7 +18,7 @@ from autosp.errors import DiskFullError, ReadError, TierError
 from autosp.partition import BoundLayer
 from autosp.partition.tensors import LAYER_ALIGNMENT
 
-CHUNK_BYTES = 8 * 2**20
+CHUNK_BYTES = 32 * 2**20
 """Bytes per read: large enough for the disk's full speed, small enough to share it."""
 
 RETRIES = 2

@@ -1,0 +1,325 @@
+"""The command line. Every command is a thin call of the library and a picture or table of its answer.
+
+Exit codes: 0; 1 for what the model itself raises, with its traceback; 2 for a mistake that autosp can explain; 130
+after Ctrl-C, with how to go on.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+try:
+    import typer
+
+    from autosp.answers import draw_front, kept_study, print_study, read_study, show_answer
+    from autosp.terminal import Commands, budget_of, check_folder, console, interruptible, load_plots, save, tell
+except ImportError as missing:  # the console script exists without the extra, too
+    raise SystemExit(f"the command line needs {missing.name}: pip install 'autosp[cli]'") from missing
+
+from autosp.errors import SettingError, StudyNotFoundError
+from autosp.factory import make_subject
+from autosp.spec import Plan, Trial
+
+if TYPE_CHECKING:
+    from autosp.devices import Device
+    from autosp.report.tables import Pass
+    from autosp.runtime.streamed_model import StreamedModel
+    from autosp.workload import Workload
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+database = typer.Typer(no_args_is_help=True, help="The database of studies.")
+app.add_typer(database, name="db")
+
+Factory = Annotated[str, typer.Argument(metavar="MODULE:FACTORY", help="Makes (model, batch) or (model, batch, step).")]
+Study = Annotated[str, typer.Argument(metavar="STUDY", help="`autosp studies` lists them.")]
+Storage = Annotated[str | None, typer.Option(help="Path or URL of the database. Default: AUTOSP_STORAGE.")]
+DeviceName = Annotated[str | None, typer.Option("--device", help="Default: the accelerator if there is one.")]
+Budget = Annotated[str, typer.Option("--max-gpu-gb", help="GB (10^9 bytes), or with a unit: 8GiB, 900MB.")]
+MaxTrials = Annotated[int | None, typer.Option(help="Most validations of the study.")]
+Timeout = Annotated[float | None, typer.Option("--timeout-s", help="Seconds after which no validation begins.")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", dir_okay=False, help="Write the plan here, as JSON.")]
+Plot = Annotated[Path | None, typer.Option(dir_okay=False, help="Draw a picture: .png, .svg or .pdf.")]
+
+
+def main() -> None:
+    """The `autosp` command."""
+    app()
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Run a PyTorch model that does not fit, under a hard memory budget, planned and measured for you."""
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"autosp {installed('autosp')}")
+        raise typer.Exit
+
+
+@app.command()
+def tune(
+    factory: Factory,
+    max_gpu_gb: Budget,
+    storage: Storage = None,
+    study_name: Annotated[str | None, typer.Option(help="Default: made from the model's name.")] = None,
+    max_trials: MaxTrials = None,
+    timeout_s: Timeout = None,
+    device: DeviceName = None,
+    seed: Annotated[int, typer.Option(help="Of the pass whose outputs are compared.")] = 0,
+    output: Output = None,
+) -> None:
+    """Find the fastest plan under a memory budget, measured on this device."""
+    import autosp
+
+    check_folder(output)
+    subject = make_subject(factory)
+    began = datetime.now(UTC).isoformat(timespec="seconds")
+    budget = budget_of(max_gpu_gb)
+    with interruptible(factory, storage, device, lambda: study_name or kept_study(subject, budget, device, storage)):
+        plan = autosp.tune(
+            subject.model,
+            subject.batch,
+            budget,
+            step=subject.step,
+            device=device,
+            storage=storage,
+            study_name=study_name,
+            max_trials=max_trials,
+            timeout_s=timeout_s,
+            seed=seed,
+            progress=sys.stderr.isatty(),
+        )
+    if plan.created_at < began:
+        tell(f"answered from the database: study {plan.study_name} of {plan.created_at}")
+    show_answer(plan, storage, output)
+
+
+@app.command()
+def resume(
+    study: Study,
+    factory: Factory,
+    storage: Storage = None,
+    max_trials: MaxTrials = None,
+    timeout_s: Timeout = None,
+    device: DeviceName = None,
+    output: Output = None,
+) -> None:
+    """Continue an interrupted study, or a finished one with a higher limit. Nothing that was measured is repeated."""
+    import autosp
+
+    check_folder(output)
+    read_study(study, storage)  # a wrong name is known before the model is made
+    subject = make_subject(factory)
+    with interruptible(factory, storage, device, lambda: study):
+        plan = autosp.resume(
+            study,
+            subject.model,
+            subject.batch,
+            step=subject.step,
+            device=device,
+            storage=storage,
+            max_trials=max_trials,
+            timeout_s=timeout_s,
+            progress=sys.stderr.isatty(),
+        )
+    show_answer(plan, storage, output)
+
+
+@app.command()
+def estimate(
+    max_gpu_gb: Budget,
+    factory: Annotated[str | None, typer.Argument(metavar="[MODULE:FACTORY]", help="Measured now.")] = None,
+    study: Annotated[str | None, typer.Option(help="Take this study's stored profile: no model is needed.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="How many predictions to print.")] = 10,
+    storage: Storage = None,
+    device: DeviceName = None,
+    plot: Plot = None,
+) -> None:
+    """Predict every setting under a budget, without validating any."""
+    import autosp
+    from autosp.report.tables import predictions_table
+    from autosp.workload import parse_budget
+
+    if (factory is None) == (study is None):
+        raise SettingError("name what to estimate: either MODULE:FACTORY or --study, one of them")
+    budget = budget_of(max_gpu_gb)
+    budget_bytes = parse_budget(budget)
+    trials: list[Trial] = []
+    if plot is not None:
+        load_plots().checked_path(plot)
+    if factory is not None:
+        subject = make_subject(factory)
+        profile = autosp.profile(
+            subject.model, subject.batch, step=subject.step, device=device, progress=sys.stderr.isatty()
+        )
+    else:
+        stored = read_study(str(study), storage)
+        if stored.profile is None:
+            raise StudyNotFoundError(f"study {study!r} has no profile yet: continue it with `autosp resume`")
+        profile, trials = stored.profile, stored.trials
+    ranked = autosp.estimate(profile, budget)
+    console().print(predictions_table(ranked, autosp.floor(profile, budget), top))
+    if plot is not None:
+        draw_front(profile, ranked, trials, budget_bytes, plot)
+
+
+@app.command()
+def studies(storage: Storage = None) -> None:
+    """List the studies in the database."""
+    from autosp.report.tables import studies_table
+    from autosp.studies import list_studies
+
+    found = list_studies(storage)
+    if not found:
+        tell("no studies yet: `autosp tune` makes one")
+    else:
+        console().print(studies_table(found))
+
+
+@app.command()
+def show(study: Study, storage: Storage = None, plot: Plot = None) -> None:
+    """Print a study's trials, plan, layers and link; draw its plan's timeline."""
+    from autosp.report.tables import layers_table, link_table
+
+    if plot is not None:
+        load_plots().checked_path(plot)
+    stored = read_study(study, storage)
+    plan, profile = stored.plan, stored.profile
+    if profile is not None:
+        console().print(layers_table(profile), link_table(profile.link), sep="\n")
+    print_study(stored)
+    if plan is None:
+        tell(f"study {study} is unfinished: go on with `autosp resume {shlex.quote(study)} MODULE:FACTORY`")
+    if plot is not None:
+        if plan is None or profile is None:
+            raise StudyNotFoundError(f"study {study!r} has no plan to draw yet")
+        load_plots().timeline(profile, plan.candidate, plot, plan.budget_bytes)
+
+
+@app.command()
+def export(
+    study: Annotated[str | None, typer.Argument(metavar="[STUDY]")] = None,
+    output: Output = None,
+    schema: Annotated[bool, typer.Option("--schema", help="The JSON Schema of a plan instead.")] = False,
+    storage: Storage = None,
+) -> None:
+    """Write a study's plan as JSON, to a file or to the terminal."""
+    import json
+
+    from autosp.studies import load_plan
+
+    if schema == (study is not None):
+        raise SettingError("name a study, or pass --schema, one of them")
+    check_folder(output)
+    if study is None:
+        text = json.dumps(Plan.model_json_schema(), indent=2)
+        if output is None:
+            typer.echo(text)
+        else:
+            output.write_text(text + "\n", encoding="utf-8")
+        return
+    plan = load_plan(study, storage)
+    if output is None:
+        typer.echo(plan.model_dump_json(indent=2))
+    else:
+        save(plan, output)
+
+
+@app.command()
+def run(
+    factory: Factory,
+    plan: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="A plan's JSON.")],
+    passes: Annotated[int, typer.Option(min=1)] = 5,
+) -> None:
+    """Run a model under a plan, and compare what it takes with what the plan promised."""
+    import autosp
+    from autosp.batch import signature
+    from autosp.devices import choose_device
+    from autosp.report.tables import passes_table, run_table
+    from autosp.workload import Workload
+
+    promised = Plan.load(plan)
+    subject = make_subject(factory)
+    device = choose_device(promised.device.kind)
+    workload = Workload.of(subject.model, subject.batch, subject.step, promised.mode, device)
+    if signature(workload.batch) != promised.batch_signature:
+        tell(f"the plan is for {promised.batch_signature}: its figures do not hold for {signature(workload.batch)}")
+    streamed = autosp.apply(subject.model, promised)
+    with streamed:
+        done = [_timed_pass(workload, device, streamed) for _ in range(passes)]
+        peak_bytes = streamed.stats().peak_bytes
+    console().print(passes_table(done, promised.floor_s), run_table(promised, done, peak_bytes), sep="\n")
+
+
+@app.command()
+def doctor(
+    storage: Storage = None,
+    device: DeviceName = None,
+    probe_mb: Annotated[float, typer.Option(min=0, help="Megabytes of the link's probe; 0 leaves it out.")] = 256,
+) -> None:
+    """Say what autosp finds here: versions, device, memory, disk, database, and the link's measured bandwidth."""
+    from autosp.devices import choose_device
+    from autosp.doctor import facts, probe_link
+    from autosp.report.tables import facts_table, link_table
+
+    chosen = choose_device(device)
+    console().print(facts_table("autosp doctor", facts(chosen, storage)))
+    if probe_mb:
+        console().print(link_table(probe_link(chosen, round(probe_mb * 1e6))))
+    chosen.close()
+
+
+@app.command()
+def demo(
+    model: Annotated[str, typer.Option(help="minilm, or llama-1b.")] = "minilm",
+    max_gpu_gb: Annotated[str | None, typer.Option("--max-gpu-gb", help="Default: what the demo suggests.")] = None,
+    storage: Storage = None,
+    output: Annotated[Path, typer.Option("--output", "-o", dir_okay=False, help="Where the plan goes.")] = Path(
+        "plan.json"
+    ),
+) -> None:
+    """Tune a well-known model and see what streaming makes of it."""
+    from autosp.demo import run as run_demo
+
+    check_folder(output)
+    budget = None if max_gpu_gb is None else budget_of(max_gpu_gb)
+    run_demo(model, max_gpu_gb=budget, storage=storage, output=output)
+
+
+@database.command()
+def upgrade(storage: Storage = None) -> None:
+    """Bring the database to this version's schema; an SQLite file is copied first."""
+    from autosp.store.engine import open_engine, shown, storage_url
+    from autosp.store.migrate import upgrade as bring_up
+
+    engine = open_engine(storage_url(storage))
+    try:
+        done = bring_up(engine)
+    finally:
+        engine.dispose()
+    change = f"already at {done.new}" if done.old == done.new else f"{done.old or 'no schema'} -> {done.new}"
+    typer.echo(f"{shown(engine.url)}: {change}")
+    if done.backup is not None:
+        typer.echo(f"the database as it was: {done.backup}")
+
+
+def _timed_pass(workload: Workload, device: Device, streamed: StreamedModel[Any]) -> Pass:
+    from autosp.report.tables import Pass
+
+    before = streamed.stats()
+    begin = device.stamp()
+    workload.run()
+    end = device.stamp()
+    device.finish_compute()
+    after = streamed.stats()
+    return Pass(
+        seconds=device.seconds(begin, end),
+        moved_bytes=after.moved_bytes - before.moved_bytes,
+        misses=after.misses - before.misses,
+    )

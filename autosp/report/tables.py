@@ -1,0 +1,283 @@
+"""Records as rich tables. The only module of the report that needs rich, and none of it needs torch."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from autosp.report.units import NOTHING, error, percent, ranges, rate, ratio, seconds, size
+from autosp.spec import (
+    Candidate,
+    LayerProfile,
+    LinkProfile,
+    Outcome,
+    Partition,
+    Plan,
+    Prediction,
+    Profile,
+    StudySummary,
+    Trial,
+)
+
+CHOSEN = "bold green"
+FAILED = "red"
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass of an applied plan."""
+
+    seconds: float
+    moved_bytes: int
+    misses: int
+
+
+def facts_table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
+    """Names and values, one per line."""
+    table = _table(title)
+    table.show_header = False
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, Text(value))
+    return table
+
+
+def trials_table(
+    trials: Sequence[Trial], budget_bytes: int, floor_s: float | None, chosen: Candidate | None = None
+) -> Table:
+    """What was validated: predicted beside measured, the fastest first, those that failed last.
+
+    `chosen` is marked, and so are the trivial plans: everything resident, and plain sliding windows.
+    """
+    floor = "" if floor_s is None else f", floor {seconds(floor_s)}"
+    table = _table(f"Trials under {size(budget_bytes)}{floor}")
+    _numbers(table, "trial", "k", "k'", "residents", "predicted\nlatency", "measured\nlatency", "error", "T/floor")
+    _numbers(table, "predicted\npeak", "measured\npeak")
+    table.add_column("outcome", no_wrap=True)
+    table.add_column("")
+    for trial in sorted(trials, key=_by_outcome):
+        said, found = trial.prediction, trial.measurement
+        won = said.candidate == chosen
+        timed = found.latency_s if found.samples_s else None
+        over = found.outcome is Outcome.OUT_OF_MEMORY
+        table.add_row(
+            str(trial.number),
+            *_setting(said.candidate),
+            seconds(said.latency_s),
+            seconds(timed),
+            error(said.latency_s, timed) if timed else NOTHING,
+            ratio(timed, floor_s),
+            size(said.peak_bytes),
+            f"> {size(budget_bytes)}" if over else size(found.peak_bytes),
+            "chosen" if won else found.outcome.value,
+            _trivial(said.candidate),
+            style=CHOSEN if won else None if found.outcome is Outcome.FITS else FAILED,
+        )
+    return table
+
+
+def predictions_table(predictions: Sequence[Prediction], floor_s: float, limit: int) -> Table:
+    """The first `limit` of ranked predictions."""
+    shown = min(limit, len(predictions))
+    table = _table(f"Predictions, the best {shown} of {len(predictions)}; floor {seconds(floor_s)}")
+    _numbers(table, "rank", "k", "k'", "residents", "latency", "T/floor", "stall", "moved/pass", "peak")
+    table.add_column("")
+    for position, prediction in enumerate(predictions[:limit], start=1):
+        table.add_row(
+            str(position),
+            *_setting(prediction.candidate),
+            seconds(prediction.latency_s),
+            ratio(prediction.latency_s, floor_s),
+            seconds(prediction.stall_s),
+            size(prediction.moved_bytes),
+            size(prediction.peak_bytes),
+            _trivial(prediction.candidate),
+        )
+    return table
+
+
+def studies_table(summaries: Sequence[StudySummary]) -> Table:
+    """One line per study, in the order given."""
+    table = _table(f"{len(summaries)} studies" if len(summaries) != 1 else "1 study")
+    table.add_column("study", no_wrap=True)
+    table.add_column("model", no_wrap=True)
+    table.add_column("batch", overflow="fold", max_width=40)
+    _numbers(table, "budget", "trials", "latency", "peak")
+    table.add_column("state", no_wrap=True)
+    table.add_column("created", no_wrap=True)
+    for summary in summaries:
+        table.add_row(
+            Text(summary.name),
+            Text(summary.key.model_name),
+            Text(summary.key.batch_signature),
+            size(summary.key.budget_bytes),
+            str(summary.trials),
+            seconds(summary.best_latency_s),
+            size(summary.peak_bytes),
+            "finished" if summary.finished else "unfinished",
+            summary.created_at[:16].replace("T", " "),
+        )
+    return table
+
+
+def plan_table(plan: Plan) -> Table:
+    """A plan, what it promises, what was measured of it, and why it was chosen."""
+    found, said, candidate = plan.measurement, plan.prediction, plan.candidate
+    latency_s = found.latency_s if found is not None else None
+    rows = [
+        ("model", f"{plan.model_name} on {plan.batch_signature}"),
+        ("device", f"{plan.device.name}, weights stream from {plan.device.slow_tier.value}"),
+        ("layers", _layers(plan.partition)),
+        ("setting", f"k={candidate.k}, k'={candidate.k_prime}: {candidate.ring} layers in the ring"),
+        ("residents", _residents(candidate, plan.partition)),
+    ]
+    if said is not None:
+        rows.append(("predicted", f"{seconds(said.latency_s)} a pass, {seconds(said.stall_s)} of it stalled"))
+    if found is not None:
+        moved = f"{size(found.moved_bytes)} moved, {found.misses} misses" if found.moved_bytes else "nothing moved"
+        rows.append(("measured", f"{seconds(latency_s)} a pass, the first {seconds(found.cold_latency_s)}; {moved}"))
+    if plan.floor_s is not None:
+        bound = f"no schedule can take less than {seconds(plan.floor_s)}"
+        rows.append(("T / floor", f"{ratio(latency_s, plan.floor_s)}: {bound}"))
+    if found is not None:
+        share = f", {percent(found.peak_bytes, plan.budget_bytes)} of the budget" if plan.budget_bytes else ""
+        rows.append(("peak", f"{size(found.peak_bytes)}{share}"))
+    if plan.budget_bytes is not None:
+        rows.append(("budget", size(plan.budget_bytes)))
+    rows.append(("why", plan.why or NOTHING))
+    return facts_table("Plan" if plan.study_name is None else f"Plan of study {plan.study_name}", rows)
+
+
+def layers_table(profile: Profile) -> Table:
+    """Every layer: its bytes, its compute over a period, and the time that its transfer takes alone."""
+    visits: defaultdict[int, list[LayerProfile]] = defaultdict(list)
+    for visit in profile.visits:
+        visits[visit.layer].append(visit)
+    link, partition = profile.link, profile.partition
+    periods = f", {partition.repeats} periods a pass" if partition.repeats > 1 else ""
+    table = _table(f"Layers, in the order of their first visit{periods}", show_footer=True)
+    transfers_s = [link.latency_s + layer.n_bytes / link.bytes_per_s for layer in partition.layers]
+    compute_s = {index: sum(visit.forward_s for visit in mine) for index, mine in visits.items()}
+    _numbers(table, "layer")
+    table.add_column("name", "all layers", overflow="fold")
+    _numbers(table, "visits", "tensors")
+    for header, total in (
+        ("size", size(partition.streamable_bytes)),
+        ("compute", seconds(sum(compute_s.values()))),
+        ("transfer", seconds(sum(transfers_s))),
+    ):
+        table.add_column(header, total, justify="right", no_wrap=True)
+    _numbers(table, "transfer/compute", "output", "workspace")
+    for layer, transfer_s in zip(partition.layers, transfers_s, strict=True):
+        mine = visits[layer.index]
+        table.add_row(
+            str(layer.index),
+            Text(layer.name or "(the model itself)"),
+            str(len(mine)),
+            str(len(layer.tensors)),
+            size(layer.n_bytes),
+            seconds(compute_s.get(layer.index)),
+            seconds(transfer_s),
+            ratio(transfer_s, compute_s.get(layer.index)),
+            size(max(visit.output_bytes for visit in mine)) if mine else NOTHING,
+            size(max(visit.peak_bytes for visit in mine)) if mine else NOTHING,
+        )
+    return table
+
+
+def link_table(link: LinkProfile) -> Table:
+    """The sweep over transfer sizes, the line through it, and what link and compute cost each other."""
+    table = _table(f"Link {link.source.value} → {link.target.value}")
+    _numbers(table, "transfer", "time", "bandwidth")
+    for point in link.points:
+        table.add_row(size(point.n_bytes), seconds(point.seconds), rate(point.n_bytes / point.seconds))
+    table.add_section()
+    table.add_row("fitted", f"{seconds(link.latency_s)} +", rate(link.bytes_per_s))
+    table.add_row("under compute", f"× {link.link_slowdown:.2f}", rate(link.bytes_per_s / link.link_slowdown))
+    table.add_row("compute meanwhile", f"× {link.compute_slowdown:.2f}", "")
+    return table
+
+
+def passes_table(passes: Sequence[Pass], floor_s: float | None) -> Table:
+    """Every pass of a run. The first one finds empty buffers."""
+    table = _table("Passes")
+    _numbers(table, "pass", "latency", "T/floor", "moved", "misses")
+    for position, one in enumerate(passes, start=1):
+        table.add_row(
+            str(position), seconds(one.seconds), ratio(one.seconds, floor_s), size(one.moved_bytes), str(one.misses)
+        )
+    return table
+
+
+def run_table(plan: Plan, passes: Sequence[Pass], peak_bytes: int) -> Table:
+    """What a run took, beside what its plan promised."""
+    latency_s = median(one.seconds for one in passes[1:] or passes)
+    steady = f"median of passes 2 to {len(passes)}" if len(passes) > 1 else "one pass, with empty buffers"
+    rows = [("latency", f"{seconds(latency_s)}, {steady}")]
+    if plan.prediction is not None and plan.measurement is not None:
+        promised_s, measured_s = plan.prediction.latency_s, plan.measurement.latency_s
+        rows.append(("promised", f"{seconds(promised_s)} predicted, {seconds(measured_s)} measured by its study"))
+    if plan.floor_s is not None:
+        rows.append(("T / floor", f"{ratio(latency_s, plan.floor_s)}, floor {seconds(plan.floor_s)}"))
+    share = ""
+    if plan.budget_bytes is not None:
+        share = f", {percent(peak_bytes, plan.budget_bytes)} of the budget of {size(plan.budget_bytes)}"
+    rows.append(("peak", f"{size(peak_bytes)}{share}"))
+    rows.append(("misses", str(sum(one.misses for one in passes))))
+    return facts_table("Run", rows)
+
+
+def _table(title: str, *, show_footer: bool = False) -> Table:
+    return Table(
+        title=Text(title),
+        title_style="bold",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_footer=show_footer,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+
+
+def _numbers(table: Table, *headers: str) -> None:
+    for header in headers:
+        table.add_column(header, justify="right", no_wrap=True)
+
+
+def _setting(candidate: Candidate) -> tuple[str, str, str]:
+    return str(candidate.k), str(candidate.k_prime), str(len(candidate.residents))
+
+
+def _trivial(candidate: Candidate) -> str:
+    """The baseline that a candidate is, if it is one."""
+    if not candidate.ring:
+        return "everything resident"
+    return "" if candidate.residents else "sliding window"
+
+
+def _by_outcome(trial: Trial) -> tuple[bool, float, int]:
+    found = trial.measurement
+    return found.outcome is not Outcome.FITS, found.latency_s or float("inf"), trial.number
+
+
+def _layers(partition: Partition) -> str:
+    periods = f", {partition.repeats} periods of {len(partition.visits)} visits" if partition.repeats > 1 else ""
+    return (
+        f"{len(partition.layers)} layers of {size(partition.streamable_bytes)} in all, the largest "
+        f"{size(max((layer.n_bytes for layer in partition.layers), default=0))}; "
+        f"{size(partition.resident_bytes)} beside them never move{periods}"
+    )
+
+
+def _residents(candidate: Candidate, partition: Partition) -> str:
+    if not candidate.residents:
+        return "none: a sliding window over all layers"
+    n_bytes = sum(partition.layers[index].n_bytes for index in candidate.residents)
+    return f"{len(candidate.residents)} layers, {size(n_bytes)}: {ranges(candidate.residents)}"
