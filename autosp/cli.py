@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 import sys
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -50,16 +51,19 @@ def main() -> None:
     app()
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"autosp {version('autosp')}")
+        raise typer.Exit
+
+
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version.")] = False,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Run a PyTorch model that does not fit, under a hard memory budget, planned and measured for you."""
-    if version:
-        from importlib.metadata import version as installed
-
-        typer.echo(f"autosp {installed('autosp')}")
-        raise typer.Exit
 
 
 @app.command()

@@ -8,7 +8,6 @@ A copy or a pickle of the module gets its plain `forward` back.
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -42,7 +41,8 @@ class Intercepted:
     def __reduce__(self) -> tuple[Any, ...]:
         if self._own is not None:
             return _same, (self._own,)
-        return MethodType, (type(self._module).forward, self._module)
+        # A module under construction has its class's forward only: that is the one the copy gets.
+        return getattr, (self._module, "forward")
 
 
 def _same(value: Any) -> Any:

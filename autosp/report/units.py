@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 NOTHING = "–"
@@ -44,7 +43,7 @@ def error(predicted: float, measured: float) -> str:
 
 def significant(value: float) -> str:
     """Three digits that count, never in scientific notation."""
-    magnitude = math.floor(math.log10(abs(value))) if value else 0
+    magnitude = int(f"{value:.2e}".partition("e")[2])  # after rounding: 9.999 is 10.0, not 10.00
     return f"{value:.{max(0, 2 - magnitude)}f}"
 
 
@@ -64,6 +63,6 @@ def _scaled(value: float | None, scales: tuple[tuple[float, str], ...]) -> str:
         return NOTHING
     if not value:
         return f"0 {next(unit for factor, unit in scales if factor == 1)}"
-    # 0.9995 rounds to 1.00 of the next unit, not to 1000 of this one.
+    # 999.6 of one unit is 1.00 of the next.
     factor, unit = next((scale for scale in scales if abs(value) >= 0.9995 * scale[0]), scales[-1])
     return f"{value:.0f} {unit}" if unit == "B" else f"{significant(value / factor)} {unit}"

@@ -54,12 +54,13 @@ class FileRegion:
                 raise ReadError(
                     f"{self.path}: reading layer {self.name} failed at byte {self.offset + done}: {error.strerror}"
                 ) from error
-            if count == 0:
+            whole = count if done + count == self.n_bytes else count // LAYER_ALIGNMENT * LAYER_ALIGNMENT
+            if whole == 0:  # the file's end; O_DIRECT cannot continue within a block
                 raise ReadError(
                     f"{self.path} ends at byte {self.offset + done}, inside layer {self.name} "
                     f"({self.n_bytes - done} bytes are missing): the file was truncated"
                 )
-            done += count
+            done += whole
 
 
 class DiskStore:

@@ -1,0 +1,263 @@
+"""Tiny records for the tests that need no torch, and Hypothesis strategies that make them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+from autosp.schedule.actions import Action, Kind, Ref, Schedule
+from autosp.spec import (
+    Candidate,
+    DeviceInfo,
+    Layer,
+    LayerProfile,
+    LinkProfile,
+    Measurement,
+    Outcome,
+    Partition,
+    Prediction,
+    Profile,
+    Tier,
+    Trial,
+)
+
+thorough = settings(
+    max_examples=80, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+"""The same examples in every run, and no time limit on a busy machine."""
+
+quick = settings(thorough, max_examples=30)
+"""For properties that rank whole plan spaces."""
+
+
+def device(kind: str = "cuda") -> DeviceInfo:
+    """The machine of a profile. On a "cpu" some of a budget is left free, elsewhere none."""
+    return DeviceInfo(
+        kind=kind,
+        name="a device",
+        slow_tier=Tier.DISK if kind == "cpu" else Tier.HOST,
+        memory_bytes=2**40,
+        torch_version="2.13.0",
+        fingerprint="d" * 32,
+    )
+
+
+def partition(
+    layer_bytes: Sequence[int], visits: Sequence[int] | None = None, *, repeats: int = 1, resident_bytes: int = 0
+) -> Partition:
+    """Layers of these sizes; visited once each, in order, unless `visits` says otherwise."""
+    return Partition(
+        layers=tuple(
+            Layer(index=index, name=f"blocks.{index}", tensors=(f"blocks.{index}.weight",), n_bytes=n_bytes)
+            for index, n_bytes in enumerate(layer_bytes)
+        ),
+        resident_tensors=("embedding.weight",) if resident_bytes else (),
+        resident_bytes=resident_bytes,
+        visits=tuple(range(len(layer_bytes)) if visits is None else visits),
+        repeats=repeats,
+    )
+
+
+def link(
+    *, bytes_per_s: float, latency_s: float = 0.0, link_slowdown: float = 1.0, compute_slowdown: float = 1.0
+) -> LinkProfile:
+    """The link of a profile; without `_slowdown`s transfers and compute do not disturb each other."""
+    return LinkProfile(
+        source=Tier.HOST,
+        target=Tier.DEVICE,
+        latency_s=latency_s,
+        bytes_per_s=bytes_per_s,
+        link_slowdown=link_slowdown,
+        compute_slowdown=compute_slowdown,
+        points=(),
+    )
+
+
+def profile(
+    layer_bytes: Sequence[int],
+    visits: Sequence[int] | None = None,
+    *,
+    forward_s: Sequence[float] | float = 1.0,
+    before_s: Sequence[float] | float = 0.0,
+    tail_s: float = 0.0,
+    repeats: int = 1,
+    resident_bytes: int = 0,
+    workspace_bytes: int = 0,
+    bytes_per_s: float = 1.0,
+    latency_s: float = 0.0,
+    link_slowdown: float = 1.0,
+    compute_slowdown: float = 1.0,
+    kind: str = "cuda",
+) -> Profile:
+    """A profile whose least-memory plan was observed to take exactly what the memory formula says."""
+    parts = partition(layer_bytes, visits, repeats=repeats, resident_bytes=resident_bytes)
+    count = len(parts.visits)
+    forwards = [forward_s] * count if isinstance(forward_s, float) else forward_s
+    befores = [before_s] * count if isinstance(before_s, float) else before_s
+    least = Candidate(k=1, k_prime=1)
+    least_peak = max(layer_bytes) + resident_bytes + workspace_bytes
+    return Profile(
+        model_name="Tiny",
+        model_fingerprint="m" * 32,
+        batch_signature="float32[1,8]",
+        mode="inference",
+        device=device(kind),
+        partition=parts,
+        visits=tuple(
+            LayerProfile(layer=layer, before_s=before, forward_s=forward, peak_bytes=0, output_bytes=0)
+            for layer, before, forward in zip(parts.visits, befores, forwards, strict=True)
+        ),
+        tail_s=tail_s,
+        links=(
+            link(
+                bytes_per_s=bytes_per_s,
+                latency_s=latency_s,
+                link_slowdown=link_slowdown,
+                compute_slowdown=compute_slowdown,
+            ),
+        ),
+        workspace_bytes=workspace_bytes,
+        observed=trial(prediction(least, peak_bytes=least_peak), peak_bytes=least_peak),
+    )
+
+
+def prediction(
+    candidate: Candidate, *, latency_s: float = 1.0, stall_s: float = 0.0, peak_bytes: int = 0, moved_bytes: int = 0
+) -> Prediction:
+    """What a cost model might have said."""
+    return Prediction(
+        candidate=candidate, latency_s=latency_s, stall_s=stall_s, moved_bytes=moved_bytes, peak_bytes=peak_bytes
+    )
+
+
+def measurement(
+    *, latency_s: float = 1.0, peak_bytes: int = 0, outcome: Outcome = Outcome.FITS, moved_bytes: int = 0
+) -> Measurement:
+    """What a device might have said; a trial without an output to trust has no samples."""
+    timed = outcome in (Outcome.FITS, Outcome.OVER_BUDGET)
+    return Measurement(
+        outcome=outcome,
+        latency_s=latency_s if timed else 0.0,
+        samples_s=(latency_s,) * 3 if timed else (),
+        cold_latency_s=latency_s if timed else 0.0,
+        peak_bytes=peak_bytes,
+        moved_bytes=moved_bytes,
+        misses=0,
+    )
+
+
+def trial(
+    predicted: Prediction,
+    *,
+    latency_s: float | None = None,
+    peak_bytes: int | None = None,
+    outcome: Outcome = Outcome.FITS,
+    number: int = 0,
+) -> Trial:
+    """A validated prediction, measured just as predicted unless said otherwise."""
+    measured = measurement(
+        latency_s=predicted.latency_s if latency_s is None else latency_s,
+        peak_bytes=predicted.peak_bytes if peak_bytes is None else peak_bytes,
+        outcome=outcome,
+    )
+    return Trial(number=number, prediction=predicted, measurement=measured)
+
+
+def load(layers: tuple[int, ...], offset: int | None, *waits: Ref, occurrence: int = 0) -> Action:
+    """A LOAD, by hand."""
+    return Action(Kind.LOAD, layers, occurrence, waits, offset)
+
+
+def forward(layer: int, *waits: Ref, occurrence: int = 0) -> Action:
+    """A FORWARD, by hand."""
+    return Action(Kind.FORWARD, (layer,), occurrence, waits)
+
+
+def evict(layers: tuple[int, ...], *waits: Ref, occurrence: int = 0) -> Action:
+    """An EVICT, by hand."""
+    return Action(Kind.EVICT, layers, occurrence, waits)
+
+
+def schedule(*actions: Action, cold: tuple[Action, ...] = (), arena_bytes: int, residents: tuple[int, ...] = ()) -> Schedule:
+    """A schedule, by hand."""
+    return Schedule(actions, cold, residents, arena_bytes)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What `lower` and `build_ring` are given."""
+
+    candidate: Candidate
+    layer_bytes: tuple[int, ...]
+    visits: tuple[int, ...]
+
+    @property
+    def streamed(self) -> tuple[int, ...]:
+        """Visited layers that are not resident, in the order of their first visit."""
+        return tuple(layer for layer in dict.fromkeys(self.visits) if layer not in self.candidate.residents)
+
+    @property
+    def visited_once(self) -> bool:
+        """Whether no layer is visited twice in a period."""
+        return len(set(self.visits)) == len(self.visits)
+
+
+@st.composite
+def orders(draw: st.DrawFn, layers: int, *, once: bool = False) -> tuple[int, ...]:
+    """Visits of some of the layers, at least one: in any order, and again and again unless `once`."""
+    distinct = draw(st.lists(st.integers(0, layers - 1), min_size=1, max_size=layers, unique=True))
+    again = [] if once else draw(st.lists(st.sampled_from(distinct), max_size=4))
+    return tuple(draw(st.permutations([*distinct, *again])))
+
+
+@st.composite
+def candidates(draw: st.DrawFn, visited: Sequence[int]) -> Candidate:
+    """Any setting that `autosp.plan` would accept for these visited layers."""
+    distinct = list(dict.fromkeys(visited))
+    residents = draw(st.lists(st.sampled_from(distinct), max_size=len(distinct), unique=True))
+    ring = draw(st.integers(1, max(1, len(distinct) - len(residents))))
+    k_prime = draw(st.integers(1, ring))
+    everything = len(residents) == len(distinct)
+    return Candidate(k=len(residents) + (0 if everything else ring), k_prime=k_prime, residents=tuple(sorted(residents)))
+
+
+sizes = st.integers(1, 40)
+"""Bytes of a layer."""
+
+
+@st.composite
+def cases(draw: st.DrawFn, *, once: bool = False) -> Case:
+    """Any candidate on any small model."""
+    layer_bytes = tuple(draw(st.lists(sizes, min_size=1, max_size=8)))
+    visits = draw(orders(len(layer_bytes), once=once))
+    return Case(draw(candidates(visits)), layer_bytes, visits)
+
+
+seconds = st.integers(1, 50).map(lambda tenths: tenths / 10)
+"""Compute of a visit."""
+
+
+@st.composite
+def profiles(draw: st.DrawFn, *, contention: bool = False, max_layers: int = 7) -> Profile:
+    """A small model on any machine. Without `contention` compute and link do not slow each other down."""
+    layer_bytes = draw(st.lists(sizes, min_size=1, max_size=max_layers))
+    visits = draw(orders(len(layer_bytes)))
+    count = len(visits)
+    slowdowns = st.integers(10, 20).map(lambda tenths: tenths / 10) if contention else st.just(1.0)
+    return profile(
+        layer_bytes,
+        visits,
+        forward_s=draw(st.lists(seconds, min_size=count, max_size=count)),
+        before_s=draw(st.lists(st.sampled_from([0.0, 0.1, 1.0]), min_size=count, max_size=count)),
+        tail_s=draw(st.sampled_from([0.0, 0.5, 4.0])),
+        repeats=draw(st.integers(1, 3)),
+        resident_bytes=draw(st.integers(0, 30)),
+        workspace_bytes=draw(st.integers(0, 30)),
+        bytes_per_s=draw(st.sampled_from([0.5, 3.0, 10.0, 50.0, 1000.0])),
+        latency_s=draw(st.sampled_from([0.0, 0.1, 1.0])),
+        link_slowdown=draw(slowdowns),
+        compute_slowdown=draw(slowdowns),
+    )

@@ -1,0 +1,35 @@
+"""Every test has its own cache folder and database, and a device that is closed afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from autosp.devices import AcceleratorDevice, CpuDevice, Device
+from autosp.spec import Tier
+
+
+def _kinds() -> list[object]:
+    gpu = [] if torch.accelerator.is_available() else [pytest.mark.skip(reason="torch sees no accelerator here")]
+    return ["cpu-disk", "cpu-host", pytest.param("accelerator", marks=[pytest.mark.gpu, *gpu])]
+
+
+@pytest.fixture(autouse=True)
+def private_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AUTOSP_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("AUTOSP_STORAGE", str(tmp_path / "autosp.db"))
+
+
+@pytest.fixture(params=_kinds())
+def device(request: pytest.FixtureRequest) -> Iterator[Device]:
+    """Every implementation of the protocol that can run here."""
+    made: Device = {
+        "cpu-disk": lambda: CpuDevice(),
+        "cpu-host": lambda: CpuDevice(slow_tier=Tier.HOST),
+        "accelerator": lambda: AcceleratorDevice(),
+    }[request.param]()
+    yield made
+    made.close()

@@ -1,0 +1,158 @@
+"""Small models of many kinds, each with a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class Block(nn.Module):
+    """A residual MLP block."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+class Stack(nn.Module):
+    """Embedding, blocks, head: unlike sizes, a ModuleList that is never called."""
+
+    def __init__(self, blocks: int = 6, width: int = 64, vocabulary: int = 500) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(blocks))
+        self.head = nn.Linear(width, vocabulary)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class Tied(Stack):
+    """The head's weight is the embedding's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head.weight = self.embed.weight
+
+
+class Shared(nn.Module):
+    """One block run four times, between two others (ALBERT)."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.first = nn.Linear(width, width)
+        self.block = Block(width)
+        self.last = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for _ in range(4):
+            x = self.block(x)
+        return self.last(x)
+
+
+class Borrowed(nn.Module):
+    """A head whose weight is used without its forward."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*(nn.Linear(width, width) for _ in range(5)))
+        self.head = nn.Linear(width, width)
+        self.scale = nn.Parameter(torch.rand(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(self.body(x) * self.scale, self.head.weight)
+
+
+class EarlyExit(nn.Module):
+    """Runs as many blocks as the batch asks for, in an order of its own."""
+
+    def __init__(self, blocks: int = 6, width: int = 64) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width) for _ in range(blocks))
+
+    def forward(self, x: torch.Tensor, order: list[int] | None = None) -> torch.Tensor:
+        for index in range(len(self.blocks)) if order is None else order:
+            x = self.blocks[index](x)
+        return x
+
+
+class TwoTowers(nn.Module):
+    """Two encoders and a product of their outputs."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.left = nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width))
+        self.right = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))
+
+    def forward(self, left: torch.Tensor, right: torch.Tensor) -> dict[str, torch.Tensor]:
+        a, b = self.left(left), self.right(right)
+        return {"left": a, "right": b, "similarity": a @ b.T}
+
+
+class FusedViews(nn.Module):
+    """Query, key and value are views of one parameter's memory."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        fused = torch.randn(3 * width, width) / width**0.5
+        self.query = nn.Linear(width, width, bias=False)
+        self.key = nn.Linear(width, width, bias=False)
+        self.value = nn.Linear(width, width, bias=False)
+        for index, linear in enumerate((self.query, self.key, self.value)):
+            linear.weight = nn.Parameter(fused[index * width : (index + 1) * width])
+        self.transposed = nn.Parameter((torch.randn(width, width) / width**0.5).t())
+        self.empty = nn.Parameter(torch.empty(0, width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.query(x) + self.key(x) * self.value(x)) @ self.transposed
+
+
+def tokens(*shape: int) -> torch.Tensor:
+    """Token ids."""
+    return torch.arange(int(torch.tensor(shape).prod())).reshape(shape) % 500
+
+
+def vectors(rows: int = 7, width: int = 64) -> torch.Tensor:
+    """Deterministic inputs."""
+    return torch.linspace(-1, 1, rows * width).reshape(rows, width)
+
+
+MAKERS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
+    "stack": lambda: (Stack(), tokens(3, 11)),
+    "tied": lambda: (Tied(), tokens(3, 11)),
+    "shared": lambda: (Shared(), vectors()),
+    "borrowed": lambda: (Borrowed(), vectors()),
+    "early_exit": lambda: (EarlyExit(), (vectors(),)),
+    "two_towers": lambda: (TwoTowers(), {"left": vectors(), "right": vectors(5)}),
+    "fused_views": lambda: (FusedViews(), vectors()),
+    "fast_path": lambda: (
+        nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, batch_first=True), 3),
+        torch.linspace(-1, 1, 2 * 9 * 64).reshape(2, 9, 64),
+    ),
+    "convolutions": lambda: (
+        nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.BatchNorm2d(64)),
+        torch.linspace(-1, 1, 2 * 3 * 12 * 12).reshape(2, 3, 12, 12),
+    ),
+    "bfloat16": lambda: (Stack().to(torch.bfloat16), tokens(3, 11)),
+    "one_linear": lambda: (nn.Linear(64, 64), vectors()),
+}
+
+
+def make(name: str) -> tuple[nn.Module, Any]:
+    """A fresh model in eval mode and its batch, the same at every call."""
+    torch.manual_seed(0)
+    model, batch = MAKERS[name]()
+    return model.eval(), batch

@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+import report_samples as samples
+from rich.console import Console
+from rich.table import Table
+
+from autosp.cost_model.floor import floor_s
+from autosp.cost_model.predict import predict
+from autosp.report import tables, units
+from autosp.spec import Candidate, Partition
+
+
+def lines(table: Table, width: int = 200) -> list[str]:
+    """The table as a terminal without colours shows it, blanks folded."""
+    console = Console(width=width, color_system=None)
+    with console.capture() as capture:
+        console.print(table)
+    return [re.sub(r"\s+", " ", line).strip() for line in capture.get().splitlines() if line.strip()]
+
+
+def line_with(table: Table, start: str) -> str:
+    return next(line for line in lines(table) if line.startswith(start))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "–"),
+        (0.0, "0 s"),
+        (1.2345, "1.23 s"),
+        (0.0456, "45.6 ms"),
+        (0.99999, "1.00 s"),
+        (7e-6, "7.00 µs"),
+        (3e-9, "0.00300 µs"),
+        (1234.5, "1234 s"),
+    ],
+)
+def test_seconds(value: float | None, text: str) -> None:
+    assert units.seconds(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "–"),
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.00 kB"),
+        (7.98e9, "7.98 GB"),
+        (999_999, "1.00 MB"),
+        (2.5e12, "2.50 TB"),
+    ],
+)
+def test_sizes(value: float | None, text: str) -> None:
+    assert units.size(value) == text
+
+
+def test_ratios_of_nothing() -> None:
+    assert units.ratio(1.0, None) == units.ratio(None, 1.0) == units.ratio(1.0, 0.0) == units.percent(1, 0) == "–"
+    assert units.error(1.0, 0.0) == "–"
+    assert units.error(1.1, 1.0) == "+10.0%"
+
+
+def test_ranges() -> None:
+    assert units.ranges([]) == "none"
+    assert units.ranges([9, 0, 1, 2, 5, 7, 8]) == "0–2, 5, 7–9"
+
+
+def test_trials_put_the_fastest_first_and_mark_the_trivial_plans() -> None:
+    floor = floor_s(samples.profile(), samples.BUDGET_BYTES)
+    table = tables.trials_table(samples.trials(), samples.BUDGET_BYTES, floor, samples.MIXED)
+    body = [line for line in lines(table) if re.match(r"\d+ \d+ \d+ ", line)]
+    assert [line[0] for line in body] == ["2", "1", "3", "0"]
+    assert body[0].endswith("chosen")
+    assert " 400 ms " in body[0]
+    assert " 1.56 " in body[0]
+    assert body[1].endswith("fits sliding window")
+    assert body[2].endswith("over budget")
+    assert body[3].endswith("– – – 5.54 GB > 4.00 GB out of memory everything resident")
+
+
+def test_trials_without_a_winner_or_a_floor() -> None:
+    table = tables.trials_table(samples.trials(), samples.BUDGET_BYTES, None)
+    assert lines(table)[0] == "Trials under 4.00 GB"
+    assert not any("chosen" in line for line in lines(table))
+
+
+def test_trials_fit_120_columns() -> None:
+    table = tables.trials_table(samples.trials()[1:], samples.BUDGET_BYTES, 0.3, samples.MIXED)
+    assert lines(table, 120) == lines(table, 200)
+
+
+def test_predictions_stop_at_the_limit() -> None:
+    ranked = predict(samples.profile(), [samples.EVERYTHING, samples.MIXED, samples.WINDOW])
+    table = tables.predictions_table(ranked, 0.3, 2)
+    assert lines(table)[0] == "Predictions, the best 2 of 3; floor 300 ms"
+    assert line_with(table, "1 12 1 12").endswith("everything resident")
+    assert not any(line.startswith("3 ") for line in lines(table))
+
+
+def test_studies() -> None:
+    table = tables.studies_table([samples.summary(), samples.summary("other", best_latency_s=None)])
+    assert lines(table)[0] == "2 studies"
+    assert line_with(table, "net ") == "net Net float32[1,8] 4.00 GB 4 400 ms 3.20 GB finished 2026-01-02 03:04"
+    assert line_with(table, "other ").endswith("– – unfinished 2026-01-02 03:04")
+
+
+def test_a_plan_with_everything_measured() -> None:
+    text = "\n".join(lines(tables.plan_table(samples.plan())))
+    for part in (
+        "Plan of study net",
+        "12 layers of 5.40 GB in all, the largest 1.00 GB; 50.0 MB beside them never move",
+        "4 layers, 1.60 GB: 0, 3, 6, 9",
+        "T / floor 1.25",
+        "3.20 GB, 80.0% of the budget",
+        "why it was the fastest",
+    ):
+        assert part in text
+
+
+def test_a_plan_that_the_user_set() -> None:
+    bare = {
+        "prediction": None,
+        "measurement": None,
+        "floor_s": None,
+        "budget_bytes": None,
+        "study_name": None,
+        "why": "",
+    }
+    text = "\n".join(lines(tables.plan_table(samples.plan().model_copy(update={**bare, "candidate": samples.WINDOW}))))
+    assert "none: a sliding window" in text
+    assert not any(word in text for word in ("measured", "predicted", "floor", "budget"))
+
+
+def test_a_plan_measured_without_a_budget_or_a_transfer() -> None:
+    found = samples.measurement(0.4, 10**9).model_copy(update={"moved_bytes": 0})
+    text = "\n".join(
+        lines(tables.plan_table(samples.plan().model_copy(update={"budget_bytes": None, "measurement": found})))
+    )
+    assert "nothing moved" in text
+    assert "of the budget" not in text
+
+
+def test_layers_have_a_line_each_and_a_sum() -> None:
+    table = tables.layers_table(samples.profile())
+    assert line_with(table, "3 blocks.3") == "3 blocks.3 1 2 400 MB 20.0 ms 32.0 ms 1.60 4.10 kB 90.0 MB"
+    assert line_with(table, "all layers") == "all layers 5.40 GB 240 ms 432 ms"
+    assert lines(tables.layers_table(samples.profile(repeats=4)))[0].endswith("4 periods a pass")
+
+
+def test_a_layer_that_is_visited_twice_and_one_that_never_is() -> None:
+    profile = samples.profile(3)
+    visits = (0, 1, 0)
+    partition = Partition(**{**profile.partition.model_dump(), "visits": visits})
+    seen = tuple(profile.visits[0].model_copy(update={"layer": layer}) for layer in visits)
+    table = tables.layers_table(profile.model_copy(update={"partition": partition, "visits": seen}))
+    assert line_with(table, "0 blocks.0").startswith("0 blocks.0 2 2 400 MB 40.0 ms")
+    assert line_with(table, "2 blocks.2") == "2 blocks.2 0 2 1.00 GB – 80.0 ms – – –"
+
+
+def test_a_link() -> None:
+    table = tables.link_table(samples.profile().link)
+    assert lines(table)[0] == "Link host → device"
+    assert line_with(table, "1.00 GB") == "1.00 GB 80.0 ms 12.5 GB/s"
+    assert line_with(table, "under compute") == "under compute × 1.05 11.9 GB/s"
+
+
+def test_passes_and_what_was_promised_of_them() -> None:
+    passes = [tables.Pass(0.8, 10**9, 0), tables.Pass(0.4, 10**9, 1), tables.Pass(0.5, 10**9, 0)]
+    assert line_with(tables.passes_table(passes, 0.4), "2 ") == "2 400 ms 1.00 1.00 GB 1"
+    text = "\n".join(lines(tables.run_table(samples.plan(), passes, 3_000_000_000)))
+    assert "450 ms, median of passes 2 to 3" in text
+    assert "3.00 GB, 75.0% of the budget of 4.00 GB" in text
+    assert "misses 1" in text
+    one = "\n".join(lines(tables.run_table(samples.plan().model_copy(update={"budget_bytes": None}), passes[:1], 1)))
+    assert "one pass, with empty buffers" in one
+    assert "of the budget" not in one
+
+
+def test_markup_in_names_is_plain_text() -> None:
+    name = "[red]x[/red]"
+    table = tables.studies_table([samples.summary(name)])
+    assert any(name in line for line in lines(table))
+    assert name in "\n".join(lines(tables.plan_table(samples.plan().model_copy(update={"why": name}))))
+
+
+def test_a_candidate_with_one_streamed_layer_is_no_baseline() -> None:
+    (prediction,) = predict(samples.profile(), [Candidate(k=12, k_prime=1, residents=tuple(range(11)))])
+    assert line_with(tables.predictions_table([prediction], 0.3, 1), "1 12 1 11").endswith("GB")

@@ -1,0 +1,470 @@
+"""The invariants of a model under a plan: same output, a hint is a hint, at rest it is ordinary, remove() restores."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from autosp.batch import call, equal, map_tensors
+from autosp.devices import Device, VirtualDevice
+from autosp.errors import ModelChangedError, ReadError
+from autosp.intercept import Intercepted
+from autosp.partition import bind, partition
+from autosp.runtime.streamed_model import Originals, StreamedModel
+from autosp.schedule.streaming import lower
+from autosp.spec import Candidate
+from autosp.tiers import open_store
+from models import MAKERS, EarlyExit, make, tokens, vectors
+
+Apply = Callable[..., StreamedModel[nn.Module]]
+
+
+@pytest.fixture
+def apply(device: Device, tmp_path: Path) -> Any:
+    """Streams a model under a candidate on the device under test; everything is removed at the end."""
+    applied: list[StreamedModel[nn.Module]] = []
+
+    def make_it(
+        model: nn.Module, batch: Any, candidate: Candidate, originals: Originals = Originals.FREED
+    ) -> StreamedModel[nn.Module]:
+        parts = partition(model, lambda: call(model, on(device, batch)), device.torch_device)
+        bound = bind(model, parts)
+        layer_bytes = [layer.n_bytes for layer in parts.layers]
+        residents = tuple(index for index in candidate.residents if index < len(parts.layers))
+        candidate = candidate.model_copy(update={"residents": residents})
+        schedule = lower(candidate, layer_bytes, parts.visits)
+        streamed = StreamedModel(bound, schedule, device, open_store(device, bound.layers, tmp_path), originals)
+        applied.append(streamed)
+        return streamed
+
+    yield make_it
+    for streamed in applied:
+        streamed.remove()
+
+
+def on(device: Device, batch: Any) -> Any:
+    return map_tensors(lambda tensor: tensor.to(device.torch_device), batch)
+
+
+def plain(model: nn.Module, batch: Any, device: Device) -> Any:
+    """The unstreamed model's output on the same device."""
+    twin = copy.deepcopy(model).to(device.torch_device)
+    with torch.no_grad():
+        return call(twin, on(device, batch))
+
+
+PLANS = {
+    "k=1 k'=1": Candidate(k=1, k_prime=1),
+    "k=2 k'=1": Candidate(k=2, k_prime=1),
+    "k=4 k'=2": Candidate(k=4, k_prime=2),
+    "residents": Candidate(k=4, k_prime=1, residents=(1, 3)),
+    "all resident": Candidate(k=50, k_prime=1, residents=tuple(range(50))),
+}
+
+
+@pytest.mark.parametrize("originals", Originals)
+@pytest.mark.parametrize("candidate", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("name", MAKERS)
+def test_same_output_for_several_passes_and_everything_restored(
+    name: str, candidate: Candidate, originals: Originals, apply: Apply, device: Device
+) -> None:
+    model, batch = make(name)
+    expected = plain(model, batch, device)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    identities = {key: id(tensor) for key, tensor in model.named_parameters(remove_duplicate=False)}
+    streamed = apply(model, batch, candidate, originals)
+    for _ in range(4):
+        assert equal(call(model, on(device, batch)), expected)
+    stats = streamed.stats()
+    assert (stats.misses, stats.temporary_loads, stats.passes) == (0, 0, 4)
+    streamed.remove()
+    streamed.remove()
+    assert identities == {key: id(tensor) for key, tensor in model.named_parameters(remove_duplicate=False)}
+    for key, tensor in model.state_dict().items():
+        assert tensor.device.type == "cpu"
+        assert tensor.stride() == before[key].stride()
+        assert equal(tensor, before[key])
+    assert all("forward" not in module.__dict__ for module in model.modules())
+    with torch.no_grad():
+        assert equal(call(model, batch), call(make(name)[0], batch))
+
+
+def test_tied_weights_stay_tied(apply: Apply) -> None:
+    model, batch = make("tied")
+    streamed = apply(model, batch, Candidate(k=2, k_prime=1))
+    call(model, batch)
+    streamed.remove()
+    assert model.head.weight is model.embed.weight
+
+
+def test_steady_passes_move_the_planned_bytes_and_allocate_nothing(apply: Apply, device: Device) -> None:
+    model, batch = make("stack")
+    batch = on(device, batch)
+    streamed = apply(model, batch, Candidate(k=3, k_prime=1, residents=(2,)))
+    model(batch)
+    before = streamed.stats()
+    allocated: list[int] = []
+    allocate = device.allocate
+    device.allocate = lambda n_bytes: allocated.append(n_bytes) or allocate(n_bytes)  # type: ignore[method-assign]
+    for _ in range(3):
+        model(batch)
+    after = streamed.stats()
+    moving = [layer.layer.n_bytes for layer in streamed._bound.layers if layer.layer.index != 2]
+    assert after.moved_bytes - before.moved_bytes == 3 * sum(moving)
+    assert after.loads - before.loads == 3 * len(moving)
+    assert after.misses == 0
+    assert allocated == []
+
+
+def test_one_copy_per_group(apply: Apply, device: Device) -> None:
+    model, batch = make("stack")
+    batch = on(device, batch)
+    streamed = apply(model, batch, Candidate(k=6, k_prime=3))
+    model(batch)
+    before = streamed.stats().loads
+    model(batch)
+    count = len(streamed._bound.layers)
+    assert streamed.stats().loads - before == -(-count // 3)
+    assert all(len(group.regions) == 1 for group in streamed._executor._group_of.values())
+
+
+def test_at_rest_it_is_an_ordinary_cpu_model(apply: Apply, device: Device) -> None:
+    model, batch = make("stack")
+    reference = copy.deepcopy(model)
+    text = str(model)
+    streamed = apply(model, batch, Candidate(k=2, k_prime=1))
+    model(on(device, batch))
+    assert str(model) == text
+    assert isinstance(model.blocks, nn.ModuleList)
+    for name, tensor in model.state_dict().items():
+        if name in streamed._bound.layers[0].layer.tensors:
+            assert tensor.device.type == "cpu"
+        assert equal(tensor, reference.state_dict()[name])
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    assert all(equal(v, reference.state_dict()[k]) for k, v in torch.load(file, weights_only=True).items())
+
+
+def test_copies_and_pickles_are_plain_models(apply: Apply, device: Device) -> None:
+    if device.torch_device.type != "cpu":
+        pytest.skip("residents of a copy are device tensors: an ordinary model of mixed devices")
+    model, batch = make("stack")
+    expected = plain(model, batch, device)
+    streamed = apply(model, batch, Candidate(k=2, k_prime=1))
+    visits = streamed.stats().visits
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with torch.no_grad():
+            assert equal(twin(batch), expected)
+    assert streamed.stats().visits == visits
+
+
+def test_writes_at_rest_are_seen_by_the_next_pass(apply: Apply, device: Device) -> None:
+    model, batch = make("stack")
+    twin = copy.deepcopy(model)
+    apply(model, batch, Candidate(k=4, k_prime=1))
+    for _ in range(3):
+        model(on(device, batch))
+        with torch.no_grad():
+            for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+                mine.mul_(1.25)
+                theirs.mul_(1.25)
+        assert equal(model(on(device, batch)), plain(twin, batch, device))
+    state = {key: tensor * 0.5 for key, tensor in twin.state_dict().items()}
+    model.load_state_dict(state)
+    twin.load_state_dict(state)
+    assert equal(model(on(device, batch)), plain(twin, batch, device))
+
+
+def test_remove_keeps_what_was_written(apply: Apply, device: Device) -> None:
+    model, batch = make("stack")
+    twin = copy.deepcopy(model)
+    streamed = apply(model, batch, Candidate(k=4, k_prime=1, residents=(3,)))
+    with torch.no_grad():
+        for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+            mine.add_(0.125)
+            theirs.add_(0.125)
+    streamed.remove()
+    assert all(equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_replaced_data_is_refused_not_overwritten(apply: Apply, device: Device) -> None:
+    model, batch = make("stack")
+    apply(model, batch, Candidate(k=2, k_prime=1))
+    model(on(device, batch))
+    model.head.weight.data = torch.zeros_like(model.head.weight)
+    with pytest.raises(ModelChangedError, match=r"head\.weight was replaced .* remove\(\)"):
+        model(on(device, batch))
+
+
+def test_inputs_of_other_shapes(apply: Apply, device: Device) -> None:
+    model, batch = make("stack")
+    twin = copy.deepcopy(model)
+    apply(model, batch, Candidate(k=2, k_prime=1))
+    for shape in ((1, 1), (5, 40), (3, 11), (2, 7)):
+        assert equal(model(on(device, tokens(*shape))), plain(twin, tokens(*shape), device))
+
+
+ORDERS = [[5, 4, 3, 2, 1, 0], [0, 0, 0], [2], [], [0, 1, 2], [3, 1, 4, 1, 5, 0, 2], [0, 1, 2, 3, 4, 5], [1, 3, 5]]
+
+
+@pytest.mark.parametrize("candidate", PLANS.values(), ids=PLANS)
+def test_other_orders_skips_and_repeats_are_right(candidate: Candidate, apply: Apply, device: Device) -> None:
+    model, batch = make("early_exit")
+    twin = copy.deepcopy(model)
+    streamed = apply(model, batch, candidate)
+    for order in ORDERS * 2:
+        x = on(device, vectors())
+        assert equal(model(x, order), plain(twin, (vectors(), order), device))
+    if candidate.k < 50:
+        assert streamed.stats().misses > 0
+
+
+def test_layers_that_were_never_profiled_are_loaded_on_demand(apply: Apply, device: Device) -> None:
+    model, _ = make("early_exit")
+    twin = copy.deepcopy(model)
+    streamed = apply(model, (vectors(), [0, 1]), Candidate(k=2, k_prime=1))
+    assert equal(model(on(device, vectors())), plain(twin, vectors(), device))
+    assert streamed.stats().misses >= 4
+
+
+def test_a_layer_called_from_outside_is_a_pass_of_its_own(apply: Apply, device: Device) -> None:
+    model, batch = make("stack")
+    twin = copy.deepcopy(model)
+    apply(model, batch, Candidate(k=2, k_prime=1))
+    x = on(device, vectors())
+    assert equal(model.blocks[3](x), plain(twin.blocks[3], vectors(), device))
+    assert equal(model(on(device, batch)), plain(twin, batch, device))
+
+
+class Recursive(nn.Module):
+    """A layer whose forward calls its neighbour, and itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = _Caller()
+        self.b = nn.Linear(64, 64)
+        self.c = nn.Linear(64, 64)
+        self.a.__dict__["other"] = self.b  # a reference, not a child
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c(self.a(x, 2))
+
+
+class _Caller(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(64, 64) / 8)
+
+    def forward(self, x: torch.Tensor, depth: int) -> torch.Tensor:
+        x = self.other(x @ self.weight)
+        if depth:
+            x = self(x, depth - 1)
+        return x @ self.weight
+
+
+def test_calls_inside_calls(apply: Apply, device: Device) -> None:
+    torch.manual_seed(0)
+    model = Recursive()
+    twin = Recursive()
+    twin.load_state_dict(model.state_dict())
+    twin.to(device.torch_device)
+    with torch.no_grad():
+        expected = twin(on(device, vectors()))
+    streamed = apply(model, vectors(), Candidate(k=1, k_prime=1))
+    for _ in range(3):
+        assert equal(model(on(device, vectors())), expected)
+    assert streamed.stats().temporary_loads > 0
+
+
+class Bomb(Exception):
+    """Raised in the middle of a pass."""
+
+
+@pytest.mark.parametrize("error", [Bomb, KeyboardInterrupt])
+@pytest.mark.parametrize("candidate", PLANS.values(), ids=PLANS)
+def test_an_exception_in_a_pass_leaves_the_next_pass_right(
+    candidate: Candidate, error: type[BaseException], apply: Apply, device: Device
+) -> None:
+    model, batch = make("stack")
+    expected = plain(model, batch, device)
+    streamed = apply(model, batch, candidate)
+    model(on(device, batch))
+
+    def explode(*_: Any) -> None:
+        raise error
+
+    handle = model.blocks[2].up.register_forward_hook(explode)
+    for _ in range(2):
+        with pytest.raises(error):
+            model(on(device, batch))
+        assert torch.is_grad_enabled()
+        if candidate.k < 50:
+            assert all(t.device.type == "cpu" for n, t in model.named_parameters() if n.startswith("blocks.2.up"))
+    handle.remove()
+    assert equal(model(on(device, batch)), expected)
+    streamed.remove()
+    with torch.no_grad():
+        assert equal(plain(model, batch, device), expected)
+
+
+def test_a_failed_load_is_raised_and_the_next_pass_is_right(apply: Apply, device: Device) -> None:
+    if device.torch_device.type != "cpu":
+        pytest.skip("a device copy has no reader that could fail")
+    model, batch = make("stack")
+    expected = plain(model, batch, device)
+    streamed = apply(model, batch, Candidate(k=2, k_prime=1))
+    model(batch)
+    group = streamed._executor._group_of[4]
+    regions, group.regions = group.regions, (_Broken(group.end - group.begin),)
+    with pytest.raises(ReadError, match="no such layer"):
+        for _ in range(2):
+            model(batch)
+    group.regions = regions
+    for _ in range(3):
+        assert equal(model(batch), expected)
+
+
+class _Broken:
+    host = None
+
+    def __init__(self, n_bytes: int) -> None:
+        self.n_bytes = n_bytes
+
+    def read_into(self, target: memoryview) -> None:
+        raise ReadError("no such layer")
+
+
+def test_buffers_written_by_a_streamed_layer_are_written_back(apply: Apply, device: Device) -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(64, 64) / 8)
+            self.register_buffer("history", torch.zeros(300, 64))  # too large for the small-buffer rule
+
+        def forward(self, x: torch.Tensor, write: bool = False) -> torch.Tensor:
+            if write:
+                self.history.add_(x.mean(dim=0))
+            return x @ self.weight + self.history[0]
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Counting() for _ in range(4))
+
+        def forward(self, x: torch.Tensor, write: bool = False) -> torch.Tensor:
+            for layer in self.layers:
+                x = layer(x, write)
+            return x
+
+    torch.manual_seed(0)
+    model = Model()
+    twin = copy.deepcopy(model).to(device.torch_device)
+    streamed = apply(model, vectors(), Candidate(k=2, k_prime=1))
+    assert "layers.0.history" in {name for layer in streamed._bound.layers for name in layer.layer.tensors}
+    with torch.no_grad():
+        for write in (False, True, True, False):
+            assert equal(model(on(device, vectors()), write), twin(on(device, vectors()), write))
+    streamed.remove()
+    assert equal(model.state_dict(), {key: tensor.cpu() for key, tensor in twin.state_dict().items()})
+
+
+def test_passes_run_without_autograd_and_inference_mode_works(apply: Apply, device: Device) -> None:
+    model, batch = make("stack")
+    expected = plain(model, batch, device)
+    apply(model, batch, Candidate(k=2, k_prime=1))
+    out = model(on(device, batch))
+    assert not out.requires_grad
+    with torch.inference_mode():
+        assert equal(model(on(device, batch)), expected)
+    assert equal(model(on(device, batch)), expected)
+
+
+def test_threads_take_turns(apply: Apply, device: Device) -> None:
+    model, batch = make("stack")
+    expected = plain(model, batch, device)
+    streamed = apply(model, batch, Candidate(k=2, k_prime=1))
+    wrong: list[object] = []
+
+    def work() -> None:
+        for _ in range(10):
+            if not equal(model(on(device, batch)), expected):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert (streamed.stats().passes, streamed.stats().misses) == (40, 0)
+
+
+def test_a_context_gives_the_model_and_removes_the_plan(apply: Apply, device: Device) -> None:
+    model, batch = make("stack")
+    streamed = apply(model, batch, Candidate(k=2, k_prime=1))
+    with pytest.raises(Bomb), streamed as inner:
+        assert inner is model
+        raise Bomb
+    assert all("forward" not in module.__dict__ for module in model.modules())
+    assert streamed.stats().passes == 0
+
+
+def test_peak_counts_arena_and_residents_but_not_freed_weights(device: Device, apply: Apply) -> None:
+    torch.manual_seed(0)
+    model = EarlyExit(blocks=8, width=512)  # 8 blocks of 8.4 MB
+    streamed = apply(model, (vectors(2, 512),), Candidate(k=3, k_prime=1, residents=(0,)))
+    for _ in range(3):
+        model(on(device, vectors(2, 512)))
+    plan_bytes = len(streamed._resident_memory) + streamed._executor._arena.numel()
+    assert plan_bytes > 8e6
+    assert plan_bytes * 0.9 <= streamed.stats().peak_bytes <= plan_bytes + 30e6
+
+
+def test_the_executor_keeps_the_simulated_time_exactly(tmp_path: Path) -> None:
+    """On the virtual clock, prediction and execution are the same numbers."""
+    from autosp.cost_model.simulate import Costs, simulate
+
+    for candidate in (*PLANS.values(), Candidate(k=6, k_prime=3)):
+        model, batch = make("stack")
+        parts = partition(model, lambda: model(batch), torch.device("cpu"))
+        device = VirtualDevice(bytes_per_s=1e5, latency_s=0.01)
+        residents = tuple(index for index in candidate.residents if index < len(parts.layers))
+        layer_bytes = [layer.n_bytes for layer in parts.layers]
+        schedule = lower(candidate.model_copy(update={"residents": residents}), layer_bytes, parts.visits)
+        bound = bind(model, parts)
+        compute = [0.05 + 0.3 * (index % 3) for index in range(len(parts.layers))]
+        for layer in bound.layers:
+            Intercepted(layer.module, _spender(device, compute[layer.layer.index]))
+        streamed = StreamedModel(bound, schedule, device, open_store(device, bound.layers, tmp_path), Originals.KEPT)
+        ends = []
+        for _ in range(4):
+            model(batch)
+            ends.append(device.now_s)
+        streamed.remove()
+        costs = Costs(
+            before_s=[0.0] * len(compute),
+            forward_s=[compute[index] for index in parts.visits],
+            tail_s=0.0,
+            layer_bytes=layer_bytes,
+            link_latency_s=0.01,
+            link_bytes_per_s=1e5,
+        )
+        assert ends == pytest.approx(list(simulate(schedule, costs, 4).period_ends_s), rel=1e-9), candidate.label()
+
+
+def _spender(device: VirtualDevice, seconds: float) -> Any:
+    def around(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        device.spend(seconds)
+        return forward(*args, **kwargs)
+
+    return around

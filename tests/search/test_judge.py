@@ -1,0 +1,132 @@
+"""When a study may stop: cases by hand."""
+
+from __future__ import annotations
+
+import pytest
+from builders import prediction, trial
+
+from autosp.search.study import judge
+from autosp.spec import Candidate, Outcome, Prediction
+
+BUDGET = 1000
+
+
+def predicted(k: int, latency_s: float, peak_bytes: int = 500) -> Prediction:
+    """The setting with that k; all differ in it."""
+    return prediction(Candidate(k=k, k_prime=1), latency_s=latency_s, peak_bytes=peak_bytes)
+
+
+# After one trial that was right the model's error counts as 0.1 / 2 = 5 %. A rival is worth a trial if its prediction
+# times 0.95 is below the best measurement times 0.99: here, below 0.99 / 0.95 = 1.0421.
+@pytest.mark.parametrize(
+    ("rival_s", "finished"), [(0.5, False), (1.0, False), (1.042, False), (1.0422, True), (2.0, True)]
+)
+def test_stops_when_no_rival_can_win(rival_s: float, finished: bool) -> None:
+    best = predicted(1, 1.0)
+    verdict = judge([trial(best)], [best, predicted(2, rival_s)], BUDGET)
+    assert verdict.best == trial(best)
+    assert verdict.finished is finished
+
+
+def test_says_why_it_stops() -> None:
+    best = predicted(1, 1.0)
+    verdict = judge([trial(best)], [best, predicted(2, 2.0), predicted(3, 3.0)], BUDGET)
+    assert verdict.why == (
+        "k=1 k'=1 residents=0 was the fastest of 1 validated; the best of 2 others (k=2 k'=1 residents=0) can take no "
+        "less than 1.9 s, given the cost model's error of 5.0%, against 1 s measured"
+    )
+
+
+def test_says_why_it_goes_on() -> None:
+    best = predicted(1, 2.0)
+    verdict = judge([trial(best)], [best, predicted(2, 3.0), predicted(3, 1.0)], BUDGET)
+    assert not verdict.finished
+    assert verdict.why == (
+        "k=1 k'=1 residents=0 was the fastest of 1 validated; k=3 k'=1 residents=0 was not tried and may take 0.95 s "
+        "(model error 5.0%)"
+    )
+
+
+def test_more_right_trials_make_it_stop_earlier() -> None:
+    # Two right trials: an error of 0.1 / 3. The rival at 1.03 can take 0.9957 s, more than 0.99 s.
+    first, second, rival = predicted(1, 1.0), predicted(2, 1.5), predicted(3, 1.03)
+    ranked = [first, rival, second]
+    assert not judge([trial(first)], ranked, BUDGET).finished
+    assert judge([trial(first), trial(second)], ranked, BUDGET).finished
+
+
+def test_a_wrong_model_makes_it_go_on() -> None:
+    # Measured 25 % slower than predicted. c / 1.25 * (c / 1.25 - 1) + 0.3 c (c - 1) = 0: c = 1.1 / 0.94 = 1.1702, which
+    # leaves an error of 6.4 %. The rival may take 1.3 * 1.1702 * 0.936 = 1.4242 s, and 1.25 * 0.99 is less.
+    best, rival = predicted(1, 1.0), predicted(2, 1.3)
+    assert judge([trial(best, latency_s=1.25)], [best, rival], BUDGET).finished
+    # Twice as slow: c = 16 / 11, an error of 3 / 11. The rival may take 1.3 * 1.4545 * 0.7273 = 1.3752 s of 2.
+    assert not judge([trial(best, latency_s=2.0)], [best, rival], BUDGET).finished
+
+
+def test_everything_was_tried() -> None:
+    first, second = predicted(1, 1.0), predicted(2, 0.5)
+    verdict = judge([trial(first), trial(second)], [second, first], BUDGET)
+    assert verdict.best == trial(second)
+    assert verdict.finished
+    assert verdict.why == "k=2 k'=1 residents=0 was the fastest of 2 validated; every candidate under the budget was tried"
+
+
+def test_a_tried_setting_is_no_rival_of_itself() -> None:
+    # It was predicted to take half of what it took.
+    only = predicted(1, 1.0)
+    assert judge([trial(only, latency_s=2.0)], [only], BUDGET).finished
+
+
+def test_measured_not_predicted() -> None:
+    first, second = predicted(1, 1.0), predicted(2, 2.0)
+    verdict = judge([trial(first, latency_s=2.0), trial(second, latency_s=1.5)], [first, second], BUDGET)
+    assert verdict.best is not None
+    assert verdict.best.prediction == second
+
+
+@pytest.mark.parametrize("outcome", [Outcome.OVER_BUDGET, Outcome.OUT_OF_MEMORY, Outcome.OUTPUT_DIFFERS])
+def test_only_what_fits_wins(outcome: Outcome) -> None:
+    fits, failed = predicted(1, 1.0), predicted(2, 0.1)
+    trials = [trial(fits), trial(failed, peak_bytes=BUDGET + 1, outcome=outcome)]
+    verdict = judge(trials, [failed, fits], BUDGET)
+    assert verdict.best == trial(fits)
+    assert "the fastest of 1 validated" in verdict.why
+
+
+@pytest.mark.parametrize("outcome", [Outcome.OVER_BUDGET, Outcome.OUT_OF_MEMORY, Outcome.OUTPUT_DIFFERS])
+def test_nothing_fits(outcome: Outcome) -> None:
+    failed, untried = predicted(1, 1.0), predicted(2, 9.0)
+    trials = [trial(failed, outcome=outcome)]
+    assert judge(trials, [failed], BUDGET).best is None
+    assert judge(trials, [failed], BUDGET).finished
+    assert not judge(trials, [failed, untried], BUDGET).finished  # slow, and better than nothing
+
+
+def test_nothing_was_tried() -> None:
+    verdict = judge([], [predicted(1, 1.0)], BUDGET)
+    assert (verdict.best, verdict.finished) == (None, False)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_equally_fast_trials_the_smaller_one_wins(order: int) -> None:
+    large, small = predicted(1, 1.0, peak_bytes=900), predicted(2, 1.0, peak_bytes=300)
+    verdict = judge([trial(large), trial(small)][::order], [large, small], BUDGET)
+    assert verdict.best is not None
+    assert verdict.best.prediction == small
+
+
+def test_a_rival_that_would_not_fit_is_none() -> None:
+    # The trial took 100 bytes more than predicted: so will the rival, and 950 + 100 is over the budget.
+    best, rival = predicted(1, 1.0, peak_bytes=500), predicted(2, 0.1, peak_bytes=950)
+    assert not judge([trial(best)], [best, rival], BUDGET).finished
+    verdict = judge([trial(best, peak_bytes=600)], [best, rival], BUDGET)
+    assert verdict.finished
+    assert "every candidate under the budget was tried" in verdict.why
+    assert not judge([trial(best, peak_bytes=550)], [best, rival], BUDGET).finished  # just fits
+
+
+def test_nothing_left_but_what_would_not_fit() -> None:
+    failed, rival = predicted(1, 1.0, peak_bytes=900), predicted(2, 1.0, peak_bytes=950)
+    verdict = judge([trial(failed, peak_bytes=1001, outcome=Outcome.OVER_BUDGET)], [failed, rival], BUDGET)
+    assert (verdict.best, verdict.finished) == (None, True)

@@ -1,0 +1,160 @@
+"""The sampler, alone and as Optuna uses it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import optuna
+import pytest
+from builders import prediction, profile
+from optuna.distributions import IntDistribution
+from optuna.trial import TrialState
+
+from autosp.search.correction import Correction
+from autosp.search.sampler import PARAMETERS, CostModelSampler
+from autosp.search.space import key_of, rank
+from autosp.spec import Candidate, Prediction
+
+BUDGET = 1000
+FAST = prediction(Candidate(k=4, k_prime=2, residents=(1, 3)), latency_s=10.0, stall_s=8.0, peak_bytes=900)
+STEADY = prediction(Candidate(k=3, k_prime=1), latency_s=11.0, stall_s=0.0, peak_bytes=800)
+SLOW = prediction(Candidate(k=1, k_prime=1), latency_s=30.0, stall_s=15.0, peak_bytes=200)
+RANKED = [FAST, STEADY, SLOW]
+
+Key = tuple[int, int, int]
+
+
+@pytest.fixture
+def sampler() -> CostModelSampler:
+    """Over three candidates."""
+    return CostModelSampler(RANKED, BUDGET)
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """No line per study on the terminal."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    yield
+    optuna.logging.set_verbosity(before)
+
+
+def study_of(sampler: CostModelSampler) -> optuna.Study:
+    """In memory."""
+    return optuna.create_study(sampler=sampler)
+
+
+def suggested(trial: optuna.Trial, sampler: CostModelSampler) -> Key:
+    """What a trial is to try, asked for as `run_study` does."""
+    low_high = {name: sampler.space[name] for name in PARAMETERS}
+    k, k_prime, residents = (
+        trial.suggest_int(name, space.low, space.high)
+        for name, space in low_high.items()
+        if isinstance(space, IntDistribution)
+    )
+    return k, k_prime, residents
+
+
+def asked(study: optuna.Study, sampler: CostModelSampler, *, state: TrialState = TrialState.COMPLETE) -> Key:
+    """The next candidate's key; its trial is told."""
+    trial = study.ask()
+    key = suggested(trial, sampler)
+    study.tell(trial, 1.0 if state is TrialState.COMPLETE else None, state=state)
+    return key
+
+
+def test_proposes_the_best_unvalidated(sampler: CostModelSampler) -> None:
+    assert sampler.best_unvalidated(set()) == FAST
+    assert sampler.best_unvalidated({key_of(FAST.candidate)}) == STEADY
+    assert sampler.best_unvalidated({key_of(STEADY.candidate)}) == FAST
+    assert sampler.best_unvalidated({key_of(FAST.candidate), key_of(STEADY.candidate)}) == SLOW
+    assert sampler.best_unvalidated({key_of(each.candidate) for each in RANKED}) is None
+
+
+def test_uses_the_corrected_latency(sampler: CostModelSampler) -> None:
+    # Stalls turned out twice as long: 2 + 2 * 8 = 18 s against 11 s.
+    sampler.correction = Correction(1.0, 2.0, 0.0, 0)
+    assert sampler.best_unvalidated(set()) == STEADY
+    # Compute twice as long: 2 * 2 + 8 = 12 s against 22 s.
+    sampler.correction = Correction(2.0, 1.0, 0.0, 0)
+    assert sampler.best_unvalidated(set()) == FAST
+
+
+@pytest.mark.parametrize(("extra", "expected"), [(100, FAST), (101, STEADY), (201, SLOW), (801, None)])
+def test_uses_the_corrected_memory(sampler: CostModelSampler, extra: int, expected: Prediction | None) -> None:
+    sampler.correction = Correction(1.0, 1.0, 0.0, extra)
+    assert sampler.best_unvalidated(set()) == expected
+
+
+def test_space_holds_every_candidate(sampler: CostModelSampler) -> None:
+    assert sampler.space == {
+        "k": IntDistribution(0, 4),
+        "k_prime": IntDistribution(1, 2),
+        "residents": IntDistribution(0, 4),
+    }
+
+
+def test_asked_by_optuna(sampler: CostModelSampler) -> None:
+    study = study_of(sampler)
+    assert [asked(study, sampler) for _ in RANKED] == [key_of(each.candidate) for each in RANKED]
+    assert [trial.params for trial in study.trials] == [
+        {"k": 4, "k_prime": 2, "residents": 2},
+        {"k": 3, "k_prime": 1, "residents": 0},
+        {"k": 1, "k_prime": 1, "residents": 0},
+    ]
+
+
+def test_asked_by_optuna_with_fixed_distributions(sampler: CostModelSampler) -> None:
+    trial = study_of(sampler).ask(sampler.space)
+    assert trial.params == {"k": 4, "k_prime": 2, "residents": 2}
+
+
+def test_never_proposes_a_candidate_twice() -> None:
+    predictions = rank(profile((10, 20, 30, 40), bytes_per_s=5.0), 80)
+    sampler = CostModelSampler(predictions, 80)
+    study = study_of(sampler)
+    keys = [asked(study, sampler) for _ in predictions]
+    assert sorted(keys) == sorted(key_of(each.candidate) for each in predictions)
+
+
+def test_does_not_propose_what_runs_elsewhere(sampler: CostModelSampler) -> None:
+    study = study_of(sampler)
+    first, second = study.ask(), study.ask()
+    assert suggested(first, sampler) == key_of(FAST.candidate)
+    assert suggested(second, sampler) == key_of(STEADY.candidate)
+
+
+@pytest.mark.parametrize("state", [TrialState.COMPLETE, TrialState.PRUNED])
+def test_does_not_propose_what_was_tried(sampler: CostModelSampler, state: TrialState) -> None:
+    study = study_of(sampler)
+    assert asked(study, sampler, state=state) == key_of(FAST.candidate)
+    assert asked(study, sampler) == key_of(STEADY.candidate)
+
+
+@pytest.mark.xfail(strict=True, reason="a trial that was killed counts as tried, though nothing was measured")
+def test_proposes_again_what_was_killed(sampler: CostModelSampler) -> None:
+    study = study_of(sampler)
+    assert asked(study, sampler, state=TrialState.FAIL) == key_of(FAST.candidate)
+    assert asked(study, sampler) == key_of(FAST.candidate)
+
+
+def test_enqueued_candidates_come_first(sampler: CostModelSampler) -> None:
+    study = study_of(sampler)
+    study.enqueue_trial({"k": 1, "k_prime": 1, "residents": 0})
+    keys = [asked(study, sampler) for _ in RANKED]
+    assert keys == [key_of(each.candidate) for each in (SLOW, FAST, STEADY)]
+
+
+def test_correction_is_used_between_trials(sampler: CostModelSampler) -> None:
+    study = study_of(sampler)
+    study.enqueue_trial({"k": 1, "k_prime": 1, "residents": 0})
+    asked(study, sampler)
+    sampler.correction = Correction(1.0, 2.0, 0.0, 0)
+    assert asked(study, sampler) == key_of(STEADY.candidate)
+
+
+def test_nothing_left(sampler: CostModelSampler) -> None:
+    study = study_of(sampler)
+    for _ in RANKED:
+        asked(study, sampler)
+    assert asked(study, sampler) == key_of(FAST.candidate)  # valid numbers, for who asks all the same

@@ -1,0 +1,133 @@
+"""The slow tier holds the bytes, and fails cleanly."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import autosp
+from autosp.batch import call
+from autosp.devices import CpuDevice
+from autosp.devices.cpu import memory_of
+from autosp.errors import AutospError, DiskFullError, ReadError, TierError
+from autosp.partition import bind, partition
+from autosp.tiers import DiskStore, HostStore
+from models import make, tokens
+
+
+def _layers(name: str = "stack"):
+    model, batch = make(name)
+    parts = partition(model, lambda: call(model, batch), torch.device("cpu"))
+    return model, bind(model, parts).layers
+
+
+@pytest.mark.parametrize("kind", ["disk", "host"])
+def test_regions_and_rest_hold_every_layer_s_bytes(kind: str, tmp_path: Path) -> None:
+    _, layers = _layers()
+    store = DiskStore(layers, tmp_path) if kind == "disk" else HostStore(layers, pin=False)
+    device = CpuDevice()
+    for bound in layers:
+        index, n_bytes = bound.layer.index, bound.layer.n_bytes
+        memory = device.allocate(n_bytes)
+        (region,) = store.regions([index])
+        device.wait(device.copy([region], memory))
+        for placed in bound.placed:
+            window = slice(placed.offset, placed.offset + placed.extent.n_bytes)
+            assert torch.equal(memory[window], placed.extent.raw())
+            assert torch.equal(store.rest(index)[window], placed.extent.raw())
+    device.close()
+    store.close()
+
+
+@pytest.mark.parametrize("kind", ["disk", "host"])
+def test_adjacent_layers_are_one_region_and_gaps_split(kind: str, tmp_path: Path) -> None:
+    _, layers = _layers()
+    store = DiskStore(layers, tmp_path) if kind == "disk" else HostStore(layers, pin=False)
+    assert len(store.regions([0, 1, 2])) == 1
+    assert len(store.regions([0, 2, 3])) == 2
+    assert sum(region.n_bytes for region in store.regions([0, 2, 3])) == sum(
+        layers[index].layer.n_bytes for index in (0, 2, 3)
+    )
+    store.close()
+
+
+@pytest.mark.parametrize("kind", ["disk", "host"])
+def test_a_write_at_rest_reaches_the_next_load(kind: str, tmp_path: Path) -> None:
+    _, layers = _layers()
+    store = DiskStore(layers, tmp_path) if kind == "disk" else HostStore(layers, pin=False)
+    device = CpuDevice()
+    memory = device.allocate(layers[1].layer.n_bytes)
+    store.rest(1)[:16].fill_(42)
+    device.wait(device.copy(store.regions([1]), memory))
+    assert bool((memory[:16] == 42).all())
+    device.close()
+    store.close()
+
+
+def test_nothing_is_left_on_disk(tmp_path: Path) -> None:
+    _, layers = _layers()
+    store = DiskStore(layers, tmp_path)
+    assert list(tmp_path.iterdir()) == []  # unlinked while open: a killed process leaves nothing either
+    store.close()
+
+
+def test_a_full_disk_is_a_typed_error_that_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, layers = _layers()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(DiskFullError, match=r"takes 0\.00 GB in .* has .* GB free; set AUTOSP_CACHE_DIR"):
+        DiskStore(layers, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    plan = autosp.plan(model, tokens(3, 11), k=2, k_prime=1, device="cpu")
+    before = model(tokens(3, 11))
+    with pytest.raises(AutospError):
+        autosp.apply(model, plan)
+    assert torch.equal(model(tokens(3, 11)), before)
+
+
+def test_a_cache_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    _, layers = _layers()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TierError, match="AUTOSP_CACHE_DIR"):
+        DiskStore(layers, tmp_path / "file" / "cache")
+
+
+def test_a_truncated_file_names_the_layer(tmp_path: Path) -> None:
+    _, layers = _layers()
+    store = DiskStore(layers, tmp_path)
+    (region,) = store.regions([layers[-1].layer.index])
+    memory = CpuDevice().allocate(region.n_bytes)
+    os.ftruncate(store._descriptor, region.offset + 5000)
+    with pytest.raises(ReadError, match=f"inside layer {layers[-1].layer.name} .* truncated"):
+        region.read_into(memory_of(memory))
+
+
+def test_io_errors_are_retried_then_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, layers = _layers()
+    store = DiskStore(layers, tmp_path)
+    (region,) = store.regions([0])
+    device = CpuDevice()
+    memory = device.allocate(region.n_bytes)
+    real, failures = os.preadv, [2]
+
+    def flaky(*args: object) -> int:
+        if failures[0]:
+            failures[0] -= 1
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "preadv", flaky)
+    device.wait(device.copy([region], memory))
+    assert torch.equal(memory, store.rest(0))
+    failures[0] = 100
+    with pytest.raises(ReadError, match="reading layer embed failed at byte 0"):
+        device.wait(device.copy([region], memory))
+    device.close()
+    store.close()
