@@ -1,0 +1,321 @@
+"""The whole story, as a user tells it."""
+
+from __future__ import annotations
+
+import copy
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import autosp
+from autosp.batch import equal
+from autosp.errors import (
+    BudgetError,
+    BudgetTooSmallError,
+    EmptyModelError,
+    MetaModelError,
+    OutputMismatchError,
+    PlanMismatchError,
+    SettingError,
+    StudyMismatchError,
+    StudyNotFoundError,
+)
+from autosp.search.space import all_resident, key_of
+from autosp.spec import Outcome
+from autosp.store import Repository
+from models import EarlyExit, make, tokens, vectors
+
+WIDTH = 384
+BUDGET_GB = 0.030
+"""Below the model's 8 blocks of 4.7 MB, above a few of them and the heap's noise."""
+
+
+def big() -> tuple[nn.Module, torch.Tensor]:
+    """Large enough for its memory to stand out from the process's own."""
+    torch.manual_seed(0)
+    return EarlyExit(blocks=8, width=WIDTH).eval(), vectors(4, WIDTH)
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    return {name: (id(tensor), tensor.data_ptr(), tensor.clone()) for name, tensor in model.named_parameters()}
+
+
+def untouched(model: nn.Module, before: dict[str, Any]) -> bool:
+    return all("forward" not in module.__dict__ for module in model.modules()) and all(
+        (id(tensor), tensor.data_ptr()) == before[name][:2] and torch.equal(tensor, before[name][2])
+        for name, tensor in model.named_parameters()
+    )
+
+
+def test_tune_apply_and_answer_from_the_database() -> None:
+    model, batch = big()
+    with torch.no_grad():
+        expected = model(batch)
+    before = snapshot(model)
+    plan = autosp.tune(model, batch, BUDGET_GB, device="cpu", progress=False)
+    assert untouched(model, before)
+    assert plan.measurement is not None and plan.prediction is not None and plan.floor_s is not None
+    assert plan.measurement.outcome is Outcome.FITS
+    assert plan.measurement.peak_bytes <= plan.budget_bytes == 30_000_000
+    assert plan.measurement.misses == 0
+    assert plan.why
+    with autosp.apply(model, plan) as streamed:
+        assert streamed is model
+        for _ in range(3):
+            assert equal(model(batch), expected)
+    assert equal(model(batch).detach(), expected)
+
+    assert autosp.tune(model, batch, BUDGET_GB, device="cpu", progress=False) == plan
+    assert autosp.resume(plan.study_name or "", model, batch, device="cpu", progress=False) == plan
+    assert autosp.load_plan(plan.study_name or "") == plan
+    (summary,) = autosp.list_studies()
+    assert (summary.name, summary.finished) == (plan.study_name, True)
+
+
+def test_an_answer_from_the_database_needs_no_optuna_and_no_pass(tmp_path: Path) -> None:
+    code = textwrap.dedent(
+        f"""
+        import sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import test_tune, autosp
+        model, batch = test_tune.big()
+        if len(sys.argv) > 1:
+            model.register_forward_pre_hook(lambda *_: sys.exit("the model ran"))
+        plan = autosp.tune(model, batch, test_tune.BUDGET_GB, device="cpu", progress=False)
+        print(plan.study_name, "optuna" in sys.modules)
+        """
+    )
+    first = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    second = subprocess.run([sys.executable, "-c", code, "again"], capture_output=True, text=True, check=True)
+    assert first.stdout.split() == ["EarlyExit-inference", "True"]
+    assert second.stdout.split() == ["EarlyExit-inference", "False"]
+
+
+def test_the_baselines_are_always_among_the_trials() -> None:
+    model, batch = big()
+    plan = autosp.tune(model, batch, 0.12, device="cpu", progress=False)
+    with Repository() as repository:
+        trials = repository.trials(plan.study_name or "")
+        profile = repository.profile(plan.study_name or "")
+    assert profile is not None
+    tried = [trial.prediction.candidate for trial in trials]
+    assert key_of(all_resident(profile)) in {key_of(candidate) for candidate in tried}
+    assert any(not candidate.residents for candidate in tried)
+
+
+def test_a_step_is_what_runs_and_what_is_compared() -> None:
+    model, batch = big()
+
+    def step(model: nn.Module, batch: Any) -> Any:
+        return [model(batch, [0, 1, 2, 3, 4, 5, 6, 7]) for _ in range(3)]
+
+    plan = autosp.tune(model, batch, BUDGET_GB, step=step, device="cpu", progress=False)
+    assert plan.partition.repeats == 3
+
+
+def test_profile_estimate_and_floor_need_no_device_afterwards() -> None:
+    model, batch = big()
+    before = snapshot(model)
+    profile = autosp.profile(model, batch, device="cpu", progress=False)
+    assert untouched(model, before)
+    ranked = autosp.estimate(profile, BUDGET_GB)
+    assert all(prediction.peak_bytes <= 30_000_000 for prediction in ranked)
+    assert [p.latency_s for p in ranked] == sorted(p.latency_s for p in ranked)
+    assert 0 < autosp.floor(profile, BUDGET_GB) <= autosp.floor(profile, 0.012)
+    assert type(profile).model_validate_json(profile.model_dump_json()) == profile
+    names = [layer.name for layer in profile.partition.layers]
+    assert len(profile.visits) == len(names)
+    assert all(visit.output_bytes > 0 for visit in profile.visits)
+
+
+def test_plan_with_the_user_s_own_k(device: Any) -> None:
+    model, batch = make("stack")
+    with torch.no_grad():
+        expected = copy.deepcopy(model).to(device.torch_device)(batch.to(device.torch_device))
+    plan = autosp.plan(model, batch, k=5, k_prime=2, residents=1, device=device)
+    assert (plan.candidate.k, plan.candidate.k_prime, len(plan.candidate.residents)) == (5, 2, 1)
+    assert plan.measurement is None
+    with autosp.apply(model, plan):
+        assert equal(model(batch.to(device.torch_device)), expected)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ({"k": 0, "k_prime": 1}, "k=0"),
+        ({"k": 2, "k_prime": 3}, "too few to move k_prime=3"),
+        ({"k": 2, "k_prime": 1, "residents": 2}, "raise k to at least 3"),
+        ({"k": 99, "k_prime": 1}, "layers only"),
+        ({"k": 2.5, "k_prime": 1}, "whole number"),
+        ({"k": 2, "k_prime": 1, "residents": -1}, "residents=-1"),
+        ({"k": 2, "k_prime": 1, "mode": "dreaming"}, "mode='dreaming'"),
+    ],
+)
+def test_numbers_that_do_not_fit_together(numbers: dict[str, Any], message: str) -> None:
+    model, batch = make("stack")
+    with pytest.raises(SettingError, match=message):
+        autosp.plan(model, batch, device="cpu", **numbers)
+
+
+def test_budget_that_nothing_fits_names_the_least_and_the_layer() -> None:
+    model, batch = big()
+    before = snapshot(model)
+    with pytest.raises(BudgetTooSmallError, match=r"least that works is .* GB.* set by layer") as caught:
+        autosp.tune(model, batch, 0.001, device="cpu", progress=False)
+    assert untouched(model, before)
+    assert caught.value.budget_bytes == 1_000_000 < caught.value.least_bytes
+    assert caught.value.layer.startswith("blocks.")
+    assert autosp.list_studies()[0].finished is False
+    suggested = float(str(caught.value).rpartition("max_gpu_gb=")[2])
+    assert autosp.tune(model, batch, suggested + 0.004, device="cpu", progress=False).measurement is not None
+
+
+@pytest.mark.parametrize("budget", [0, -1, float("nan"), float("inf"), "8 apples", True, None])
+def test_budgets_that_are_none(budget: Any) -> None:
+    model, batch = make("stack")
+    with pytest.raises(BudgetError):
+        autosp.tune(model, batch, budget, device="cpu")
+
+
+def test_other_arguments_that_are_wrong() -> None:
+    model, batch = make("stack")
+    with pytest.raises(SettingError, match=r"not a torch\.nn\.Module"):
+        autosp.tune(lambda x: x, batch, 1)  # type: ignore[arg-type]
+    with pytest.raises(SettingError, match="sample_batch is a set"):
+        autosp.tune(model, {1, 2}, 1, device="cpu", progress=False)
+    with pytest.raises(SettingError, match="step"):
+        autosp.tune(model, batch, 1, step=3)  # type: ignore[arg-type]
+    with pytest.raises(SettingError, match="max_trials=0"):
+        autosp.tune(model, batch, 1, device="cpu", max_trials=0)
+    with pytest.raises(SettingError, match="timeout_s"):
+        autosp.tune(model, batch, 1, device="cpu", timeout_s=-3)
+    with pytest.raises(EmptyModelError):
+        autosp.tune(nn.ReLU(), batch, 1, device="cpu", progress=False)
+    with torch.device("meta"):
+        meta = nn.Linear(3, 3)
+    with pytest.raises(MetaModelError):
+        autosp.tune(meta, batch, 1, device="cpu", progress=False)
+
+
+def test_a_batch_that_the_model_rejects_raises_the_model_s_own_error() -> None:
+    model, batch = big()
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match=r"normalized_shape|shape"):
+        autosp.tune(model, torch.randn(3, 5), 1, device="cpu", progress=False)
+    assert untouched(model, before)
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        autosp.tune(model, {"nonsense": batch}, 1, device="cpu", progress=False)
+    assert untouched(model, before)
+
+
+def test_plans_and_studies_of_other_models_are_refused() -> None:
+    model, batch = big()
+    plan = autosp.tune(model, batch, BUDGET_GB, device="cpu", progress=False, study_name="mine")
+    other = EarlyExit(blocks=7, width=WIDTH)
+    with pytest.raises(PlanMismatchError, match=f"{plan.model_fingerprint}.*EarlyExit has"):
+        autosp.apply(other, plan)
+    with pytest.raises(StudyMismatchError, match="model_fingerprint"):
+        autosp.resume("mine", other, batch, device="cpu", progress=False)
+    with pytest.raises(StudyMismatchError, match="batch_signature"):
+        autosp.resume("mine", model, vectors(5, WIDTH), device="cpu", progress=False)
+    with pytest.raises(StudyMismatchError, match="budget_bytes"):
+        autosp.tune(model, batch, 2 * BUDGET_GB, device="cpu", progress=False, study_name="mine")
+    with pytest.raises(StudyNotFoundError, match="mine"):
+        autosp.resume("mime", model, batch, device="cpu", progress=False)
+    with pytest.raises(SettingError, match="plan is a dict"):
+        autosp.apply(model, {})  # type: ignore[arg-type]
+
+
+def test_resume_goes_on_where_a_limit_stopped_and_repeats_nothing() -> None:
+    model, batch = big()
+    first = autosp.tune(model, batch, BUDGET_GB, device="cpu", progress=False, max_trials=1)
+    name = first.study_name or ""
+    with Repository() as repository:
+        before = repository.trials(name)
+        profile = repository.profile(name)
+    assert len(before) == 1
+    autosp.resume(name, model, batch, device="cpu", progress=False, max_trials=3)
+    with Repository() as repository:
+        after = repository.trials(name)
+        assert repository.profile(name) == profile
+    assert after[0] == before[0]
+    assert 1 <= len(after) <= 3
+    keys = [key_of(trial.prediction.candidate) for trial in after]
+    assert len(keys) == len(set(keys))
+
+
+def test_ctrl_c_restores_the_model_and_resume_finishes(tmp_path: Path) -> None:
+    model, batch = big()
+    before = snapshot(model)
+    calls = [0]
+
+    def step(model: nn.Module, batch: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 20:
+            signal.raise_signal(signal.SIGINT)
+        return model(batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        autosp.tune(model, batch, BUDGET_GB, step=step, device="cpu", progress=False, study_name="cut")
+    assert untouched(model, before)
+    assert not list((tmp_path / "cache").iterdir())
+    assert autosp.list_studies()[0].finished is False
+    plan = autosp.resume("cut", model, batch, step=step, device="cpu", progress=False)
+    assert plan.study_name == "cut"
+    assert untouched(model, before)
+
+
+def test_a_plan_whose_output_differs_is_never_returned() -> None:
+    class Leaky(EarlyExit):
+        """Its output depends on where its weights are."""
+
+        def forward(self, x: torch.Tensor, order: list[int] | None = None) -> torch.Tensor:
+            streamed = "forward" in self.blocks[0].up.__dict__ or "forward" in self.blocks[0].__dict__
+            deep = getattr(self.__dict__.get("forward"), "_around", None)
+            return super().forward(x) + (1.0 if streamed and "pass" in getattr(deep, "__name__", "") else 0.0)
+
+    torch.manual_seed(0)
+    model = Leaky(blocks=8, width=WIDTH).eval()
+    with pytest.raises(OutputMismatchError, match="another output than the plain model"):
+        autosp.tune(model, vectors(4, WIDTH), BUDGET_GB, device="cpu", progress=False, max_trials=2)
+
+
+def test_a_model_that_differs_from_itself_is_planned_with_a_warning() -> None:
+    counter = [0]
+
+    class Restless(EarlyExit):
+        def forward(self, x: torch.Tensor, order: list[int] | None = None) -> torch.Tensor:
+            counter[0] += 1
+            return super().forward(x) + counter[0]
+
+    torch.manual_seed(0)
+    model = Restless(blocks=8, width=WIDTH).eval()
+    with pytest.warns(UserWarning, match="cannot be verified"):
+        plan = autosp.tune(model, vectors(4, WIDTH), BUDGET_GB, device="cpu", progress=False, max_trials=1)
+    assert plan.measurement is not None
+
+
+def test_dropout_is_compared_from_one_seed() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, 8 * WIDTH), nn.Dropout(), nn.Linear(8 * WIDTH, WIDTH)) for _ in range(4)))
+    plan = autosp.tune(model.train(), vectors(4, WIDTH), 0.03, device="cpu", progress=False, max_trials=2, seed=3)
+    assert plan.measurement is not None
+    with autosp.apply(model, plan):
+        torch.manual_seed(5)
+        streamed = model(vectors(4, WIDTH))
+    torch.manual_seed(5)
+    assert equal(model(vectors(4, WIDTH)).detach(), streamed)
+
+
+def test_token_models_too() -> None:
+    model, batch = make("stack")
+    plan = autosp.tune(model, batch, 0.5, device="cpu", progress=False, max_trials=2)
+    assert plan.batch_signature == "int64[3,11]"
+    assert tokens(3, 11).shape == batch.shape
