@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from logging.config import fileConfig
 
+from alembic import context
 from sqlalchemy import Connection
 
-from alembic import context
 from autosp.store.engine import open_engine, storage_url
 from autosp.store.migrate import VERSION_TABLE, migrating
 from autosp.store.models import Base

@@ -1,8 +1,8 @@
 """autosp: run a PyTorch model that does not fit, under a hard memory budget, planned and measured for you.
 
-    plan = autosp.tune(model, sample_batch, max_gpu_gb=8)
-    with autosp.apply(model, plan):
-        out = model(**batch)
+plan = autosp.tune(model, sample_batch, max_gpu_gb=8)
+with autosp.apply(model, plan):
+    out = model(**batch)
 """
 
 from autosp.apply import apply

@@ -82,7 +82,12 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) ->
 def tensors_in(value: Any) -> list[torch.Tensor]:
     """All tensors that `map_tensors` would visit, in order."""
     found: list[torch.Tensor] = []
-    map_tensors(lambda tensor: (found.append(tensor), tensor)[1], value)
+
+    def find(tensor: torch.Tensor) -> torch.Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(find, value)
     return found
 
 
@@ -98,4 +103,6 @@ def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     left, right = left.detach().cpu(), right.detach().cpu()
     if left.is_sparse or left.is_quantized:
         return bool(torch.equal(left, right))
-    return bool(torch.equal(left.contiguous().view(-1).view(torch.uint8), right.contiguous().view(-1).view(torch.uint8)))
+    return bool(
+        torch.equal(left.contiguous().view(-1).view(torch.uint8), right.contiguous().view(-1).view(torch.uint8))
+    )

@@ -65,7 +65,7 @@ def _module(name: str) -> ModuleType:
 def _factory(module: ModuleType, name: str) -> Callable[[], Any]:
     found = getattr(module, name, None)
     if callable(found):
-        return found  # type: ignore[no-any-return]
+        return found
     where = f"module {module.__name__} ({module.__file__})"
     if found is not None:
         raise SettingError(f"{name!r} in {where} is a {type(found).__name__}, not a function")

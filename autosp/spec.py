@@ -176,6 +176,7 @@ class Profile(Record):
     partition: Partition
     visits: tuple[LayerProfile, ...] = Field(description="one per entry of `partition.visits`")
     tail_s: float = Field(description="compute after the last visit, until the pass returns")
+    least_compute_s: float = Field(description="compute of a pass with each visit at the fastest it was seen")
     links: tuple[LinkProfile, ...]
     workspace_bytes: int = Field(description="observed peak beyond the plan's own buffers: activations, workspace")
     observed: Trial = Field(description="the least-memory plan's own trial, on which the model is calibrated")
@@ -270,7 +271,9 @@ class Plan(Record):
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise PlanFormatError(f"{path} is not JSON ({error}); export the plan again with `autosp export`") from error
+            raise PlanFormatError(
+                f"{path} is not JSON ({error}); export the plan again with `autosp export`"
+            ) from error
         version = data.get("schema_version") if isinstance(data, dict) else None
         if not isinstance(version, int):
             raise PlanFormatError(f"{path} has no schema_version: it is not an autosp plan")

@@ -10,7 +10,7 @@ from autosp.store import Repository
 
 
 def list_studies(storage: str | os.PathLike[str] | None = None) -> list[StudySummary]:
-    """All studies in the database (a path or URL; default `AUTOSP_STORAGE`), oldest first."""
+    """All studies in the database (a path or URL; default `AUTOSP_STORAGE`), newest first."""
     with Repository(storage) as repository:
         return repository.summaries()
 

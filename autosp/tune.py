@@ -256,8 +256,8 @@ def _candidate(k: int, k_prime: int, residents: int, visited: list[int]) -> Cand
         raise SettingError(f"k={k}: the pass visits {len(visited)} layers only")
     if residents > k or (residents < len(visited) and k - residents < k_prime):
         raise SettingError(
-            f"k={k} with residents={residents} leaves {max(0, k - residents)} places for streamed layers, too few to move "
-            f"k_prime={k_prime} at a time; raise k to at least {min(residents + k_prime, len(visited))}"
+            f"k={k} with residents={residents} leaves {max(0, k - residents)} places for streamed layers, too few to "
+            f"move k_prime={k_prime} at a time; raise k to at least {min(residents + k_prime, len(visited))}"
         )
     return Candidate(k=k, k_prime=k_prime, residents=tuple(sorted(evenly_spread(visited, residents))))
 

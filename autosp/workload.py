@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from autosp.batch import Step, call, map_tensors, signature, step_name
+from autosp.batch import Step, call, map_tensors, signature, step_name, tensors_in
 from autosp.devices import Device
 from autosp.errors import BudgetError, SettingError
 from autosp.partition import model_fingerprint
@@ -31,9 +31,7 @@ class Workload:
     seed: int = 0
 
     @classmethod
-    def of(
-        cls, model: nn.Module, batch: Any, step: Step | None, mode: str, device: Device, seed: int = 0
-    ) -> Workload:
+    def of(cls, model: nn.Module, batch: Any, step: Step | None, mode: str, device: Device, seed: int = 0) -> Workload:
         """Check the arguments, and put the batch where compute happens.
 
         Raises: SettingError for a model, step or mode of the wrong kind.
@@ -44,6 +42,8 @@ class Workload:
             raise SettingError(f"step is a {type(step).__name__}; pass a function step(model, batch)")
         if mode != "inference":
             raise SettingError(f"mode={mode!r}: this version plans mode='inference' only")
+        if any(tensor.is_meta for tensor in tensors_in(batch)):
+            raise SettingError("sample_batch has tensors on the meta device: they have no data to run the model on")
         return cls(model, map_tensors(lambda tensor: tensor.to(device.torch_device), batch), step, "inference", seed)
 
     def run(self) -> Any:
@@ -86,5 +86,7 @@ def parse_budget(budget: float | str) -> int:
     else:
         n_bytes = budget * 1e9
     if not math.isfinite(n_bytes) or n_bytes < 1:
-        raise BudgetError(f"max_gpu_gb={budget!r} is not a positive amount; pass GB as a number, or a string like '8GiB'")
+        raise BudgetError(
+            f"max_gpu_gb={budget!r} is not a positive amount; pass GB as a number, or a string like '8GiB'"
+        )
     return int(n_bytes)

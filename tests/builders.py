@@ -90,15 +90,20 @@ def profile(
     latency_s: float = 0.0,
     link_slowdown: float = 1.0,
     compute_slowdown: float = 1.0,
+    least_compute_s: float | None = None,
     kind: str = "cuda",
 ) -> Profile:
-    """A profile whose least-memory plan was observed to take exactly what the memory formula says."""
+    """A profile whose least-memory plan was observed to take exactly what the memory formula says.
+
+    Unless `least_compute_s` says so, no visit was ever faster than its median.
+    """
     parts = partition(layer_bytes, visits, repeats=repeats, resident_bytes=resident_bytes)
     count = len(parts.visits)
     forwards = [forward_s] * count if isinstance(forward_s, float) else forward_s
     befores = [before_s] * count if isinstance(before_s, float) else before_s
     least = Candidate(k=1, k_prime=1)
     least_peak = max(layer_bytes) + resident_bytes + workspace_bytes
+    compute_s = (sum(forwards) + sum(befores)) * repeats + tail_s
     return Profile(
         model_name="Tiny",
         model_fingerprint="m" * 32,
@@ -111,6 +116,7 @@ def profile(
             for layer, before, forward in zip(parts.visits, befores, forwards, strict=True)
         ),
         tail_s=tail_s,
+        least_compute_s=compute_s if least_compute_s is None else least_compute_s,
         links=(
             link(
                 bytes_per_s=bytes_per_s,
@@ -181,7 +187,9 @@ def evict(layers: tuple[int, ...], *waits: Ref, occurrence: int = 0) -> Action:
     return Action(Kind.EVICT, layers, occurrence, waits)
 
 
-def schedule(*actions: Action, cold: tuple[Action, ...] = (), arena_bytes: int, residents: tuple[int, ...] = ()) -> Schedule:
+def schedule(
+    *actions: Action, cold: tuple[Action, ...] = (), arena_bytes: int, residents: tuple[int, ...] = ()
+) -> Schedule:
     """A schedule, by hand."""
     return Schedule(actions, cold, residents, arena_bytes)
 
@@ -221,7 +229,9 @@ def candidates(draw: st.DrawFn, visited: Sequence[int]) -> Candidate:
     ring = draw(st.integers(1, max(1, len(distinct) - len(residents))))
     k_prime = draw(st.integers(1, ring))
     everything = len(residents) == len(distinct)
-    return Candidate(k=len(residents) + (0 if everything else ring), k_prime=k_prime, residents=tuple(sorted(residents)))
+    return Candidate(
+        k=len(residents) + (0 if everything else ring), k_prime=k_prime, residents=tuple(sorted(residents))
+    )
 
 
 sizes = st.integers(1, 40)

@@ -39,7 +39,13 @@ def t5() -> nn.Module:
 
 
 def clip() -> nn.Module:
-    text = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 500}
+    text = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "vocab_size": 500,
+    }
     vision = {**text, "image_size": 32, "patch_size": 8}
     del vision["vocab_size"]
     return transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=32))
@@ -47,7 +53,12 @@ def clip() -> nn.Module:
 
 def albert() -> nn.Module:
     config = transformers.AlbertConfig(
-        vocab_size=500, embedding_size=32, hidden_size=64, num_hidden_layers=5, num_attention_heads=4, intermediate_size=128
+        vocab_size=500,
+        embedding_size=32,
+        hidden_size=64,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        intermediate_size=128,
     )
     return transformers.AlbertModel(config)
 

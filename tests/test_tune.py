@@ -304,7 +304,9 @@ def test_a_model_that_differs_from_itself_is_planned_with_a_warning() -> None:
 
 def test_dropout_is_compared_from_one_seed() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, 8 * WIDTH), nn.Dropout(), nn.Linear(8 * WIDTH, WIDTH)) for _ in range(4)))
+    model = nn.Sequential(
+        *(nn.Sequential(nn.Linear(WIDTH, 8 * WIDTH), nn.Dropout(), nn.Linear(8 * WIDTH, WIDTH)) for _ in range(4))
+    )
     plan = autosp.tune(model.train(), vectors(4, WIDTH), 0.03, device="cpu", progress=False, max_trials=2, seed=3)
     assert plan.measurement is not None
     with autosp.apply(model, plan):

@@ -72,7 +72,10 @@ def contended_periods(profile: Profile, rings: Sequence[Ring]) -> tuple[Array, A
 
 
 def _tables(rings: Sequence[Ring], costs: Costs) -> tuple[Array, npt.NDArray[np.intp]]:
-    """Per visit and candidate: seconds of the transfer it needs (0: none), and the visit that frees its memory. [V, C]"""
+    """Per visit and candidate: seconds of the transfer it needs (0: none), and the visit that frees its memory.
+
+    Shapes: [visits, candidates].
+    """
     shape = (len(costs.forward_s), len(rings))
     load_s = np.zeros(shape)
     after = np.zeros(shape, dtype=np.intp)

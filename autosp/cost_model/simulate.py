@@ -102,11 +102,13 @@ def simulate(schedule: Schedule, costs: Costs, periods: int = PERIODS) -> Timeli
     free = dict.fromkeys(Resource, 0.0)
     spans: list[Span] = []
     ends: list[float] = []
-    done: dict[Ref, float] = {}
+    arrived: dict[int, float] = {}  # layer -> end of its cold load
     for load in schedule.cold:
         start = free[Resource.LINK]
-        free[Resource.LINK] = done[load.ref] = start + costs.load_s(load.layers)
+        free[Resource.LINK] = start + costs.load_s(load.layers)
+        arrived.update(dict.fromkeys(load.layers, free[Resource.LINK]))
         spans.append(Span(load, 0, start, free[Resource.LINK]))
+    done: dict[Ref, float] = {}
     previous: dict[Ref, float] = {}
     for period in range(periods):
         forward = 0
@@ -116,6 +118,7 @@ def simulate(schedule: Schedule, costs: Costs, periods: int = PERIODS) -> Timeli
             stall = 0.0
             if action.kind is Kind.FORWARD:
                 begin += costs.before_s[forward]
+                ready = max(ready, arrived.get(action.layers[0], 0.0))
                 stall = max(0.0, ready - begin)
                 end = begin + stall + costs.forward_s[forward]
                 forward += 1

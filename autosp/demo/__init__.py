@@ -114,14 +114,19 @@ def _times_s(workload: Workload, device: Device) -> list[float]:
     return samples
 
 
-def _comparison(
-    plain_s: float | None, weights: int, rows: list[PeerResult], plan: Plan, budget_bytes: int
-) -> Table:
+def _comparison(plain_s: float | None, weights: int, rows: list[PeerResult], plan: Plan, budget_bytes: int) -> Table:
     table = Table(title="the same batch, in this run", title_justify="left")
     for name in ("", "latency", "÷ floor", "memory", "÷ budget", "output"):
         table.add_column(name, justify="left" if not name else "right")
     if plain_s is not None:
-        table.add_row("plain, all weights in memory", f"{plain_s * 1e3:,.1f} ms", "", f"{weights / 1e6:,.1f} MB + activations", "", "")
+        table.add_row(
+            "plain, all weights in memory",
+            f"{plain_s * 1e3:,.1f} ms",
+            "",
+            f"{weights / 1e6:,.1f} MB + activations",
+            "",
+            "",
+        )
     for row in rows:
         ratio = f"{row.latency_s / plan.floor_s:.3f}" if plan.floor_s else ""
         table.add_row(

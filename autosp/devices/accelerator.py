@@ -89,7 +89,7 @@ class AcceleratorDevice:
 
     def peak_bytes(self) -> int:
         """Bytes that torch's allocator reserved at most, less those reserved at the start."""
-        return max(0, self._module.max_memory_reserved(self.torch_device) - self._baseline)
+        return max(0, int(self._module.max_memory_reserved(self.torch_device)) - self._baseline)
 
     def restart_peak(self) -> None:
         """New peak, same baseline."""

@@ -25,9 +25,13 @@ Stamp = Any
 class Region(Protocol):
     """Bytes of the slow tier that one read or copy fetches."""
 
-    n_bytes: int
-    host: torch.Tensor | None
-    """The bytes in RAM (uint8), or None if they are on disk."""
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the run."""
+
+    @property
+    def host(self) -> torch.Tensor | None:
+        """The bytes in RAM (uint8), or None if they are on disk."""
 
     def read_into(self, target: memoryview) -> None:
         """Fill `target` (as many bytes). Called off the main thread. Raises ReadError."""

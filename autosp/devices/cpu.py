@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -117,10 +118,11 @@ class CpuDevice:
         return end - start
 
     def start_measuring(self) -> None:
-        """Return freed heap to the kernel, so that what comes next is seen."""
+        """Return freed heap to the kernel, so that what comes next is seen. Pages of files do not count."""
+        _start_thread_pools()
         _trim_heap()
         self.restart_peak()
-        self._baseline = _status_bytes("VmRSS")
+        self._baseline = _status_bytes("RssAnon")
 
     def originals_freed(self, n_bytes: int) -> None:
         """A new baseline, which the freed originals are no part of; the moment with both copies is forgotten."""
@@ -128,8 +130,9 @@ class CpuDevice:
         self._baseline -= n_bytes
 
     def peak_bytes(self) -> int:
-        """Peak resident memory of the process, from the kernel, less the baseline."""
-        return max(0, _status_bytes("VmHWM") - self._baseline)
+        """The kernel's peak of resident memory, less pages of files as they are now, less the baseline."""
+        files = _status_bytes("RssFile") + _status_bytes("RssShmem")
+        return max(0, _status_bytes("VmHWM") - files - self._baseline)
 
     def restart_peak(self) -> None:
         """Reset the kernel's high-water mark (proc(5), clear_refs, value 5)."""
@@ -213,6 +216,13 @@ def _status_bytes(field: str) -> int:
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     raise OSError(f"/proc/self/status has no {field}")
+
+
+@cache
+def _start_thread_pools() -> None:
+    """What torch takes once for its threads and kernels is any torch program's, not a plan's."""
+    with torch.no_grad():
+        torch.mm(torch.ones(256, 256), torch.ones(256, 256))
 
 
 def _trim_heap() -> None:

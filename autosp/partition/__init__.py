@@ -23,7 +23,7 @@ from autosp.partition.tensors import (
 from autosp.partition.trace import Trace, trace
 from autosp.spec import Layer, Partition
 
-__all__ = ["BoundLayer", "BoundModel", "Placed", "bind", "model_fingerprint", "partition"]
+__all__ = ["BoundLayer", "BoundModel", "NamedTensor", "Placed", "bind", "model_fingerprint", "partition"]
 
 
 @dataclass(frozen=True)

@@ -141,8 +141,8 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
     """The bytes of its storage that a strided tensor touches, as [begin, end)."""
     size = tensor.element_size()
-    begin = tensor.storage_offset() * size
-    last = sum((length - 1) * stride for length, stride in zip(tensor.size(), tensor.stride(), strict=True))
+    begin = int(tensor.storage_offset()) * size
+    last = sum((int(length) - 1) * int(stride) for length, stride in zip(tensor.size(), tensor.stride(), strict=True))
     return begin, begin + (last + 1) * size
 
 

@@ -14,16 +14,10 @@ from autosp.partition import model_fingerprint
 from autosp.profiler.layers import LEAST_MEMORY, observe
 from autosp.profiler.links import measure_link
 from autosp.runtime.bench import Bench
-from autosp.spec import Prediction, Profile, Trial
+from autosp.spec import LinkProfile, Partition, Prediction, Profile, Trial
 from autosp.workload import Workload
 
 __all__ = ["LEAST_MEMORY", "measure"]
-
-MOST_SLOWDOWN = 2.0
-"""A link that compute slows down by more than this was disturbed by something else."""
-
-LEAST_STALL_SHARE = 0.1
-"""Share of a pass that must be waiting for the link, for the pass to tell how fast the link is."""
 
 
 def measure(bench: Bench, workload: Workload, progress: Callable[[str], None] = lambda text: None) -> Profile:
@@ -38,7 +32,7 @@ def measure(bench: Bench, workload: Workload, progress: Callable[[str], None] = 
             "check that sample_batch and step run the model"
         )
     observed = observe(bench, workload.run, progress)
-    link = measure_link(
+    probed = measure_link(
         bench.device,
         bench.store,
         partition.streamable_bytes,
@@ -46,6 +40,7 @@ def measure(bench: Bench, workload: Workload, progress: Callable[[str], None] = 
         _dtype(workload.model),
         progress,
     )
+    link = probed.model_copy(update={"bytes_per_s": in_pass_bytes_per_s(probed, partition, observed.load_s)})
     placeholder = Prediction(candidate=LEAST_MEMORY, latency_s=0, stall_s=0, moved_bytes=0, peak_bytes=0)
     profile = Profile(
         model_name=type(workload.model).__name__,
@@ -56,38 +51,25 @@ def measure(bench: Bench, workload: Workload, progress: Callable[[str], None] = 
         partition=partition,
         visits=observed.visits,
         tail_s=observed.tail_s,
+        least_compute_s=observed.least_compute_s,
         links=(link,),
         workspace_bytes=observed.workspace_bytes,
         observed=Trial(number=0, prediction=placeholder, measurement=observed.measurement),
     )
-    profile = calibrate(profile)
     (prediction,) = predict(profile, [LEAST_MEMORY])
-    return profile.model_copy(update={"observed": Trial(number=0, prediction=prediction, measurement=observed.measurement)})
+    return profile.model_copy(
+        update={"observed": Trial(number=0, prediction=prediction, measurement=observed.measurement)}
+    )
 
 
-def calibrate(profile: Profile) -> Profile:
-    """Set the link's slowdown under compute so that the least-memory plan's own pass is predicted as observed.
+def in_pass_bytes_per_s(link: LinkProfile, partition: Partition, load_s: float) -> float:
+    """The bandwidth that the loads of a real pass had, if lower than the sweep's.
 
-    The probe beside a matrix product misses what a real pass costs the link. Where the observed pass hardly waited for
-    the link there is nothing to learn, and the probe stands.
+    `load_s`: one period's loads under the least-memory plan, where nothing overlaps them: one transfer per visit.
     """
-    observed_s = profile.observed.measurement.latency_s
-
-    def predicted(slowdown: float) -> tuple[Profile, Prediction]:
-        links = (profile.link.model_copy(update={"link_slowdown": slowdown}), *profile.links[1:])
-        changed = profile.model_copy(update={"links": links})
-        return changed, predict(changed, [LEAST_MEMORY])[0]
-
-    low, high = 1.0, MOST_SLOWDOWN
-    if predicted(high)[1].stall_s < LEAST_STALL_SHARE * observed_s:
-        return profile
-    for _ in range(20):
-        middle = (low + high) / 2
-        if predicted(middle)[1].latency_s < observed_s:
-            low = middle
-        else:
-            high = middle
-    return predicted(high)[0]
+    moved = sum(partition.layers[index].n_bytes for index in partition.visits)
+    busy_s = load_s - link.latency_s * len(partition.visits)
+    return min(link.bytes_per_s, moved / busy_s) if busy_s > 0 else link.bytes_per_s
 
 
 def _dtype(model: torch.nn.Module) -> torch.dtype:

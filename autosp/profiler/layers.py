@@ -13,10 +13,13 @@ from autosp.runtime.bench import Bench
 from autosp.schedule.streaming import arena_bytes
 from autosp.spec import Candidate, LayerProfile, Measurement, Outcome
 
-TIMED_PASSES = 3
+LEAST_PASSES = 3
+MOST_PASSES = 12
+ENOUGH_S = 1.0
+"""Short passes are repeated until they fill this time: medians over a busy moment are wrong."""
 
 LEAST_MEMORY = Candidate(k=1, k_prime=1)
-"""One layer at a time: nothing is resident that need not be, and nothing overlaps, so times are undisturbed."""
+"""One layer at a time: nothing is resident that need not be, and no load overlaps compute."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +28,15 @@ class Observation:
 
     visits: tuple[LayerProfile, ...]
     tail_s: float
+    least_compute_s: float
+    load_s: float
+    """Waiting for weights, per period: each visit at the fastest it was seen."""
     workspace_bytes: int
     measurement: Measurement
 
 
 def observe(bench: Bench, run: Callable[[], Any], progress: Callable[[str], None]) -> Observation:
-    """Run the least-memory plan: a cold pass, a pass for memory, and `TIMED_PASSES` for time."""
+    """Run the least-memory plan: a cold pass, one for memory, and some for time."""
     partition = bench.partition
     device = bench.device
     plan_bytes = partition.resident_bytes + arena_bytes([layer.n_bytes for layer in partition.layers], 1)
@@ -47,8 +53,8 @@ def observe(bench: Bench, run: Callable[[], Any], progress: Callable[[str], None
         output = run()
         passes: list[_TimeObserver] = []
         moved_before = streamed.stats().moved_bytes
-        for index in range(TIMED_PASSES):
-            progress(f"timed pass {index + 1}/{TIMED_PASSES}")
+        while len(samples) < LEAST_PASSES or (sum(samples) < ENOUGH_S and len(samples) < MOST_PASSES):
+            progress(f"timed pass {len(samples) + 1}")
             timer = _TimeObserver(device)
             streamed.observe(timer)
             timer.begin()
@@ -67,12 +73,15 @@ def observe(bench: Bench, run: Callable[[], Any], progress: Callable[[str], None
         samples_s=tuple(samples),
         cold_latency_s=cold_s,
         peak_bytes=peak,
-        moved_bytes=(stats.moved_bytes - moved_before) // TIMED_PASSES,
+        moved_bytes=(stats.moved_bytes - moved_before) // len(samples),
         misses=stats.misses,
     )
     return Observation(
         visits=_visits(partition.visits, partition.repeats, passes, memory),
         tail_s=median(timer.tail_s() for timer in passes),
+        least_compute_s=_least(passes, lambda before, forward, wait: before + forward)
+        + min(timer.tail_s() for timer in passes),
+        load_s=_least(passes, lambda before, forward, wait: wait) / partition.repeats,
         workspace_bytes=max(0, peak - plan_bytes),
         measurement=measurement,
     )
@@ -133,13 +142,14 @@ class _TimeObserver:
             visit.finish = self._device.stamp()
             self.visits.append(visit)
 
-    def times_s(self) -> list[tuple[int, float, float]]:
-        """Per visit: its layer, the compute before it, its own compute."""
+    def times_s(self) -> list[tuple[int, float, float, float]]:
+        """Per visit: its layer, the compute before it, its own compute, the wait for its weights."""
         seconds = self._device.seconds
         previous = self._begin
         times = []
         for visit in self.visits:
-            times.append((visit.layer, seconds(previous, visit.arrive), seconds(visit.start, visit.finish)))
+            before_s, wait_s = seconds(previous, visit.arrive), seconds(visit.arrive, visit.start)
+            times.append((visit.layer, before_s, seconds(visit.start, visit.finish), wait_s))
             previous = visit.finish
         return times
 
@@ -177,13 +187,20 @@ class _MemoryObserver:
         self.visits[layer] = (max(known[0], peak - self._plan_bytes), max(known[1], out))
 
 
+def _least(passes: list[_TimeObserver], part: Callable[[float, float, float], float]) -> float:
+    """Sum over a pass's visits of one of their times, each at its least over the passes that had the visit."""
+    per_pass = [[part(*entry[1:]) for entry in timer.times_s()] for timer in passes]
+    shortest = min(len(times) for times in per_pass)
+    return sum(min(times[index] for times in per_pass) for index in range(shortest))
+
+
 def _visits(
     period: tuple[int, ...], repeats: int, passes: list[_TimeObserver], memory: _MemoryObserver
 ) -> tuple[LayerProfile, ...]:
     """Medians over passes, means over a pass's periods. Where a pass ran otherwise than planned, means per layer."""
     per_pass = [timer.times_s() for timer in passes]
     planned = list(period) * repeats
-    regular = all([layer for layer, _, _ in times] == planned for times in per_pass)
+    regular = all([entry[0] for entry in times] == planned for times in per_pass)
     profiles = []
     for position, layer in enumerate(period):
         before, forward = [], []
@@ -191,7 +208,7 @@ def _visits(
             if regular:
                 mine = times[position :: len(period)]
             else:
-                mine = [entry for entry in times if entry[0] == layer] or [(layer, 0.0, 0.0)]
+                mine = [entry for entry in times if entry[0] == layer] or [(layer, 0.0, 0.0, 0.0)]
             before.append(sum(entry[1] for entry in mine) / len(mine))
             forward.append(sum(entry[2] for entry in mine) / len(mine))
         peak, output = memory.visits.get(layer, (0, 0))

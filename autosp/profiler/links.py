@@ -24,7 +24,12 @@ CHUNK_BYTES = 16 * 2**20
 
 
 def measure_link(
-    device: Device, store: Store, store_bytes: int, largest_bytes: int, dtype: torch.dtype, progress: Callable[[str], None]
+    device: Device,
+    store: Store,
+    store_bytes: int,
+    largest_bytes: int,
+    dtype: torch.dtype,
+    progress: Callable[[str], None],
 ) -> LinkProfile:
     """Sweep transfer sizes up to `largest_bytes` (the memory that this takes), then probe contention.
 

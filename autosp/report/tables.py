@@ -144,8 +144,7 @@ def plan_table(plan: Plan) -> Table:
         moved = f"{size(found.moved_bytes)} moved, {found.misses} misses" if found.moved_bytes else "nothing moved"
         rows.append(("measured", f"{seconds(latency_s)} a pass, the first {seconds(found.cold_latency_s)}; {moved}"))
     if plan.floor_s is not None:
-        bound = f"no schedule can take less than {seconds(plan.floor_s)}"
-        rows.append(("T / floor", f"{ratio(latency_s, plan.floor_s)}: {bound}"))
+        rows.append(("T / floor", _floor(latency_s, plan.floor_s)))
     if found is not None:
         share = f", {percent(found.peak_bytes, plan.budget_bytes)} of the budget" if plan.budget_bytes else ""
         rows.append(("peak", f"{size(found.peak_bytes)}{share}"))
@@ -225,10 +224,11 @@ def run_table(plan: Plan, passes: Sequence[Pass], peak_bytes: int) -> Table:
         promised_s, measured_s = plan.prediction.latency_s, plan.measurement.latency_s
         rows.append(("promised", f"{seconds(promised_s)} predicted, {seconds(measured_s)} measured by its study"))
     if plan.floor_s is not None:
-        rows.append(("T / floor", f"{ratio(latency_s, plan.floor_s)}, floor {seconds(plan.floor_s)}"))
+        rows.append(("T / floor", _floor(latency_s, plan.floor_s)))
     share = ""
     if plan.budget_bytes is not None:
         share = f", {percent(peak_bytes, plan.budget_bytes)} of the budget of {size(plan.budget_bytes)}"
+        share += ": OVER IT" if peak_bytes > plan.budget_bytes else ""
     rows.append(("peak", f"{size(peak_bytes)}{share}"))
     rows.append(("misses", str(sum(one.misses for one in passes))))
     return facts_table("Run", rows)
@@ -260,6 +260,13 @@ def _trivial(candidate: Candidate) -> str:
     if not candidate.ring:
         return "everything resident"
     return "" if candidate.residents else "sliding window"
+
+
+def _floor(latency_s: float | None, floor_s: float) -> str:
+    """The ratio, and what it says: nothing beats the floor unless the profile that it rests on is wrong."""
+    beaten = latency_s is not None and latency_s < 0.98 * floor_s
+    says = "beaten: its profile measured compute too slow" if beaten else "no schedule can take less"
+    return f"{ratio(latency_s, floor_s)}, floor {seconds(floor_s)} ({says})"
 
 
 def _by_outcome(trial: Trial) -> tuple[bool, float, int]:

@@ -340,14 +340,14 @@ def _prefetches(
     streamed = {index for layers in groups for index in layers}
     forwards = [action for action in schedule.forwards if action.layers[0] in streamed]
     position = {action.ref: visit for visit, action in enumerate(forwards)}
-    evicted_after = {
-        action.ref: position[action.waits[0]] for action in schedule.actions if action.kind is Kind.EVICT
-    }
+    evicted_after = {action.ref: position[action.waits[0]] for action in schedule.actions if action.kind is Kind.EVICT}
     needed_by: dict[Ref, int] = {}
     for visit, action in enumerate(forwards):
         for ref in action.waits:
             needed_by.setdefault(ref, visit)
-    due = [max((_visit_of(ref, evicted_after, period) for ref in load.waits), default=-period) for load in schedule.loads]
+    due = [
+        max((_visit_of(ref, evicted_after, period) for ref in load.waits), default=-period) for load in schedule.loads
+    ]
     latest = max(due, default=0) - period  # of the pass before
     start = [groups[load.layers] for load in schedule.cold]
     after: list[list[_Prefetch]] = [[] for _ in visits]

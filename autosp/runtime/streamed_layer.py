@@ -95,8 +95,4 @@ def tensors_of(placed: Sequence[Placed]) -> list[NamedTensor]:
 def views_on(placed: Sequence[Placed], base: torch.Tensor) -> list[torch.Tensor]:
     """Each tensor of `tensors_of(placed)` as a view of the packed bytes in `base`."""
     with torch.inference_mode(False):
-        return [
-            named.on(base, place.offset + named.offset)
-            for place in placed
-            for named in place.extent.tensors
-        ]
+        return [named.on(base, place.offset + named.offset) for place in placed for named in place.extent.tensors]

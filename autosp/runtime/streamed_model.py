@@ -14,8 +14,8 @@ from torch import nn
 from autosp.batch import map_tensors, tensors_in
 from autosp.devices import Device
 from autosp.intercept import Intercepted
-from autosp.partition import BoundModel, Placed
-from autosp.partition.tensors import EXTENT_ALIGNMENT, NamedTensor, align
+from autosp.partition import BoundModel, NamedTensor, Placed
+from autosp.partition.tensors import EXTENT_ALIGNMENT, align
 from autosp.runtime.executor import Executor, Observer
 from autosp.runtime.streamed_layer import StreamedLayer, tensors_of, views_on
 from autosp.schedule.actions import Schedule
@@ -69,10 +69,14 @@ class StreamedModel(Generic[M]):
         self._wrappers: list[Intercepted] = []
         self._removed = False
         resident_layers = set(schedule.residents)
-        self._staying = [place for layer in bound.layers if layer.layer.index in resident_layers for place in layer.placed]
+        self._staying = [
+            place for layer in bound.layers if layer.layer.index in resident_layers for place in layer.placed
+        ]
         self._staying += bound.residents
         streamed = [layer for layer in bound.layers if layer.layer.index not in resident_layers]
-        self._kept = [(named, named.tensor.data) for named in _all_tensors(bound)] if originals is Originals.KEPT else []
+        self._kept = (
+            [(named, named.tensor.data) for named in _all_tensors(bound)] if originals is Originals.KEPT else []
+        )
         self._layers: list[StreamedLayer] = []
         if originals is Originals.FREED:
             for layer in streamed:

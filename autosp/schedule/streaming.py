@@ -62,20 +62,22 @@ def build_ring(candidate: Candidate, layer_bytes: Sequence[int], visits: Sequenc
     """Group, place and time the transfers of a candidate.
 
     Groups of `k_prime` layers, in the order of their first visit, are placed one after another in a byte ring that
-    holds `ring // k_prime` neighbouring groups (at least one); a group that does not fit before the ring's end starts
-    at its beginning. So unlike-sized layers share memory without slots of the largest. The arena also has room for any
-    one layer that was never visited, should it be called after all.
+    holds `ring // k_prime` neighbouring groups; a group that does not fit before the ring's end starts at its
+    beginning. So unlike-sized layers share memory without slots of the largest. With room for one group only, each
+    takes the place of the one before, however small. The arena also has room for any one layer that was never visited,
+    should it be called after all.
     """
     size = candidate.k_prime
     streamed = [layer for layer in dict.fromkeys(visits) if layer not in frozenset(candidate.residents)]
     members = [tuple(streamed[start : start + size]) for start in range(0, len(streamed), size)]
     sizes = [sum(layer_bytes[layer] for layer in group) for group in members]
     unvisited = set(range(len(layer_bytes))) - set(visits) - set(candidate.residents)
-    capacity = max([arena_bytes(sizes, max(1, candidate.ring // size)), *(layer_bytes[layer] for layer in unvisited)])
+    window = max(1, candidate.ring // size)
+    capacity = max([arena_bytes(sizes, window), *(layer_bytes[layer] for layer in unvisited)])
     groups = []
     head = 0
     for layers, n_bytes in zip(members, sizes, strict=True):
-        if head + n_bytes > capacity:
+        if window == 1 or head + n_bytes > capacity:
             head = 0
         groups.append(Group(layers, head, n_bytes))
         head += n_bytes

@@ -50,7 +50,7 @@ def learn(trials: Sequence[Trial]) -> Correction:
     """Fit both factors by least squares of relative errors, held at 1 by a weak prior.
 
     A trial far off all others was disturbed (a machine has neighbours) and is left out of a second fit. The error is
-    the largest residual of the others, and no less than the prior's share that the trials have not worn off.
+    the largest residual of the others, and no less than what the prior, or the size of the correction, leaves open.
     """
     timed = [trial for trial in trials if trial.measurement.samples_s]
     extra = max((t.measurement.peak_bytes - t.prediction.peak_bytes for t in timed), default=0)
@@ -63,7 +63,8 @@ def learn(trials: Sequence[Trial]) -> Correction:
     usual = residuals <= max(OUTLIER_ERROR, OUTLIER_RATIO * float(np.median(residuals)))
     if not usual.all():
         factors, residuals = _fit(parts[usual], measured[usual])
-    error = max(float(residuals.max()), PRIOR_ERROR / (1 + len(residuals)))
+    doubt = max(PRIOR_ERROR, *(abs(float(factor) - 1) for factor in factors)) / (1 + len(residuals))
+    error = max(float(residuals.max()), doubt)
     return Correction(float(factors[0]), float(factors[1]), min(error, 0.5), max(0, int(extra)))
 
 

@@ -25,7 +25,7 @@ class CostModelSampler(BaseSampler):
         self._budget_bytes = budget_bytes
         self.correction = Correction(1.0, 1.0, 0.0, 0)
         largest = max(prediction.candidate.k for prediction in ranked)
-        self.space: dict[str, BaseDistribution] = {
+        self.space: dict[str, IntDistribution] = {
             "k": IntDistribution(0, largest),
             "k_prime": IntDistribution(1, max(prediction.candidate.k_prime for prediction in ranked)),
             "residents": IntDistribution(0, largest),
@@ -43,7 +43,7 @@ class CostModelSampler(BaseSampler):
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """k, k' and the number of residents are chosen together."""
-        return self.space
+        return dict(self.space)
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]

@@ -72,9 +72,7 @@ def sliding_windows(profile: Profile) -> list[Candidate]:
     """The Superpipeline paper's own plans: no residents, k a multiple of k'."""
     count = len(set(profile.partition.visits))
     return [
-        Candidate(k=k, k_prime=k_prime)
-        for k_prime in range(1, count + 1)
-        for k in range(k_prime, count + 1, k_prime)
+        Candidate(k=k, k_prime=k_prime) for k_prime in range(1, count + 1) for k in range(k_prime, count + 1, k_prime)
     ]
 
 
@@ -94,8 +92,8 @@ def too_small(profile: Profile, budget_bytes: int) -> BudgetTooSmallError:
     layer = max(profile.partition.layers, key=lambda layer: layer.n_bytes)
     least = least_bytes(profile)
     return BudgetTooSmallError(
-        f"no setting fits {budget_bytes / 1e9:.4g} GB: the least that works is {least / 1e9:.4g} GB. It is set by layer "
-        f"{layer.index} ({layer.name}), {layer.n_bytes / 1e9:.4g} GB at once, beside "
+        f"no setting fits {budget_bytes / 1e9:.4g} GB: the least that works is {least / 1e9:.4g} GB. It is set by "
+        f"layer {layer.index} ({layer.name}), {layer.n_bytes / 1e9:.4g} GB at once, beside "
         f"{profile.partition.resident_bytes / 1e9:.4g} GB that must be resident and "
         f"{profile.workspace_bytes / 1e9:.4g} GB of activations and workspace; try max_gpu_gb={suggested_gb(least)}",
         budget_bytes=budget_bytes,
@@ -111,7 +109,7 @@ def evenly_spread(pool: Sequence[int], count: int) -> tuple[int, ...]:
 
 def suggested_gb(least_bytes: int) -> str:
     """A budget in which a plan of that peak fits with room for noise."""
-    return f"{least_bytes * (1 + 2 * HEAP_NOISE_SHARE) / 1e9:.3f}"
+    return f"{least_bytes * (1 + 2 * HEAP_NOISE_SHARE) / 1e9:.4g}"
 
 
 def _order(prediction: Prediction) -> tuple[float, int]:
@@ -131,7 +129,7 @@ def _filled(profile: Profile, budget_bytes: int) -> Iterator[Candidate]:
                 break
             for limit in limits:
                 residents = _fill(profile, visited, k_prime, depth, limit, free)
-                if residents is not None:
+                if residents is not None and len(visited) - len(residents) >= depth * k_prime:
                     yield Candidate(k=len(residents) + depth * k_prime, k_prime=k_prime, residents=residents)
 
 

@@ -48,7 +48,8 @@ def run_study(
 ) -> Verdict:
     """Validate candidates until none can win, or a limit is reached. Continues a study that was interrupted.
 
-    The trivial baselines come first: everything resident where it fits, and the best plain sliding window.
+    The trivial baselines come first (everything resident where it fits, the best plain sliding window), then the
+    cost model's favourite.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = repository.optuna_storage()
@@ -58,9 +59,10 @@ def run_study(
     study.set_user_attr("autosp_fingerprint", repository.study_key(name).fingerprint)
     trials = repository.trials(name)
     by_key = {key_of(prediction.candidate): prediction for prediction in ranked}
-    for baseline in _baselines(profile, ranked):
-        if baseline not in {key_of(trial.prediction.candidate) for trial in trials}:
-            study.enqueue_trial(dict(zip(PARAMETERS, baseline, strict=True)), skip_if_exists=True)
+    tried = {key_of(trial.prediction.candidate) for trial in trials}
+    for first in dict.fromkeys([*_baselines(profile, ranked), key_of(ranked[0].candidate)]):
+        if first not in tried:
+            study.enqueue_trial(dict(zip(PARAMETERS, first, strict=True)), skip_if_exists=True)
     while True:
         verdict = judge(trials, ranked, usable)
         waiting = bool(study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
@@ -83,7 +85,7 @@ def run_study(
 
 
 def judge(trials: Sequence[Trial], ranked: Sequence[Prediction], usable_bytes: int) -> Verdict:
-    """Whether any unvalidated candidate's optimistic prediction beats the best measurement, by more than a tolerance."""
+    """Whether an unvalidated candidate's optimistic prediction beats the best measurement by more than a tolerance."""
     fitting = [trial for trial in trials if trial.measurement.outcome is Outcome.FITS]
     best = min(fitting, key=lambda trial: (trial.measurement.latency_s, trial.measurement.peak_bytes), default=None)
     correction = learn(trials)

@@ -125,9 +125,8 @@ def migrating(engine: Engine) -> Iterator[Connection]:
 
 
 def _upgrade_locked(connection: Connection, migrations: Migrations) -> Upgrade:
-    from alembic.script import ScriptDirectory
-
     from alembic import command
+    from alembic.script import ScriptDirectory
 
     old = current_revision(connection)  # again: another process may have upgraded while this one waited for the lock
     if old == migrations.head:

@@ -75,10 +75,11 @@ class DiskStore:
         for bound in layers:
             self._places[bound.layer.index] = (size, bound.layer.n_bytes, bound.layer.name)
             size += bound.layer.n_bytes
+        size = max(size, LAYER_ALIGNMENT)  # an empty file cannot be mapped
         self._path, self._descriptor = _create(cache_dir, size)
         try:
             _pack(self._descriptor, layers, self._places)
-            self._map = mmap.mmap(self._descriptor, max(size, 1), mmap.MAP_SHARED)
+            self._map = mmap.mmap(self._descriptor, size, mmap.MAP_SHARED)
             self._reader = _open_direct(self._path)
         except OSError as error:
             os.close(self._descriptor)
@@ -125,8 +126,7 @@ def _create(cache_dir: Path, size: int) -> tuple[Path, int]:
     except OSError as error:
         raise _translate(error, cache_dir, size) from error
     try:
-        if size:
-            os.posix_fallocate(descriptor, 0, size)
+        os.posix_fallocate(descriptor, 0, size)
     except OSError as error:
         os.close(descriptor)
         Path(name).unlink(missing_ok=True)

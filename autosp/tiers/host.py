@@ -79,8 +79,8 @@ def _allocate(n_bytes: int, pin: bool) -> torch.Tensor:
             return torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True)
         except RuntimeError as error:
             warnings.warn(
-                f"could not pin {n_bytes / 1e9:.2f} GB of host memory ({error}); copies will come from pageable memory, "
-                "which is slower and makes the host wait",
+                f"could not pin {n_bytes / 1e9:.2f} GB of host memory ({error}); copies will come from pageable "
+                "memory, which is slower and makes the host wait",
                 stacklevel=2,
             )
     return torch.empty(n_bytes, dtype=torch.uint8)

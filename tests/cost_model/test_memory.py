@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from builders import candidates, profile, profiles, thorough
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,6 +11,7 @@ from autosp.cost_model.predict import predict
 from autosp.cost_model.simulate import costs_of, simulate
 from autosp.schedule.streaming import build_ring, lower
 from autosp.spec import Candidate, Profile
+from builders import candidates, profile, profiles, thorough
 
 
 def test_peak_is_a_sum() -> None:
@@ -26,7 +26,9 @@ def test_peak_is_a_sum() -> None:
         pytest.param(Candidate(k=1, k_prime=1), 800, id="the largest layer"),
         pytest.param(Candidate(k=2, k_prime=1), 400 + 800, id="the largest neighbours"),
         pytest.param(Candidate(k=2, k_prime=2), 400 + 800, id="the largest transfer"),
-        pytest.param(Candidate(k=3, k_prime=1, residents=(1, 3)), 200 + 800 + 400, id="residents, and the larger other"),
+        pytest.param(
+            Candidate(k=3, k_prime=1, residents=(1, 3)), 200 + 800 + 400, id="residents, and the larger other"
+        ),
         pytest.param(Candidate(k=4, k_prime=1, residents=(0, 1, 2, 3)), 1500, id="everything resident"),
     ],
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import pytest
-from builders import candidates, profile, profiles, thorough
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,6 +13,7 @@ from autosp.cost_model.simulate import costs_of, simulate
 from autosp.schedule.actions import Kind
 from autosp.schedule.streaming import build_ring, lower
 from autosp.spec import Candidate, Profile
+from builders import candidates, profile, profiles, thorough
 
 
 def close(left: float, right: float) -> bool:
@@ -90,9 +90,7 @@ def test_nothing_to_predict() -> None:
         pytest.param(
             profile((10,) * 4, forward_s=2.0, bytes_per_s=10.0), Candidate(k=2, k_prime=1), 8, 0, 40, id="compute-bound"
         ),
-        pytest.param(
-            profile((30,) * 4, bytes_per_s=10.0), Candidate(k=2, k_prime=1), 12, 8, 120, id="transfer-bound"
-        ),
+        pytest.param(profile((30,) * 4, bytes_per_s=10.0), Candidate(k=2, k_prime=1), 12, 8, 120, id="transfer-bound"),
         pytest.param(
             profile((10,) * 8, bytes_per_s=10.0, latency_s=1.0), Candidate(k=4, k_prime=2), 12, 4, 80, id="k'=2"
         ),
@@ -113,7 +111,7 @@ def test_nothing_to_predict() -> None:
             id="before and tail",
         ),
         pytest.param(
-            # Two periods of a pass, 3 s of its tail in each: 2 * (2 * (1 + 1) + 3 - 1): the first load hides in the tail.
+            # Two periods of a pass, 3 s of its tail in each: 2 * (2 * (1 + 1) + 3 - 1). The first load hides in the tail.
             profile((10, 10), tail_s=6.0, repeats=2, bytes_per_s=10.0),
             Candidate(k=1, k_prime=1),
             12,
@@ -131,9 +129,7 @@ def test_nothing_to_predict() -> None:
         ),
     ],
 )
-def test_by_hand(
-    measured: Profile, candidate: Candidate, latency_s: float, stall_s: float, moved_bytes: int
-) -> None:
+def test_by_hand(measured: Profile, candidate: Candidate, latency_s: float, stall_s: float, moved_bytes: int) -> None:
     (predicted,) = predict(measured, [candidate])
     assert predicted.latency_s == pytest.approx(latency_s, rel=1e-12)
     assert predicted.stall_s == pytest.approx(stall_s, rel=1e-12, abs=1e-12)

@@ -58,6 +58,7 @@ def profile(layers: int = 12, repeats: int = 1) -> Profile:
             for index in range(layers)
         ),
         tail_s=0.004,
+        least_compute_s=0.021 * layers * repeats + 0.004,
         links=(
             LinkProfile(
                 source=Tier.HOST,

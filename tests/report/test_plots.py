@@ -3,8 +3,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import report_samples as samples
 
+import report_samples as samples
 from autosp.cost_model.floor import floor_s
 from autosp.cost_model.predict import predict
 from autosp.errors import SettingError

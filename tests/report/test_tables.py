@@ -3,10 +3,10 @@ from __future__ import annotations
 import re
 
 import pytest
-import report_samples as samples
 from rich.console import Console
 from rich.table import Table
 
+import report_samples as samples
 from autosp.cost_model.floor import floor_s
 from autosp.cost_model.predict import predict
 from autosp.report import tables, units
@@ -114,7 +114,7 @@ def test_a_plan_with_everything_measured() -> None:
         "Plan of study net",
         "12 layers of 5.40 GB in all, the largest 1.00 GB; 50.0 MB beside them never move",
         "4 layers, 1.60 GB: 0, 3, 6, 9",
-        "T / floor 1.25",
+        "T / floor 1.25, floor 320 ms (no schedule can take less)",
         "3.20 GB, 80.0% of the budget",
         "why it was the fastest",
     ):
@@ -178,6 +178,12 @@ def test_passes_and_what_was_promised_of_them() -> None:
     one = "\n".join(lines(tables.run_table(samples.plan().model_copy(update={"budget_bytes": None}), passes[:1], 1)))
     assert "one pass, with empty buffers" in one
     assert "of the budget" not in one
+
+
+def test_a_broken_promise_is_told() -> None:
+    text = "\n".join(lines(tables.run_table(samples.plan(), [tables.Pass(0.2, 10**9, 0)], 5_000_000_000)))
+    assert "125.0% of the budget of 4.00 GB: OVER IT" in text
+    assert "0.62, floor 320 ms (beaten: its profile measured compute too slow)" in text
 
 
 def test_markup_in_names_is_plain_text() -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from builders import Case, cases, evict, forward, load, schedule, thorough
 from hypothesis import given
 
 from autosp.schedule.actions import Action, Kind, Ref, Schedule, parse, validate
 from autosp.schedule.streaming import lower
+from builders import Case, cases, evict, forward, load, schedule, thorough
 
 BYTES = (10, 20, 10)
 
@@ -101,9 +101,7 @@ def test_a_resident_needs_no_load() -> None:
         pytest.param(
             schedule(forward(1), arena_bytes=30), "1F0 runs without its weights", id="no load of a streamed layer"
         ),
-        pytest.param(
-            schedule(*ACTIONS, arena_bytes=30), "1F0 runs without its weights", id="cold load forgotten"
-        ),
+        pytest.param(schedule(*ACTIONS, arena_bytes=30), "1F0 runs without its weights", id="cold load forgotten"),
         pytest.param(
             sound(load((0,), 0), FORWARD_0, EVICT_0, forward(0, occurrence=1)),
             "0F1 runs without its weights",

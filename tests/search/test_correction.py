@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from builders import prediction, thorough, trial
 from hypothesis import given
 from hypothesis import strategies as st
 
 from autosp.search.correction import PRIOR_ERROR, Correction, learn
 from autosp.spec import Candidate, Outcome
+from builders import prediction, thorough, trial
 
 CANDIDATE = Candidate(k=2, k_prime=1)
 
@@ -61,15 +61,35 @@ def test_compute_and_transfers_are_told_apart() -> None:
     ]
     correction = learn(trials)
     assert correction.compute_factor == pytest.approx(1, abs=0.02)
-    assert correction.stall_factor == pytest.approx(3, abs=0.05)
+    assert correction.stall_factor == pytest.approx(3, abs=0.15)
 
 
 def test_error_is_the_largest_residual_seen() -> None:
-    # Equal predictions, one right and nine 30 % slow: the right one is off by what was learned from the others.
-    trials = [trial(prediction(CANDIDATE), latency_s=latency_s) for latency_s in (1.0, *[1.3] * 9)]
+    # Equal predictions, one right and nine 20 % slow: the right one is off by what was learned from the others.
+    trials = [trial(prediction(CANDIDATE), latency_s=latency_s) for latency_s in (1.0, *[1.2] * 9)]
     correction = learn(trials)
     assert correction.relative_error == pytest.approx(correction.compute_factor - 1)
-    assert correction.relative_error > 0.2
+    assert correction.relative_error > 0.15
+
+
+def test_a_disturbed_trial_is_left_out() -> None:
+    # Five right ones, and one that took three times as long: fitted together, it is 65 % off and the others 4 %.
+    trials = [trial(prediction(CANDIDATE), latency_s=latency_s) for latency_s in (1.0, 1.0, 3.0, 1.0, 1.0, 1.0)]
+    correction = learn(trials)
+    assert correction.compute_factor == pytest.approx(1)
+    assert correction.relative_error == pytest.approx(0.10 / 6)
+
+
+def test_trials_that_are_off_alike_are_believed() -> None:
+    # Six that took three times as long: c = (6 / 3 + 0.3) / (6 / 9 + 0.3), and none is far from the others.
+    correction = learn([trial(prediction(CANDIDATE), latency_s=3.0)] * 6)
+    assert correction.compute_factor == pytest.approx(2.3 / (6 / 9 + 0.3))
+    assert correction.relative_error == pytest.approx(1 - correction.compute_factor / 3)
+
+
+def test_a_disturbed_trial_still_took_its_memory() -> None:
+    disturbed = trial(prediction(CANDIDATE, peak_bytes=100), latency_s=3.0, peak_bytes=170)
+    assert learn([trial(prediction(CANDIDATE, peak_bytes=100))] * 5 + [disturbed]).extra_bytes == 70
 
 
 def test_error_is_half_at_most() -> None:
@@ -103,14 +123,14 @@ times = st.tuples(st.floats(0.1, 10), st.floats(0, 10), st.floats(0.1, 30))
 
 @thorough
 @given(st.lists(times, min_size=1, max_size=6))
-def test_optimism_covers_what_was_seen(seen: list[tuple[float, float, float]]) -> None:
-    """Below the cap on the error, no trial was faster than its own optimistic prediction."""
+def test_error_covers_what_was_seen(seen: list[tuple[float, float, float]]) -> None:
+    """Below its cap, the error is no less than that of most trials."""
     trials = [
         trial(prediction(CANDIDATE, latency_s=compute_s + stall_s, stall_s=stall_s), latency_s=measured_s)
         for compute_s, stall_s, measured_s in seen
     ]
     correction = learn(trials)
+    errors = [abs(correction.latency_s(one.prediction) / one.measurement.latency_s - 1) for one in trials]
+    covered = sum(error <= correction.relative_error + 1e-9 for error in errors)
     assert 0 < correction.relative_error <= 0.5
-    for one in trials:
-        off = correction.latency_s(one.prediction) / one.measurement.latency_s - 1
-        assert abs(off) <= correction.relative_error + 1e-9 or correction.relative_error == 0.5
+    assert correction.relative_error == 0.5 or 2 * covered >= len(trials)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from builders import prediction, trial
 
 from autosp.search.study import judge
 from autosp.spec import Candidate, Outcome, Prediction
+from builders import prediction, trial
 
 BUDGET = 1000
 
@@ -69,7 +69,9 @@ def test_everything_was_tried() -> None:
     verdict = judge([trial(first), trial(second)], [second, first], BUDGET)
     assert verdict.best == trial(second)
     assert verdict.finished
-    assert verdict.why == "k=2 k'=1 residents=0 was the fastest of 2 validated; every candidate under the budget was tried"
+    assert (
+        verdict.why == "k=2 k'=1 residents=0 was the fastest of 2 validated; every candidate under the budget was tried"
+    )
 
 
 def test_a_tried_setting_is_no_rival_of_itself() -> None:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import optuna
 import pytest
-from builders import prediction, profile
 from optuna.distributions import IntDistribution
 from optuna.trial import TrialState
 
@@ -14,6 +13,7 @@ from autosp.search.correction import Correction
 from autosp.search.sampler import PARAMETERS, CostModelSampler
 from autosp.search.space import key_of, rank
 from autosp.spec import Candidate, Prediction
+from builders import prediction, profile
 
 BUDGET = 1000
 FAST = prediction(Candidate(k=4, k_prime=2, residents=(1, 3)), latency_s=10.0, stall_s=8.0, peak_bytes=900)

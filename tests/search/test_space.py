@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from itertools import pairwise
 
 import pytest
-from builders import profile, profiles, quick
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,6 +14,7 @@ from autosp.errors import BudgetError, BudgetTooSmallError
 from autosp.schedule.streaming import lower
 from autosp.search.space import all_resident, evenly_spread, grid, key_of, least_bytes, rank, sliding_windows
 from autosp.spec import Candidate, Prediction, Profile
+from builders import profile, profiles, quick
 
 budgets = st.integers(0, 250)
 """Bytes of budget beyond the least that works."""
@@ -81,34 +82,34 @@ def test_sliding_windows_are_ranked_where_they_fit(profile: Profile, extra: int)
 def test_more_budget_is_never_slower(count: int, n_bytes: int, data: st.DataObject) -> None:
     """For layers of one size."""
     forwards = st.lists(st.integers(1, 9).map(float), min_size=count, max_size=count)
-    measured = profile((n_bytes,) * count, forward_s=data.draw(forwards), bytes_per_s=data.draw(st.sampled_from([1.0, 9.0])))
+    measured = profile(
+        (n_bytes,) * count, forward_s=data.draw(forwards), bytes_per_s=data.draw(st.sampled_from([1.0, 9.0]))
+    )
     best = [rank(measured, budget)[0].latency_s for budget in range(n_bytes, n_bytes * (count + 2), n_bytes)]
-    assert all(more <= less * (1 + 1e-9) for less, more in zip(best, best[1:], strict=False))
+    assert all(more <= less * (1 + 1e-9) for less, more in pairwise(best))
 
 
 @pytest.mark.parametrize(
     ("measured", "budget", "more"),
     [
-        pytest.param(profile((1, 2, 3, 4, 1, 2), forward_s=[1.0, 1.0, 1.0, 1.0, 2.0, 1.0]), 7, 9, id="visited once"),
+        pytest.param(profile((7, 4, 7, 8, 4, 1), forward_s=[1.0, 1.0, 1.0, 3.0, 1.0, 1.0]), 22, 23, id="once"),
         pytest.param(
             profile((1, 11, 10, 2, 1, 12), (2, 0, 1, 5, 3, 0, 2, 3), forward_s=0.1, bytes_per_s=0.5),
             25,
             34,
-            id="visited again",
+            id="again",
         ),
     ],
 )
-@pytest.mark.xfail(strict=True, reason="residents are chosen anew for each budget; those of a smaller one may be faster")
+@pytest.mark.xfail(strict=True, reason="residents are chosen anew for each budget, and not always better")
 def test_more_budget_is_never_slower_for_unlike_layers(measured: Profile, budget: int, more: int) -> None:
     assert rank(measured, more)[0].latency_s <= rank(measured, budget)[0].latency_s * (1 + 1e-9)
 
 
-@pytest.mark.xfail(strict=True, reason="a ring is put beside residents that leave nothing to stream")
 def test_k_is_no_more_than_the_layers() -> None:
     assert max(prediction.candidate.k for prediction in rank(profile((10,) * 4), 40)) == 4
 
 
-@pytest.mark.xfail(strict=True, reason="everything resident is ranked once per ring that it does not need")
 def test_no_plan_is_ranked_twice() -> None:
     schedules = [str(lower(prediction.candidate, (10,) * 4, range(4))) for prediction in rank(profile((10,) * 4), 40)]
     assert max(Counter(schedules).values()) == 1
@@ -230,7 +231,7 @@ def suggested_bytes(profile: Profile) -> int:
     """The budget that the error of a hopeless one suggests."""
     with pytest.raises(BudgetTooSmallError) as caught:
         rank(profile, 1)
-    found = re.search(r"try max_gpu_gb=([0-9.]+)$", str(caught.value))
+    found = re.search(r"try max_gpu_gb=(\S+)$", str(caught.value))
     assert found
     return int(float(found[1]) * 1e9)
 
@@ -241,7 +242,6 @@ def test_the_suggested_budget_works(kind: str) -> None:
     assert rank(measured, suggested_bytes(measured))
 
 
-@pytest.mark.xfail(strict=True, reason="the suggestion has three decimals of a GB: too coarse for a small model")
 @pytest.mark.parametrize("n_bytes", [1_300_000, 100_000])
 def test_the_suggested_budget_works_for_a_small_model(n_bytes: int) -> None:
     measured = profile((n_bytes, n_bytes))

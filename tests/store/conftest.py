@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import store_samples
 
+import store_samples
 from autosp.store import Repository
 
 

@@ -96,6 +96,7 @@ def profile() -> Profile:
         partition=PARTITION,
         visits=visits,
         tail_s=0.001,
+        least_compute_s=0.001,
         links=(link,),
         workspace_bytes=77,
         observed=trial(),

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import store_samples
-
 from autosp.errors import StoreError, StoreReadOnlyError
 from autosp.store import Repository
 

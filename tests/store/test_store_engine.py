@@ -7,9 +7,9 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+
 import store_samples
 import store_workers
-
 from autosp.errors import SettingError, StoreError, StoreReadOnlyError
 from autosp.store import Repository, engine
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import optuna
 import pytest
-import store_samples
-import store_workers
 from optuna.trial import TrialState
 
+import store_samples
+import store_workers
 from autosp.errors import StoreError
 from autosp.store import Repository
 from autosp.store.trials import running_trial

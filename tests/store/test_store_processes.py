@@ -7,7 +7,6 @@ from pathlib import Path
 
 import store_samples
 import store_workers
-
 from autosp.store import Repository
 
 OPEN_AND_FIND = """

@@ -6,11 +6,11 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-import store_samples
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+import store_samples
 from autosp.errors import StoreError, StudyMismatchError, StudyNotFoundError
 from autosp.spec import Outcome
 from autosp.store import Repository

@@ -14,8 +14,8 @@ ASSETS = Path(__file__).parent
 sys.path[:0] = [str(ASSETS.parents[2]), str(ASSETS.parent)]
 
 import optuna  # noqa: E402
-import store_samples  # noqa: E402
 
+import store_samples  # noqa: E402
 from autosp.spec import Outcome  # noqa: E402
 from autosp.store import Repository  # noqa: E402
 from autosp.store.migrate import HEAD_REVISION  # noqa: E402

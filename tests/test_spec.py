@@ -1,0 +1,310 @@
+"""The records, and the plan file."""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+import autosp.spec
+from autosp.errors import AutospError, PlanFormatError
+from autosp.spec import PLAN_SCHEMA_VERSION, Candidate, Outcome, Plan, Record, StudyKey, Tier
+from builders import device, measurement, partition, prediction, profile
+
+
+def a_plan(**changes: Any) -> Plan:
+    """A plan with every field in use."""
+    candidate = Candidate(k=3, k_prime=1, residents=(1,))
+    fields: dict[str, Any] = {
+        "autosp_version": "0.1.0",
+        "torch_version": "2.13.0",
+        "created_at": "2025-01-01T00:00:00+00:00",
+        "study_name": "tiny",
+        "mode": "inference",
+        "model_name": "Tiny",
+        "model_fingerprint": "m" * 32,
+        "batch_signature": "float32[1,8]",
+        "device": device("cpu"),
+        "budget_bytes": 5_000_000_000,
+        "partition": partition((100, 2**40, 7), (0, 2, 1, 0), repeats=2, resident_bytes=30),
+        "candidate": candidate,
+        "prediction": prediction(candidate, latency_s=0.1 + 0.2, stall_s=1e-9, peak_bytes=2**40),
+        "measurement": measurement(latency_s=1 / 3, peak_bytes=2**40 + 1),
+        "floor_s": 0.1,
+        "why": "für Zoë: ≤ 5 GB ✓",
+    }
+    return Plan(**(fields | changes))
+
+
+PLAN = a_plan()
+
+
+@contextmanager
+def full_disk(n_bytes: int) -> Iterator[None]:
+    """No file of this process grows beyond that size."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    PLAN.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == PLAN
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_round_trip_of_a_plan_that_was_never_searched(tmp_path: Path) -> None:
+    plain = a_plan(study_name=None, budget_bytes=None, prediction=None, measurement=None, floor_s=None, why="")
+    plain.save(str(tmp_path / "plan.json"))
+    assert Plan.load(str(tmp_path / "plan.json")) == plain
+
+
+def test_file_is_readable_json(tmp_path: Path) -> None:
+    PLAN.save(tmp_path / "plan.json")
+    text = (tmp_path / "plan.json").read_text(encoding="utf-8")
+    assert text.endswith("}\n")
+    data = json.loads(text)
+    assert data["schema_version"] == PLAN_SCHEMA_VERSION == 1
+    assert data["candidate"] == {"k": 3, "k_prime": 1, "residents": [1]}
+    assert data["device"]["slow_tier"] == "disk"
+    assert data["why"] == "für Zoë: ≤ 5 GB ✓"
+
+
+def test_save_replaces(tmp_path: Path) -> None:
+    a_plan(why="old").save(tmp_path / "plan.json")
+    PLAN.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == PLAN
+
+
+def test_failing_write_leaves_the_old_file(tmp_path: Path) -> None:
+    old = a_plan(why="old")
+    old.save(tmp_path / "plan.json")
+    with full_disk(1000), pytest.raises(OSError):
+        PLAN.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == old
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_failing_write_leaves_nothing(tmp_path: Path) -> None:
+    with full_disk(1000), pytest.raises(OSError):
+        PLAN.save(tmp_path / "plan.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failing_replacement_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").mkdir()
+    with pytest.raises(OSError):
+        PLAN.save(tmp_path / "plan.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_save_into_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        PLAN.save(tmp_path / "missing" / "plan.json")
+
+
+@pytest.mark.xfail(strict=True, reason="mkstemp's 0600 is kept: nobody else can read a saved plan")
+def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
+    (tmp_path / "ordinary").touch()
+    PLAN.save(tmp_path / "plan.json")
+    assert (tmp_path / "plan.json").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+
+
+def changed(change: Callable[[dict[str, Any]], Any]) -> str:
+    """A saved plan's text after a change of its data."""
+    data = json.loads(PLAN.model_dump_json())
+    change(data)
+    return json.dumps(data)
+
+
+SAVED = PLAN.model_dump_json(indent=2)
+
+
+def assert_refused(path: Path, text: str | bytes, *parts: str) -> None:
+    """Loading raises a PlanFormatError that names the file and all parts."""
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(PlanFormatError) as caught:
+        Plan.load(path)
+    for part in (str(path), *parts):
+        assert part in str(caught.value)
+    assert isinstance(caught.value, AutospError)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("", id="empty"),
+        pytest.param("plan", id="no JSON"),
+        pytest.param(SAVED[:-3], id="last brace missing"),
+        pytest.param(SAVED[: len(SAVED) // 2], id="truncated"),
+        pytest.param(SAVED + "}", id="more behind it"),
+        pytest.param(b"\x80\x02}q\x00.", id="a pickle"),
+    ],
+)
+def test_not_json(tmp_path: Path, text: str | bytes) -> None:
+    assert_refused(tmp_path / "plan.json", text, "is not JSON", "autosp export")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("[" * 100_000, id="nested too deep"),
+        pytest.param('{"schema_version": ' + "1" * 5000 + "}", id="too many digits"),
+    ],
+)
+@pytest.mark.xfail(strict=True, reason="RecursionError and ValueError of json.loads pass through")
+def test_hostile_json(tmp_path: Path, text: str) -> None:
+    assert_refused(tmp_path / "plan.json", text)
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "null", "3", '"plan"', "{}", '{"schema_version": "1"}', '{"schema_version": null}']
+)
+def test_not_a_plan(tmp_path: Path, text: str) -> None:
+    assert_refused(tmp_path / "plan.json", text, "has no schema_version: it is not an autosp plan")
+
+
+@pytest.mark.parametrize("newer", [PLAN_SCHEMA_VERSION + 1, 99])
+def test_newer_schema(tmp_path: Path, newer: int) -> None:
+    text = changed(lambda data: data.update(schema_version=newer, invented_later=True))
+    assert_refused(tmp_path / "plan.json", text, f"plan schema {newer}", "reads up to 1", "upgrade autosp")
+
+
+@pytest.mark.parametrize("version", [0, -3, True])
+@pytest.mark.xfail(strict=True, reason="any whole number up to the current version passes, and True")
+def test_schema_that_never_was(tmp_path: Path, version: object) -> None:
+    assert_refused(tmp_path / "plan.json", changed(lambda data: data.update(schema_version=version)))
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        pytest.param(lambda data: data.pop("candidate"), "candidate: Field required", id="field missing"),
+        pytest.param(lambda data: data["partition"].pop("visits"), "partition.visits: Field", id="inner field missing"),
+        pytest.param(
+            lambda data: data["partition"]["layers"][1].pop("n_bytes"), "partition.layers.1.n_bytes", id="item"
+        ),
+        pytest.param(lambda data: data["candidate"].update(k=-1), "candidate.k:", id="k below 0"),
+        pytest.param(lambda data: data["candidate"].update(k_prime=0), "candidate.k_prime:", id="k' below 1"),
+        pytest.param(lambda data: data.update(floor_s="soon"), "floor_s:", id="wrong type"),
+        pytest.param(lambda data: data["device"].update(slow_tier="tape"), "device.slow_tier:", id="no such tier"),
+        pytest.param(
+            lambda data: data["measurement"].update(outcome="so so"), "measurement.outcome:", id="no such outcome"
+        ),
+        pytest.param(lambda data: data.update(mode="training"), "mode:", id="no such mode"),
+        pytest.param(lambda data: data.update(colour="red"), "colour: Extra", id="unknown field"),
+    ],
+)
+def test_damage_is_named(tmp_path: Path, change: Callable[[dict[str, Any]], Any], place: str) -> None:
+    assert_refused(tmp_path / "plan.json", changed(change), "is damaged at", place)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda data: data["candidate"].update(residents=[99]), id="resident that is no layer"),
+        pytest.param(lambda data: data["partition"].update(visits=[0, 99]), id="visit of no layer"),
+    ],
+)
+@pytest.mark.xfail(strict=True, reason="indices are not checked against the layers")
+def test_indices_of_no_layer(tmp_path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    assert_refused(tmp_path / "plan.json", changed(change))
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        Plan.load(tmp_path / "plan.json")
+
+
+def test_json_schema() -> None:
+    schema = Plan.model_json_schema()
+    assert set(schema["properties"]) == set(json.loads(SAVED))
+    assert schema["additionalProperties"] is False
+    assert {"mode", "model_fingerprint", "partition", "candidate", "device"} <= set(schema["required"])
+    assert {"prediction", "measurement", "floor_s", "budget_bytes", "why"}.isdisjoint(schema["required"])
+    assert {"Candidate", "Partition", "Layer", "DeviceInfo"} <= set(schema["$defs"])
+    assert "minimum" in schema["$defs"]["Candidate"]["properties"]["k"]
+
+
+RECORDS = [record for record in vars(autosp.spec).values() if isinstance(record, type) and issubclass(record, Record)]
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.__name__)
+def test_records_are_frozen_and_strict(record: type[Record]) -> None:
+    assert record.model_config.get("frozen") is True
+    assert record.model_config.get("extra") == "forbid"
+
+
+def test_a_record_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        PLAN.why = "because"
+    with pytest.raises(ValidationError, match="frozen"):
+        PLAN.candidate.k = 4
+    with pytest.raises(ValidationError, match="colour"):
+        Candidate(k=1, k_prime=1, colour="red")  # type: ignore[call-arg]
+
+
+def test_records_are_values() -> None:
+    assert Candidate(k=3, k_prime=1, residents=(1,)) == PLAN.candidate
+    assert len({PLAN.candidate, Candidate(k=3, k_prime=1, residents=(1,)), Candidate(k=3, k_prime=1)}) == 2
+
+
+def test_candidate() -> None:
+    candidate = Candidate(k=5, k_prime=2, residents=(0, 3, 7))
+    assert candidate.ring == 2
+    assert candidate.label() == "k=5 k'=2 residents=3"
+
+
+def test_partition_sums() -> None:
+    assert PLAN.partition.streamable_bytes == 100 + 2**40 + 7
+    assert PLAN.partition.total_bytes == 100 + 2**40 + 7 + 30
+
+
+def test_profile_sums() -> None:
+    measured = profile((10, 20), forward_s=[1.0, 2.0], before_s=[0.25, 0.5], tail_s=4.0, repeats=3, bytes_per_s=7.0)
+    assert measured.compute_s == 3 * 3.75 + 4
+    assert measured.link == measured.links[0]
+    assert measured.link.bytes_per_s == 7
+
+
+def test_enums_are_their_text() -> None:
+    assert [tier.value for tier in Tier] == ["device", "host", "disk"]
+    assert Outcome("out of memory") is Outcome.OUT_OF_MEMORY
+
+
+def a_key(**changes: Any) -> StudyKey:
+    """What a study was made for."""
+    fields: dict[str, Any] = {
+        "model_name": "Tiny",
+        "model_fingerprint": "m" * 32,
+        "device_fingerprint": "d" * 32,
+        "batch_signature": "float32[1,8]",
+        "step": "call",
+        "mode": "inference",
+        "budget_bytes": 10**9,
+    }
+    return StudyKey(**(fields | changes))
+
+
+def test_key_fingerprint() -> None:
+    assert a_key().fingerprint == a_key().fingerprint
+    assert len(a_key().fingerprint) == 32
+    others = [a_key(**{name: "other"}).fingerprint for name in set(StudyKey.model_fields) - {"mode", "budget_bytes"}]
+    assert len({a_key().fingerprint, a_key(budget_bytes=5).fingerprint, *others}) == len(others) + 2
+
+
+def test_key_differences() -> None:
+    assert a_key().differences(a_key()) == {}
+    assert a_key().differences(a_key(step="other", budget_bytes=5)) == {
+        "step": ("call", "other"),
+        "budget_bytes": (10**9, 5),
+    }
