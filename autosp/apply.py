@@ -8,6 +8,7 @@ from torch import nn
 
 from autosp.devices import choose_device
 from autosp.errors import PlanMismatchError, SettingError
+from autosp.intercept import is_intercepted
 from autosp.partition import bind, model_fingerprint
 from autosp.runtime.streamed_model import Originals, StreamedModel
 from autosp.schedule.streaming import lower
@@ -32,6 +33,8 @@ def apply(model: M, plan: Plan) -> StreamedModel[M]:
     """
     if not isinstance(plan, Plan):
         raise SettingError(f"plan is a {type(plan).__name__}; use autosp.tune, autosp.plan or Plan.load")
+    if is_intercepted(model):
+        raise SettingError(f"a plan is applied to this {type(model).__name__} already: remove() it first")
     found = model_fingerprint(model)
     if found != plan.model_fingerprint:
         raise PlanMismatchError(

@@ -45,5 +45,10 @@ class Intercepted:
         return getattr, (self._module, "forward")
 
 
+def is_intercepted(model: nn.Module) -> bool:
+    """Whether any module of the model has its forward wrapped right now."""
+    return any(isinstance(module.__dict__.get("forward"), Intercepted) for module in model.modules())
+
+
 def _same(value: Any) -> Any:
     return value

@@ -284,7 +284,7 @@ def _no_plan(profile: Profile, budget_bytes: int, trials: list[Trial]) -> Autosp
 @contextmanager
 def _progress(visible: bool) -> Iterator[Progress]:
     """A bar that counts steps and names the one that is running."""
-    with tqdm(disable=not visible, desc="autosp", bar_format="{desc}: {n_fmt} steps [{elapsed}] {postfix}") as bar:
+    with tqdm(disable=not visible, desc="autosp", bar_format="{desc}: {n_fmt} steps [{elapsed}{postfix}]") as bar:
 
         def show(text: str) -> None:
             bar.set_postfix_str(text, refresh=False)

@@ -13,6 +13,7 @@ from torch import nn
 from autosp.batch import Step, call, map_tensors, signature, step_name, tensors_in
 from autosp.devices import Device
 from autosp.errors import BudgetError, SettingError
+from autosp.intercept import is_intercepted
 from autosp.partition import model_fingerprint
 from autosp.spec import Mode, StudyKey
 
@@ -38,6 +39,8 @@ class Workload:
         """
         if not isinstance(model, nn.Module):
             raise SettingError(f"model is a {type(model).__name__}, not a torch.nn.Module")
+        if is_intercepted(model):
+            raise SettingError(f"a plan is applied to this {type(model).__name__}: remove() it first")
         if step is not None and not callable(step):
             raise SettingError(f"step is a {type(step).__name__}; pass a function step(model, batch)")
         if mode != "inference":

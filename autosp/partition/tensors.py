@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from autosp.errors import EmptyModelError, MetaModelError
+from autosp.errors import EmptyModelError, MetaModelError, ModelError
 
 EXTENT_ALIGNMENT = 64
 """Bytes. As torch's own CPU allocator aligns, so that kernels take the same path on a streamed tensor."""
@@ -98,7 +98,8 @@ class ModelTensors:
 def collect(model: nn.Module) -> ModelTensors:
     """Find every parameter and buffer, and which of them share memory.
 
-    Raises: MetaModelError if a tensor has no data, EmptyModelError if there is no tensor at all.
+    Raises: MetaModelError if a tensor has no data, EmptyModelError if there is no tensor at all, ModelError if one is
+    on an accelerator already.
     """
     named = _named_tensors(model)
     meta = [item.name for item in named if item.tensor.is_meta]
@@ -109,6 +110,11 @@ def collect(model: nn.Module) -> ModelTensors:
         )
     if not any(item.tensor.numel() for item in named):
         raise EmptyModelError(f"{type(model).__name__} has no parameters and no buffers: there is nothing to stream")
+    elsewhere = next((item for item in named if item.tensor.device.type not in ("cpu", "meta")), None)
+    if elsewhere is not None:
+        raise ModelError(
+            f"{elsewhere.name} is on {elsewhere.tensor.device}: autosp moves weights itself; call model.to('cpu') first"
+        )
     plain = [item for item in named if _is_plain(item.tensor)]
     opaque = [item for item in named if not _is_plain(item.tensor)]
     return ModelTensors(_extents(plain), opaque)

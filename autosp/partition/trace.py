@@ -61,7 +61,7 @@ def trace(model: nn.Module, tensors: ModelTensors, run: Callable[[], Any], devic
     finally:
         for wrapper in reversed(wrappers):
             wrapper.remove()
-        mutated = set(watcher.mutated)
+        mutated = watcher.written()
         for extent in tensors.extents:
             for item in extent.tensors:
                 if not item.is_buffer:
@@ -96,13 +96,12 @@ class _Watcher(TorchDispatchMode):
     def __init__(self, tensors: ModelTensors, stack: list[int], device: torch.device) -> None:
         super().__init__()
         self.holders: dict[Extent, frozenset[int]] = {}
-        self.mutated: set[Extent] = set()
         self._stack = stack
         self._device = device
         self._extents = sorted(tensors.extents, key=lambda extent: extent.storage.data_ptr() + extent.begin)
         self._starts = [extent.storage.data_ptr() + extent.begin for extent in self._extents]
         self._opaque = {id(item.tensor) for item in tensors.opaque}
-        self._changing: dict[int, torch.Tensor] = {}
+        self._lent_buffers: dict[int, tuple[Extent, torch.Tensor, torch.Tensor]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         def see(tensor: torch.Tensor) -> torch.Tensor:
@@ -113,15 +112,19 @@ class _Watcher(TorchDispatchMode):
                 return tensor
             if extent is None and id(tensor) not in self._opaque:
                 return tensor
-            copy = self._changing.get(id(tensor))
-            if copy is None:
-                copy = tensor.to(self._device)
-                if extent is not None and any(item.is_buffer for item in extent.tensors):
-                    self._changing[id(tensor)] = copy  # what the pass writes to a buffer must be read back by it
+            if id(tensor) in self._lent_buffers:
+                return self._lent_buffers[id(tensor)][2]
+            copy = tensor.to(self._device)
+            if extent is not None and any(item.is_buffer for item in extent.tensors):
+                self._lent_buffers[id(tensor)] = extent, tensor, copy  # what a pass writes to a buffer, it reads again
             return copy
 
         args, kwargs = tree_map_only(torch.Tensor, see, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+    def written(self) -> set[Extent]:
+        """Extents of lent buffers whose device copy the pass changed."""
+        return {extent for extent, tensor, copy in self._lent_buffers.values() if not torch.equal(copy.cpu(), tensor)}
 
     def _extent_of(self, tensor: torch.Tensor) -> Extent | None:
         if tensor.device.type != "cpu" or tensor.layout is not torch.strided or not tensor.numel():

@@ -1,0 +1,86 @@
+"""Two figures that must be small: ranking every (k, k') of an 80-layer model, and a second `tune` of the same thing.
+
+python studies/quick_answers.py
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+from record import markdown, save
+from torch import nn
+
+import autosp
+from autosp.cost_model.predict import predict
+from autosp.search.space import grid, rank
+from autosp.spec import Profile
+
+LAYERS = 80
+REPEATS = 5
+
+
+def stretched(profile: Profile, count: int) -> Profile:
+    """The profile of a model of `count` layers, each like the profiled ones in turn, with unlike sizes and times."""
+    partition = profile.partition
+    layers = tuple(
+        partition.layers[index % len(partition.layers)].model_copy(
+            update={"index": index, "name": f"layers.{index}", "n_bytes": 4096 * (1000 + 37 * (index % 7))}
+        )
+        for index in range(count)
+    )
+    visits = tuple(
+        profile.visits[index % len(profile.visits)].model_copy(
+            update={"layer": index, "forward_s": 0.001 * (1 + index % 3)}
+        )
+        for index in range(count)
+    )
+    parts = partition.model_copy(update={"layers": layers, "visits": tuple(range(count))})
+    return profile.model_copy(update={"partition": parts, "visits": visits})
+
+
+def main() -> None:
+    """Measure both on one core."""
+    torch.set_num_threads(1)
+    model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(8)))
+    batch = torch.randn(4, 512)
+    with tempfile.TemporaryDirectory() as folder:
+        storage = Path(folder) / "study.db"
+        first = time.perf_counter()
+        plan = autosp.tune(model, batch, 0.05, storage=storage, progress=False)
+        first = time.perf_counter() - first
+        again = []
+        for _ in range(REPEATS):
+            start = time.perf_counter()
+            assert autosp.tune(model, batch, 0.05, storage=storage, progress=False) == plan
+            again.append(time.perf_counter() - start)
+    wide = stretched(autosp.profile(model, batch, progress=False), LAYERS)
+    candidates = grid(wide)
+    every, ranked = [], []
+    budget = wide.partition.total_bytes // 2 + wide.workspace_bytes
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        predict(wide, candidates)
+        every.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        found = rank(wide, budget)
+        ranked.append(time.perf_counter() - start)
+    rows = [
+        [
+            f"every (k, k') of {LAYERS} layers with its best residents: {len(candidates)} predictions",
+            f"{median(every):.3f}",
+            "2",
+        ],
+        [f"rank() of the same under half the weights: {len(found)} fit", f"{median(ranked):.3f}", ""],
+        ["tune, first call", f"{first:.3f}", ""],
+        ["tune, same fingerprint again", f"{median(again):.4f}", "0.1"],
+    ]
+    figures = {"every_s": every, "rank_s": ranked, "tune_first_s": first, "tune_again_s": again}
+    save("quick_answers", figures, markdown(["on one core", "seconds", "target"], rows))
+
+
+if __name__ == "__main__":
+    main()
