@@ -274,7 +274,8 @@ def _no_plan(profile: Profile, budget_bytes: int, trials: list[Trial]) -> Autosp
     layer = max(profile.partition.layers, key=lambda layer: layer.n_bytes)
     return BudgetTooSmallError(
         f"all {len(trials)} validated plans took more than {budget_bytes / 1e9:.4g} GB on the device; the least was "
-        f"{least / 1e9:.4g} GB, set by layer {layer.index} ({layer.name}); try max_gpu_gb={suggested_gb(least)}",
+        f"{least / 1e9:.4g} GB, set by layer {layer.index} ({layer.name}); "
+        f"try max_gpu_gb={suggested_gb(profile, least)}",
         budget_bytes=budget_bytes,
         least_bytes=least,
         layer=layer.name,

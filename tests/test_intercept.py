@@ -7,13 +7,14 @@ import inspect
 import io
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from autosp.intercept import Intercepted
+from autosp.intercept import Intercepted, is_intercepted
 
 
 class Scale(nn.Module):
@@ -155,6 +156,17 @@ def test_a_wrapper_put_on_top_is_left_alone() -> None:
     assert module.forward is theirs
 
 
+def test_is_intercepted() -> None:
+    model = Nested()
+    assert not is_intercepted(model)
+    intercepted = Intercepted(model.inner, passing)
+    assert is_intercepted(model)
+    assert not is_intercepted(model.outer)
+    assert not is_intercepted(copy.deepcopy(model))
+    intercepted.remove()
+    assert not is_intercepted(model)
+
+
 def test_class_identity_and_print_stay() -> None:
     module = Scale()
     printed, keys = repr(module), list(module.state_dict())
@@ -254,6 +266,22 @@ def test_a_copy_of_a_copy_is_bound_to_itself(copied: Callable[[nn.Module], nn.Mo
         first.weight.fill_(50.0)
         second.weight.fill_(7.0)
     assert (value(first), value(second)) == (50, 7)
+
+
+def doubled_by_another_tool(module: Scale, x: torch.Tensor) -> torch.Tensor:
+    """A wrapper that copies with its module."""
+    return Scale.forward(module, x) * 2
+
+
+def test_a_copy_keeps_another_tools_wrapper(copied: Callable[[nn.Module], nn.Module]) -> None:
+    module = Scale()
+    module.forward = partial(doubled_by_another_tool, module)  # type: ignore[method-assign]
+    Intercepted(module, adding(100))
+    Intercepted(module, adding(1000))
+    twin = copied(module)
+    with torch.no_grad():
+        twin.weight.fill_(7.0)
+    assert (value(twin), value(module)) == (14, 1104)
 
 
 def test_a_copy_can_be_intercepted() -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from autosp.devices import VirtualDevice
 from autosp.errors import BudgetError, SettingError
+from autosp.intercept import Intercepted
 from autosp.workload import Workload, parse_budget
 
 DEVICE = VirtualDevice(bytes_per_s=1.0)
@@ -106,6 +107,11 @@ def test_spellings_of_one_budget_agree() -> None:
     assert parse_budget(2.01) == parse_budget("2.01GB") == parse_budget("2010MB")
 
 
+def test_batch_without_data() -> None:
+    with pytest.raises(SettingError, match="sample_batch has tensors on the meta device"):
+        Workload.of(Noisy(), {"x": [torch.zeros(3, device="meta")]}, None, "inference", DEVICE)
+
+
 class Noisy(nn.Module):
     """Its output depends on the random generator."""
 
@@ -135,6 +141,15 @@ def workload(step: Any = None, seed: int = 0) -> Workload:
 def test_arguments_of_the_wrong_kind(model: Any, step: Any, mode: str, message: str) -> None:
     with pytest.raises(SettingError, match=message):
         Workload.of(model, torch.zeros(3), step, mode, DEVICE)
+
+
+def test_model_that_a_plan_is_applied_to() -> None:
+    model = nn.Sequential(Noisy())
+    applied = Intercepted(model[0], lambda forward, args, kwargs: forward(*args, **kwargs))
+    with pytest.raises(SettingError, match="a plan is applied to this Sequential: remove"):
+        Workload.of(model, torch.zeros(3), None, "inference", DEVICE)
+    applied.remove()
+    assert Workload.of(model, torch.zeros(3), None, "inference", DEVICE).run().shape == (3,)
 
 
 def test_run_calls_the_model_without_autograd() -> None:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 import autosp
 from autosp.batch import equal
-from autosp.demo.models import Example, load
+from autosp.demo.models import load
 from autosp.demo.peers import PeerResult, accelerate_offload
 from autosp.devices import Device, choose_device
 from autosp.report.tables import plan_table, trials_table
@@ -61,7 +61,8 @@ def run(
         f"weights {weights / 1e9:.3f} GB, budget {budget_bytes / 1e9:.3f} GB on {device.info.name}; "
         f"slow tier: {device.info.slow_tier.value}"
     )
-    plain, plain_s = _plain(example, device)
+    workload = Workload.of(example.model, example.batch, example.step, "inference", device)
+    plain, plain_s = _plain(workload, device)
     plan = autosp.tune(example.model, example.batch, budget, step=example.step, storage=storage)
     with Repository(storage) as repository:
         trials = repository.trials(plan.study_name or "")
@@ -73,7 +74,7 @@ def run(
     reloaded = Plan.load(output)
     streamed = autosp.apply(example.model, reloaded)
     try:
-        latency_s, same = _streamed(example, device, plain)
+        latency_s, same = _streamed(workload, device, plain)
         peak_bytes = streamed.stats().peak_bytes
     finally:
         streamed.remove()
@@ -94,25 +95,19 @@ def run(
     return DemoResult(example.title, weights, budget_bytes, plain_s, plan, trials, rows)
 
 
-def _workload(example: Example, device: Device) -> Workload:
-    return Workload.of(example.model, example.batch, example.step, "inference", device)
-
-
-def _plain(example: Example, device: Device) -> tuple[Any, float]:
+def _plain(workload: Workload, device: Device) -> tuple[Any, float]:
     """The unstreamed model's output and time. The demo's models fit any accelerator: it is the budget that is small."""
-    workload = _workload(example, device)
     if device.torch_device.type != "cpu":
-        example.model.to(device.torch_device)
+        workload.model.to(device.torch_device)
     try:
         seconds = _times_s(workload, device)
         return workload.run(), median(seconds)
     finally:
         if device.torch_device.type != "cpu":
-            example.model.to("cpu")
+            workload.model.to("cpu")
 
 
-def _streamed(example: Example, device: Device, plain: Any) -> tuple[float, bool]:
-    workload = _workload(example, device)
+def _streamed(workload: Workload, device: Device, plain: Any) -> tuple[float, bool]:
     same = equal(workload.run(), plain)
     return median(_times_s(workload, device)), same
 

@@ -18,14 +18,22 @@ PINNED_FIRST = 3
 """How many of the largest layer sizes may be made resident first, so that the ring is cut for the smaller ones."""
 
 
-HEAP_NOISE_SHARE = 0.02
-"""On a CPU the heap's peak differs from run to run by this share of a budget: it is left free. The caching allocator of
-an accelerator has no such noise, and a cap that holds."""
+HEAP_NOISE_OF_WORKSPACE = 0.25
+HEAP_NOISE_OF_BUDGET = 0.01
+"""On a CPU the heap fragments differently in every run: repeated peaks of one plan were seen to differ by up to these
+shares together, which are left free. An accelerator's caching allocator has no such noise, and a cap that holds."""
 
 
 def usable_bytes(profile: Profile, budget_bytes: int) -> int:
-    """The budget less what repeated runs of one plan may differ by."""
-    return budget_bytes - (int(budget_bytes * HEAP_NOISE_SHARE) if profile.device.kind == "cpu" else 0)
+    """What may be predicted to be in use: the budget less what repeated runs of one plan differ by."""
+    if profile.device.kind != "cpu":
+        return budget_bytes
+    return budget_bytes - int(HEAP_NOISE_OF_WORKSPACE * profile.workspace_bytes + HEAP_NOISE_OF_BUDGET * budget_bytes)
+
+
+def acceptable_bytes(profile: Profile, budget_bytes: int) -> int:
+    """What may have been measured to be in use, for a plan to be returned."""
+    return budget_bytes - (int(HEAP_NOISE_OF_BUDGET * budget_bytes) if profile.device.kind == "cpu" else 0)
 
 
 def rank(profile: Profile, budget_bytes: int) -> list[Prediction]:
@@ -95,7 +103,8 @@ def too_small(profile: Profile, budget_bytes: int) -> BudgetTooSmallError:
         f"no setting fits {budget_bytes / 1e9:.4g} GB: the least that works is {least / 1e9:.4g} GB. It is set by "
         f"layer {layer.index} ({layer.name}), {layer.n_bytes / 1e9:.4g} GB at once, beside "
         f"{profile.partition.resident_bytes / 1e9:.4g} GB that must be resident and "
-        f"{profile.workspace_bytes / 1e9:.4g} GB of activations and workspace; try max_gpu_gb={suggested_gb(least)}",
+        f"{profile.workspace_bytes / 1e9:.4g} GB of activations and workspace; "
+        f"try max_gpu_gb={suggested_gb(profile, least)}",
         budget_bytes=budget_bytes,
         least_bytes=least,
         layer=layer.name,
@@ -107,9 +116,10 @@ def evenly_spread(pool: Sequence[int], count: int) -> tuple[int, ...]:
     return tuple(pool[int((position + 0.5) * len(pool) / count)] for position in range(count))
 
 
-def suggested_gb(least_bytes: int) -> str:
+def suggested_gb(profile: Profile, least_bytes: int) -> str:
     """A budget in which a plan of that peak fits with room for noise."""
-    return f"{least_bytes * (1 + 2 * HEAP_NOISE_SHARE) / 1e9:.4g}"
+    noise = HEAP_NOISE_OF_WORKSPACE * profile.workspace_bytes + 2 * HEAP_NOISE_OF_BUDGET * least_bytes
+    return f"{(least_bytes + noise) / 1e9:.4g}"
 
 
 def _order(prediction: Prediction) -> tuple[float, int]:

@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 from autosp.search.correction import learn
 from autosp.search.limits import Limits
 from autosp.search.sampler import PARAMETERS, CostModelSampler
-from autosp.search.space import all_resident, key_of, usable_bytes
+from autosp.search.space import acceptable_bytes, all_resident, key_of, usable_bytes
 from autosp.spec import Candidate, Measurement, Outcome, Prediction, Profile, Trial
 from autosp.store.trials import running_trial
 
@@ -64,7 +64,7 @@ def run_study(
         if first not in tried:
             study.enqueue_trial(dict(zip(PARAMETERS, first, strict=True)), skip_if_exists=True)
     while True:
-        verdict = judge(trials, ranked, usable)
+        verdict = judge(trials, ranked, usable, acceptable_bytes(profile, budget_bytes))
         waiting = bool(study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
         if verdict.finished and not waiting:
             return verdict
@@ -84,9 +84,16 @@ def run_study(
         trials.append(done)
 
 
-def judge(trials: Sequence[Trial], ranked: Sequence[Prediction], usable_bytes: int) -> Verdict:
-    """Whether an unvalidated candidate's optimistic prediction beats the best measurement by more than a tolerance."""
-    fitting = [trial for trial in trials if trial.measurement.outcome is Outcome.FITS]
+def judge(trials: Sequence[Trial], ranked: Sequence[Prediction], usable_bytes: int, acceptable_bytes: int) -> Verdict:
+    """Whether an unvalidated candidate's optimistic prediction beats the best measurement by more than a tolerance.
+
+    `usable_bytes` bounds what is predicted of a rival, `acceptable_bytes` what was measured of the winner.
+    """
+    fitting = [
+        trial
+        for trial in trials
+        if trial.measurement.outcome is Outcome.FITS and trial.measurement.peak_bytes <= acceptable_bytes
+    ]
     best = min(fitting, key=lambda trial: (trial.measurement.latency_s, trial.measurement.peak_bytes), default=None)
     correction = learn(trials)
     tried = {key_of(trial.prediction.candidate) for trial in trials}

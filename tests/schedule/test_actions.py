@@ -133,6 +133,11 @@ def test_a_resident_needs_no_load() -> None:
             id="the second of two layers overwrites",
         ),
         pytest.param(
+            schedule(load((0, 2), 0), forward(0), forward(2), load((1,), 15), forward(1), arena_bytes=40),
+            "1L0 overwrites layer 2, which was not evicted",
+            id="overwrites the second of two layers",
+        ),
+        pytest.param(
             sound(forward(1, LOAD_2.ref), LOAD_2, FORWARD_2, EVICT_2),
             "1F0 waits for 2L0, which comes later or never",
             id="waits for what comes later",

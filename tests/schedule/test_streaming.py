@@ -121,6 +121,14 @@ BY_HAND = {
 
         0L0@0[-2E0] 1L0@4 0F0[0L0] 0E0[0F0] 1F0[1L0] 1E0[1F0] 2L0@0[0E0,1E0] 2F0[2L0] 2E0[2F0]""",
     ),
+    "a large layer waits for the later one of two": (
+        Case(Candidate(k=2, k_prime=1), (2, 1, 1), (1, 2, 1, 0)),
+        # 1 lies at 0 and 2 at 1; 0 overwrites both, 1 being the last one used.
+        """\
+        arena=3 residents=-
+
+        1L0@0[-0E0] 2L0@1 1F0[1L0] 2F0[2L0] 2E0[2F0] 1F1[1L0] 1E0[1F1] 0L0@0[1E0,2E0] 0F0[0L0] 0E0[0F0]""",
+    ),
     "two layers per transfer": (
         Case(Candidate(k=2, k_prime=2), (10, 20, 30, 5, 10), (0, 1, 2, 3, 4)),
         # Three groups of 30, 35 and 10 bytes at address 0; the last one is a single layer.

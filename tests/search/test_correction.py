@@ -87,6 +87,14 @@ def test_trials_that_are_off_alike_are_believed() -> None:
     assert correction.relative_error == pytest.approx(1 - correction.compute_factor / 3)
 
 
+def test_a_large_correction_is_doubted() -> None:
+    # Two that took twice as long: c = (2 / 2 + 0.3) / (2 / 4 + 0.3) = 1.625. What is left is 1 - 1.625 / 2 = 0.1875, and
+    # the correction of 0.625, seen twice, is not trusted to better than 0.625 / 3.
+    correction = learn([trial(prediction(CANDIDATE), latency_s=2.0)] * 2)
+    assert correction.compute_factor == pytest.approx(1.625)
+    assert correction.relative_error == pytest.approx(0.625 / 3)
+
+
 def test_a_disturbed_trial_still_took_its_memory() -> None:
     disturbed = trial(prediction(CANDIDATE, peak_bytes=100), latency_s=3.0, peak_bytes=170)
     assert learn([trial(prediction(CANDIDATE, peak_bytes=100))] * 5 + [disturbed]).extra_bytes == 70

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
-from autosp.search.study import judge
-from autosp.spec import Candidate, Outcome, Prediction
+from autosp.search.study import Verdict, judge
+from autosp.spec import Candidate, Outcome, Prediction, Trial
 from builders import prediction, trial
 
 BUDGET = 1000
+
+
+def judged(trials: Sequence[Trial], ranked: Sequence[Prediction]) -> Verdict:
+    """The verdict where all of a budget of 1000 bytes may be used."""
+    return judge(trials, ranked, BUDGET, BUDGET)
 
 
 def predicted(k: int, latency_s: float, peak_bytes: int = 500) -> Prediction:
@@ -23,14 +30,14 @@ def predicted(k: int, latency_s: float, peak_bytes: int = 500) -> Prediction:
 )
 def test_stops_when_no_rival_can_win(rival_s: float, finished: bool) -> None:
     best = predicted(1, 1.0)
-    verdict = judge([trial(best)], [best, predicted(2, rival_s)], BUDGET)
+    verdict = judged([trial(best)], [best, predicted(2, rival_s)])
     assert verdict.best == trial(best)
     assert verdict.finished is finished
 
 
 def test_says_why_it_stops() -> None:
     best = predicted(1, 1.0)
-    verdict = judge([trial(best)], [best, predicted(2, 2.0), predicted(3, 3.0)], BUDGET)
+    verdict = judged([trial(best)], [best, predicted(2, 2.0), predicted(3, 3.0)])
     assert verdict.why == (
         "k=1 k'=1 residents=0 was the fastest of 1 validated; the best of 2 others (k=2 k'=1 residents=0) can take no "
         "less than 1.9 s, given the cost model's error of 5.0%, against 1 s measured"
@@ -39,7 +46,7 @@ def test_says_why_it_stops() -> None:
 
 def test_says_why_it_goes_on() -> None:
     best = predicted(1, 2.0)
-    verdict = judge([trial(best)], [best, predicted(2, 3.0), predicted(3, 1.0)], BUDGET)
+    verdict = judged([trial(best)], [best, predicted(2, 3.0), predicted(3, 1.0)])
     assert not verdict.finished
     assert verdict.why == (
         "k=1 k'=1 residents=0 was the fastest of 1 validated; k=3 k'=1 residents=0 was not tried and may take 0.95 s "
@@ -51,22 +58,22 @@ def test_more_right_trials_make_it_stop_earlier() -> None:
     # Two right trials: an error of 0.1 / 3. The rival at 1.03 can take 0.9957 s, more than 0.99 s.
     first, second, rival = predicted(1, 1.0), predicted(2, 1.5), predicted(3, 1.03)
     ranked = [first, rival, second]
-    assert not judge([trial(first)], ranked, BUDGET).finished
-    assert judge([trial(first), trial(second)], ranked, BUDGET).finished
+    assert not judged([trial(first)], ranked).finished
+    assert judged([trial(first), trial(second)], ranked).finished
 
 
 def test_a_wrong_model_makes_it_go_on() -> None:
-    # Measured 25 % slower than predicted. c / 1.25 * (c / 1.25 - 1) + 0.3 c (c - 1) = 0: c = 1.1 / 0.94 = 1.1702, which
-    # leaves an error of 6.4 %. The rival may take 1.3 * 1.1702 * 0.936 = 1.4242 s, and 1.25 * 0.99 is less.
+    # Measured 25 % slower than predicted. c / 1.25 * (c / 1.25 - 1) + 0.3 c (c - 1) = 0: c = 1.1 / 0.94 = 1.1702, and
+    # an error of 0.1702 / 2. The rival may take 1.3 * 1.1702 * 0.9149 = 1.3918 s, and 1.25 * 0.99 is less.
     best, rival = predicted(1, 1.0), predicted(2, 1.3)
-    assert judge([trial(best, latency_s=1.25)], [best, rival], BUDGET).finished
+    assert judged([trial(best, latency_s=1.25)], [best, rival]).finished
     # Twice as slow: c = 16 / 11, an error of 3 / 11. The rival may take 1.3 * 1.4545 * 0.7273 = 1.3752 s of 2.
-    assert not judge([trial(best, latency_s=2.0)], [best, rival], BUDGET).finished
+    assert not judged([trial(best, latency_s=2.0)], [best, rival]).finished
 
 
 def test_everything_was_tried() -> None:
     first, second = predicted(1, 1.0), predicted(2, 0.5)
-    verdict = judge([trial(first), trial(second)], [second, first], BUDGET)
+    verdict = judged([trial(first), trial(second)], [second, first])
     assert verdict.best == trial(second)
     assert verdict.finished
     assert (
@@ -77,12 +84,12 @@ def test_everything_was_tried() -> None:
 def test_a_tried_setting_is_no_rival_of_itself() -> None:
     # It was predicted to take half of what it took.
     only = predicted(1, 1.0)
-    assert judge([trial(only, latency_s=2.0)], [only], BUDGET).finished
+    assert judged([trial(only, latency_s=2.0)], [only]).finished
 
 
 def test_measured_not_predicted() -> None:
     first, second = predicted(1, 1.0), predicted(2, 2.0)
-    verdict = judge([trial(first, latency_s=2.0), trial(second, latency_s=1.5)], [first, second], BUDGET)
+    verdict = judged([trial(first, latency_s=2.0), trial(second, latency_s=1.5)], [first, second])
     assert verdict.best is not None
     assert verdict.best.prediction == second
 
@@ -91,7 +98,7 @@ def test_measured_not_predicted() -> None:
 def test_only_what_fits_wins(outcome: Outcome) -> None:
     fits, failed = predicted(1, 1.0), predicted(2, 0.1)
     trials = [trial(fits), trial(failed, peak_bytes=BUDGET + 1, outcome=outcome)]
-    verdict = judge(trials, [failed, fits], BUDGET)
+    verdict = judged(trials, [failed, fits])
     assert verdict.best == trial(fits)
     assert "the fastest of 1 validated" in verdict.why
 
@@ -100,20 +107,20 @@ def test_only_what_fits_wins(outcome: Outcome) -> None:
 def test_nothing_fits(outcome: Outcome) -> None:
     failed, untried = predicted(1, 1.0), predicted(2, 9.0)
     trials = [trial(failed, outcome=outcome)]
-    assert judge(trials, [failed], BUDGET).best is None
-    assert judge(trials, [failed], BUDGET).finished
-    assert not judge(trials, [failed, untried], BUDGET).finished  # slow, and better than nothing
+    assert judged(trials, [failed]).best is None
+    assert judged(trials, [failed]).finished
+    assert not judged(trials, [failed, untried]).finished  # slow, and better than nothing
 
 
 def test_nothing_was_tried() -> None:
-    verdict = judge([], [predicted(1, 1.0)], BUDGET)
+    verdict = judged([], [predicted(1, 1.0)])
     assert (verdict.best, verdict.finished) == (None, False)
 
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_of_equally_fast_trials_the_smaller_one_wins(order: int) -> None:
     large, small = predicted(1, 1.0, peak_bytes=900), predicted(2, 1.0, peak_bytes=300)
-    verdict = judge([trial(large), trial(small)][::order], [large, small], BUDGET)
+    verdict = judged([trial(large), trial(small)][::order], [large, small])
     assert verdict.best is not None
     assert verdict.best.prediction == small
 
@@ -121,14 +128,27 @@ def test_of_equally_fast_trials_the_smaller_one_wins(order: int) -> None:
 def test_a_rival_that_would_not_fit_is_none() -> None:
     # The trial took 100 bytes more than predicted: so will the rival, and 950 + 100 is over the budget.
     best, rival = predicted(1, 1.0, peak_bytes=500), predicted(2, 0.1, peak_bytes=950)
-    assert not judge([trial(best)], [best, rival], BUDGET).finished
-    verdict = judge([trial(best, peak_bytes=600)], [best, rival], BUDGET)
+    assert not judged([trial(best)], [best, rival]).finished
+    verdict = judged([trial(best, peak_bytes=600)], [best, rival])
     assert verdict.finished
     assert "every candidate under the budget was tried" in verdict.why
-    assert not judge([trial(best, peak_bytes=550)], [best, rival], BUDGET).finished  # just fits
+    assert not judged([trial(best, peak_bytes=550)], [best, rival]).finished  # just fits
 
 
 def test_nothing_left_but_what_would_not_fit() -> None:
     failed, rival = predicted(1, 1.0, peak_bytes=900), predicted(2, 1.0, peak_bytes=950)
-    verdict = judge([trial(failed, peak_bytes=1001, outcome=Outcome.OVER_BUDGET)], [failed, rival], BUDGET)
+    verdict = judged([trial(failed, peak_bytes=1001, outcome=Outcome.OVER_BUDGET)], [failed, rival])
     assert (verdict.best, verdict.finished) == (None, True)
+
+
+def test_a_winner_must_leave_room_for_noise() -> None:
+    # Both were measured to be within the budget of 1000; of that, 950 are accepted.
+    close, safe = predicted(1, 1.0, peak_bytes=960), predicted(2, 2.0, peak_bytes=950)
+    assert judge([trial(close), trial(safe)], [close, safe], BUDGET, 950).best == trial(safe)
+    assert judge([trial(close)], [close], BUDGET, 950).best is None
+
+
+def test_rivals_are_bounded_by_what_is_usable() -> None:
+    best, rival = predicted(1, 1.0, peak_bytes=500), predicted(2, 0.1, peak_bytes=901)
+    assert judge([trial(best)], [best, rival], 900, BUDGET).finished
+    assert not judge([trial(best)], [best, rival], 901, BUDGET).finished
