@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Callable, Mapping
+import struct
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
+from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -33,29 +37,69 @@ def call(model: nn.Module, batch: Any) -> Any:
 
 
 def signature(batch: Any) -> str:
-    """Names, dtypes and shapes: what a plan's timings depend on. Equal for batches of equal shape."""
+    """Names, dtypes and shapes: what a plan's timings depend on. Keys may be in any order."""
     if isinstance(batch, torch.Tensor):
         return f"{str(batch.dtype).removeprefix('torch.')}[{','.join(map(str, batch.shape))}]"
     if isinstance(batch, Mapping):
-        return "{" + ", ".join(f"{key}: {signature(batch[key])}" for key in batch) + "}"
+        return "{" + ", ".join(f"{key}: {signature(batch[key])}" for key in sorted(batch, key=str)) + "}"
     if isinstance(batch, tuple | list):
         return "(" + ", ".join(signature(item) for item in batch) + ")"
-    if batch is None or isinstance(batch, bool | int | float | str):
+    if batch is None or isinstance(batch, _PLAIN):
         return repr(batch)
-    return type(batch).__qualname__
+    name = type(batch).__qualname__
+    if is_dataclass(batch) and not isinstance(batch, type):
+        return name + signature({field.name: getattr(batch, field.name) for field in fields(batch)})
+    return name
 
 
 def step_name(step: Step | None) -> str:
-    """What runs a pass: `call`, or the step's qualified name with a hash of its code."""
+    """What runs a pass: `call`, or the step's name with a hash of its code, defaults and closure.
+
+    Of what the step closes over, plain values, tuples of them and functions count by value; other objects, which may
+    change between calls (a counter, a list), by type.
+    """
     if step is None:
         return "call"
     name = f"{getattr(step, '__module__', '')}.{getattr(step, '__qualname__', type(step).__qualname__)}"
-    code = getattr(step, "__code__", None)
-    if code is None:
-        return name
-    constants = [constant for constant in code.co_consts if not hasattr(constant, "co_code")]
-    digest = hashlib.sha256(repr((code.co_code, constants, code.co_names)).encode()).hexdigest()
-    return f"{name}#{digest[:12]}"
+    return f"{name}#{hashlib.sha256(_described(step, 0).encode()).hexdigest()[:12]}"
+
+
+_PLAIN = (bool, int, float, complex, str, bytes)
+
+
+def _described(value: Any, depth: int) -> str:
+    """A text that differs where the behaviour of a step may, and is the same in every process."""
+    if value is None or isinstance(value, _PLAIN):
+        return repr(value)
+    if depth > 8:
+        return type(value).__qualname__
+    parts: list[Any]
+    if isinstance(value, tuple):
+        parts = list(value)
+    elif isinstance(value, frozenset):
+        return "{" + ",".join(sorted(_described(item, depth + 1) for item in value)) + "}"
+    elif isinstance(value, partial):
+        parts = [value.func, value.args, *(item for pair in value.keywords.items() for item in pair)]
+    elif isinstance(value, MethodType):
+        parts = [value.__func__]
+    elif isinstance(value, CodeType):
+        parts = [value.co_code, value.co_names, value.co_consts]
+    elif isinstance(value, FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+        keywords = [item for pair in (value.__kwdefaults__ or {}).items() for item in pair]
+        parts = [value.__code__, value.__defaults__, *keywords, *cells]
+    elif isinstance(vars(type(value)).get("__call__"), FunctionType):
+        return f"{type(value).__qualname__}({_described(vars(type(value))['__call__'], depth + 1)})"
+    else:
+        return getattr(value, "__qualname__", type(value).__qualname__)
+    return f"{type(value).__name__}({','.join(_described(part, depth + 1) for part in parts)})"
+
+
+def _is_filled(cell: CellType) -> bool:
+    try:
+        return cell.cell_contents is not cell
+    except ValueError:
+        return False
 
 
 def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
@@ -69,13 +113,11 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) ->
     if is_dataclass(value) and not isinstance(value, type):
         names = [field.name for field in fields(value) if field.init]
         return replace(value, **{name: map_tensors(function, getattr(value, name)) for name in names})
-    if type(value) is dict:
-        return {key: map_tensors(function, item) for key, item in value.items()}
-    if isinstance(value, Mapping):
-        try:
-            return type(value)({key: map_tensors(function, item) for key, item in value.items()})  # type: ignore[call-arg]
-        except TypeError:
-            return value
+    if isinstance(value, MutableMapping):
+        mapped = copy.copy(value)
+        for key, item in value.items():
+            mapped[key] = map_tensors(function, item)
+        return mapped
     return value
 
 
@@ -92,17 +134,32 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 
 
 def equal(left: Any, right: Any) -> bool:
-    """Bitwise equality of every tensor in two outputs of the same structure. NaNs of equal place are equal."""
-    ours, theirs = tensors_in(left), tensors_in(right)
-    return len(ours) == len(theirs) and all(_same_bits(mine, yours) for mine, yours in zip(ours, theirs, strict=True))
+    """Bitwise equality of two outputs: their tensors and plain values, in the same places. NaNs count by their bits.
+
+    Objects of other kinds (a cache, say) are not looked into.
+    """
+    if isinstance(left, torch.Tensor) or isinstance(right, torch.Tensor):
+        return isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor) and _same_bits(left, right)
+    if isinstance(left, Mapping) and isinstance(right, Mapping):
+        return left.keys() == right.keys() and all(equal(left[key], right[key]) for key in left)
+    if isinstance(left, tuple | list) and isinstance(right, tuple | list):
+        return len(left) == len(right) and all(equal(mine, yours) for mine, yours in zip(left, right, strict=True))
+    if is_dataclass(left) and not isinstance(left, type) and type(left) is type(right):
+        return all(equal(getattr(left, field.name), getattr(right, field.name)) for field in fields(left))
+    if isinstance(left, float) and isinstance(right, float):
+        return struct.pack("d", left) == struct.pack("d", right)
+    if left is None or right is None or isinstance(left, _PLAIN) or isinstance(right, _PLAIN):
+        return bool(type(left) is type(right) and left == right)
+    return True
 
 
 def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
-    if left.dtype != right.dtype or left.shape != right.shape:
+    if left.dtype != right.dtype or left.shape != right.shape or left.layout != right.layout:
         return False
     left, right = left.detach().cpu(), right.detach().cpu()
-    if left.is_sparse or left.is_quantized:
+    if left.is_quantized:
         return bool(torch.equal(left, right))
-    return bool(
-        torch.equal(left.contiguous().view(-1).view(torch.uint8), right.contiguous().view(-1).view(torch.uint8))
-    )
+    if left.layout is not torch.strided:
+        left, right = left.to_dense(), right.to_dense()
+    mine, yours = (tensor.resolve_conj().resolve_neg().contiguous().view(-1) for tensor in (left, right))
+    return bool(torch.equal(mine.view(torch.uint8), yours.view(torch.uint8)))

@@ -23,20 +23,27 @@ class Intercepted:
         self._own = module.__dict__.get("forward")  # another tool's wrapper, say
         self._forward = module.forward
         self._around = around
+        self._removed = False
         self.__wrapped__ = self._forward
         module.__dict__["forward"] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._removed:  # somebody's wrapper, put around this one, still calls it
+            return self._forward(*args, **kwargs)
         return self._around(self._forward, args, kwargs)
 
     def remove(self) -> None:
-        """Give the module its own `forward` back, unless somebody replaced the wrapper since."""
+        """Give the module its own `forward` back; where another wrapper is around this one, do nothing from now on."""
+        self._removed = True
         if self._module.__dict__.get("forward") is not self:
             return
-        if self._own is None:
+        own = self._own
+        while isinstance(own, Intercepted) and own._removed:
+            own = own._own
+        if own is None:
             del self._module.__dict__["forward"]
         else:
-            self._module.__dict__["forward"] = self._own
+            self._module.__dict__["forward"] = own
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._own is not None:

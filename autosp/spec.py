@@ -8,12 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import uuid
 from enum import StrEnum
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from autosp.errors import PlanFormatError
 
@@ -248,18 +248,25 @@ class Plan(Record):
     floor_s: float | None = None
     why: str = ""
 
+    @model_validator(mode="after")
+    def _indices_name_layers(self) -> Plan:
+        count = len(self.partition.layers)
+        if any(not 0 <= index < count for index in (*self.partition.visits, *self.candidate.residents)):
+            raise ValueError(f"a visit or a resident is none of the {count} layers")
+        return self
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, atomically: the file is either the old one or the whole new one."""
         target = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
+            with temporary.open("x", encoding="utf-8") as file:
                 file.write(self.model_dump_json(indent=2) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-            Path(temporary).replace(target)
+            temporary.replace(target)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
 
     @classmethod
@@ -270,12 +277,12 @@ class Plan(Record):
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise PlanFormatError(
                 f"{path} is not JSON ({error}); export the plan again with `autosp export`"
             ) from error
         version = data.get("schema_version") if isinstance(data, dict) else None
-        if not isinstance(version, int):
+        if type(version) is not int or version < 1:
             raise PlanFormatError(f"{path} has no schema_version: it is not an autosp plan")
         if version > PLAN_SCHEMA_VERSION:
             raise PlanFormatError(

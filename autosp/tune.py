@@ -275,7 +275,7 @@ def _no_plan(profile: Profile, budget_bytes: int, trials: list[Trial]) -> Autosp
     return BudgetTooSmallError(
         f"all {len(trials)} validated plans took more than {budget_bytes / 1e9:.4g} GB on the device; the least was "
         f"{least / 1e9:.4g} GB, set by layer {layer.index} ({layer.name}); "
-        f"try max_gpu_gb={suggested_gb(profile, least)}",
+        f"try max_gpu_gb={suggested_gb(least)}",
         budget_bytes=budget_bytes,
         least_bytes=least,
         layer=layer.name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from autosp.intercept import is_intercepted
 from autosp.partition import model_fingerprint
 from autosp.spec import Mode, StudyKey
 
-_UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+_UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
@@ -79,7 +80,7 @@ def parse_budget(budget: float | str) -> int:
     Raises: BudgetError if it is not a positive, finite amount.
     """
     if isinstance(budget, str):
-        match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?I?B)\s*", budget.upper())
+        match = re.fullmatch(r"\s*([0-9.]+)\s*((?:[KMGT]I?)?B)\s*", budget.upper())
         try:
             n_bytes = float(match[1]) * _UNITS[match[2]] if match else math.nan
         except ValueError:
@@ -87,9 +88,9 @@ def parse_budget(budget: float | str) -> int:
     elif isinstance(budget, bool) or not isinstance(budget, int | float):
         raise BudgetError(f"max_gpu_gb is a {type(budget).__name__}; pass GB as a number, or a string such as '8GiB'")
     else:
-        n_bytes = budget * 1e9
+        n_bytes = float(min(budget, sys.float_info.max)) * 1e9
     if not math.isfinite(n_bytes) or n_bytes < 1:
         raise BudgetError(
             f"max_gpu_gb={budget!r} is not a positive amount; pass GB as a number, or a string like '8GiB'"
         )
-    return int(n_bytes)
+    return round(n_bytes)

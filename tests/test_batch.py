@@ -79,7 +79,7 @@ def test_call_of_anything_else(batch: Any) -> None:
         ((ONE, TWO), "(float32[2,3], int64[4])"),
         ([ONE], "(float32[2,3])"),
         ({"ids": TWO, "mask": None}, "{ids: int64[4], mask: None}"),
-        ({"past": [(ONE, ONE)], "n": 3}, "{past: ((float32[2,3], float32[2,3])), n: 3}"),
+        ({"past": [(ONE, ONE)], "n": 3}, "{n: 3, past: ((float32[2,3], float32[2,3]))}"),
         (UserDict(x=ONE), "{x: float32[2,3]}"),
         (("mode", 1.5, True), "('mode', 1.5, True)"),
     ],
@@ -99,12 +99,10 @@ def test_signature_of_an_object_has_no_address() -> None:
     assert signature(object()) == signature(object()) == "object"
 
 
-@pytest.mark.xfail(strict=True, reason="a dataclass's signature is its name, without the shapes")
 def test_signature_of_a_dataclass() -> None:
     assert signature(Ragged(torch.zeros(2))) != signature(Ragged(torch.zeros(3)))
 
 
-@pytest.mark.xfail(strict=True, reason="keyword arguments in another order are another batch")
 def test_signature_of_keywords_in_any_order() -> None:
     assert signature({"x": ONE, "y": TWO}) == signature({"y": TWO, "x": ONE})
 
@@ -139,7 +137,8 @@ def test_step_name_of_a_callable_object() -> None:
         def __call__(self, model: nn.Module, batch: Any) -> Any:
             return model(batch)
 
-    assert step_name(Step()) == f"{__name__}.{Step.__qualname__}"
+    assert step_name(Step()).partition("#")[0] == f"{__name__}.{Step.__qualname__}"
+    assert step_name(Step()) == step_name(Step())
     assert " at 0x" not in step_name(Step())
 
 
@@ -158,7 +157,6 @@ def test_step_name_has_no_address() -> None:
     assert step_name(first) == step_name(second)
 
 
-@pytest.mark.xfail(strict=True, reason="a set's text depends on the process's hash seed")
 def test_step_name_does_not_depend_on_the_order_of_a_set() -> None:
     first, second = compiled("batch in {0, 8}"), compiled("batch in {0, 8}")
     # Equal sets; 0 and 8 take each other's place in a table of 8.
@@ -170,7 +168,6 @@ def test_step_name_does_not_depend_on_the_order_of_a_set() -> None:
 
 
 @pytest.mark.parametrize("kind", ["closure", "default", "partial", "inner function"])
-@pytest.mark.xfail(strict=True, reason="only the outermost code and its plain constants are in the name")
 def test_step_name_changes_with_what_the_step_does(kind: str) -> None:
     def times(count: int) -> Callable[..., Any]:
         def closure(model: nn.Module, batch: Any) -> None:
@@ -242,7 +239,6 @@ def test_map_tensors_of_a_return_type() -> None:
     assert torch.equal(result.values, torch.full((2,), 2.0))
 
 
-@pytest.mark.xfail(strict=True, reason="a mapping that takes no mapping is returned as it is, tensors and all")
 def test_map_tensors_of_a_defaultdict() -> None:
     assert torch.equal(doubled(defaultdict(list, x=ONE))["x"], ONE * 2)
 
@@ -309,13 +305,11 @@ def test_not_equal(left: Any, right: Any) -> None:
         pytest.param(lambda: torch.eye(3).to_sparse_csr(), id="sparse CSR"),
     ],
 )
-@pytest.mark.xfail(strict=True, reason="no bytes can be viewed, and torch.equal knows no sparse tensors: it raises")
 @pytest.mark.filterwarnings("ignore:Sparse CSR")
 def test_equal_of_unusual_tensors(made: Callable[[], torch.Tensor]) -> None:
     assert equal(made(), made())
 
 
 @pytest.mark.parametrize(("left", "right"), [(1.0, 2.0), (["a", "b"], ["a", "c"]), ({"x": ONE}, {"y": ONE})])
-@pytest.mark.xfail(strict=True, reason="only tensors are compared: a step that returns numbers or text is not verified")
 def test_not_equal_without_tensors(left: Any, right: Any) -> None:
     assert not equal(left, right)

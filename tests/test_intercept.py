@@ -124,7 +124,6 @@ def test_nesting() -> None:
     assert "forward" not in module.__dict__
 
 
-@pytest.mark.xfail(strict=True, reason="the outer one brings the removed inner one back")
 def test_nesting_removed_from_the_inside() -> None:
     module = Scale()
     inner = Intercepted(module, adding(1))

@@ -1,0 +1,1 @@
+"""What a pass will take: time, memory, and the least time that any schedule could."""

@@ -19,6 +19,10 @@ REPEATS = 5
 PROBE_BYTES = 256 * 2**20
 """Bytes moved by the contention probe."""
 
+WORK_BYTES = 64 * 2**20
+ROWS = 128
+"""The compute beside it: products of so many rows with a matrix of at most so many bytes."""
+
 CHUNK_BYTES = 16 * 2**20
 """Bytes of each of its transfers, at most."""
 
@@ -83,7 +87,7 @@ class _Sweep:
         self._device = device
         self._store = store
         self._store_bytes = store_bytes
-        self._target = target
+        self.target = target
         self._next = 0
 
     def start(self, n_bytes: int) -> object:
@@ -92,7 +96,7 @@ class _Sweep:
             self._next = 0
         region = self._store.window(self._next, n_bytes)
         self._next += n_bytes
-        return self._device.copy([region], self._target[:n_bytes], self._device.record())
+        return self._device.copy([region], self.target[:n_bytes], self._device.record())
 
     def seconds(self, n_bytes: int) -> float:
         """One transfer, alone."""
@@ -109,9 +113,11 @@ def _contention(device: Device, sweep: _Sweep, largest: int, dtype: torch.dtype)
 
     Compute steps run one by one until a queue of transfers is through; both are compared with running alone.
     """
-    chunk = min(largest, CHUNK_BYTES)
+    chunk = min(largest // 2 // LAYER_ALIGNMENT * LAYER_ALIGNMENT, CHUNK_BYTES)
+    if chunk == 0:
+        return 1.0, 1.0
     count = max(2, PROBE_BYTES // chunk)
-    step = _compute_step(device, dtype)
+    step = _compute_step(device, sweep.target[largest // 2 :], dtype)
     queue_alone_s, _ = _until_through(device, sweep, chunk, count, device.synchronize)
     step_alone_s = median(_step_s(device, step) for _ in range(max(8, 4 * REPEATS)))
     queue_s, steps = _until_through(device, sweep, chunk, count, step)
@@ -140,16 +146,21 @@ def _step_s(device: Device, step: Callable[[], None]) -> float:
     return time.perf_counter() - begin
 
 
-def _compute_step(device: Device, dtype: torch.dtype) -> Callable[[], None]:
-    """A matrix product of a few milliseconds, like a model's, in its dtype."""
+def _compute_step(device: Device, memory: torch.Tensor, dtype: torch.dtype) -> Callable[[], None]:
+    """A product of a few rows with a matrix that fills `memory`: like a streamed layer, it reads its weights once."""
     usable = dtype if dtype.is_floating_point and dtype.itemsize >= 2 else torch.float32
-    rows, size = (256, 1024) if device.torch_device.type == "cpu" else (4096, 4096)
-    left = torch.ones(rows, size, dtype=usable, device=device.torch_device)
-    right = torch.ones(size, size, dtype=usable, device=device.torch_device)
+    inner = 1024
+    elements = min(memory.numel(), WORK_BYTES) // usable.itemsize
+    outer = max(1, elements // inner)
+    inner = min(inner, elements)
+    aligned = memory[-memory.data_ptr() % usable.itemsize :]
+    weights = aligned[: inner * outer * usable.itemsize].view(usable).view(inner, outer)
+    weights.fill_(0.01)
+    rows = torch.ones(ROWS, inner, dtype=usable, device=device.torch_device)
 
     def step() -> None:
         with torch.no_grad():
-            torch.mm(left, right)
+            torch.mm(rows, weights)
         device.finish_compute()
 
     return step

@@ -1,0 +1,1 @@
+"""Runs a model under a schedule."""

@@ -1,0 +1,1 @@
+"""What a pass does, as data: the action list, and how a candidate is lowered to it."""

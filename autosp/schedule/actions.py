@@ -142,8 +142,9 @@ def _ref(match: re.Match[str]) -> Ref:
 def validate(schedule: Schedule, layer_bytes: tuple[int, ...]) -> None:
     """Check that a schedule computes with the right weights, whatever the speed of the link.
 
-    Guarantees, for the cold loads and two passes in list order: every FORWARD finds its layer on the device; a LOAD
-    overwrites evicted layers only; waits name earlier actions; loads stay inside the arena.
+    Guarantees, for the cold loads and two passes in list order: every FORWARD finds its layer on the device, and waits
+    for the load that brought it in this pass; a LOAD overwrites evicted layers only, and waits for their evictions;
+    waits name earlier actions; loads stay inside the arena.
 
     Raises: ValueError naming the action.
     """
@@ -151,20 +152,14 @@ def validate(schedule: Schedule, layer_bytes: tuple[int, ...]) -> None:
     twice = next((ref for ref, count in names.items() if count > 1), None)
     if twice is not None:
         raise ValueError(f"{twice} is in the schedule twice")
-    present: dict[int, tuple[int, int]] = {}  # layer -> its address range
-    for action in schedule.cold:
-        _check_load(action, present, layer_bytes, schedule.arena_bytes)
-    for _ in range(2):
+    arena = _Arena(schedule, layer_bytes)
+    for load in schedule.cold:
+        arena.load(load, 0)
+    for number in (1, 2):
         done: set[Ref] = set()
         for action in schedule.actions:
             _check_waits(action, done, names)
-            if action.kind is Kind.LOAD:
-                _check_load(action, present, layer_bytes, schedule.arena_bytes)
-            elif action.kind is Kind.EVICT:
-                for layer in action.layers:
-                    present.pop(layer, None)
-            elif action.layers[0] not in present and action.layers[0] not in schedule.residents:
-                raise ValueError(f"{action.ref} runs without its weights")
+            arena.apply(action, number)
             done.add(action.ref)
 
 
@@ -177,18 +172,48 @@ def _check_waits(action: Action, done: set[Ref], names: Counter[Ref]) -> None:
             raise ValueError(f"{action.ref} waits for {ref}, which comes later or never")
 
 
-def _check_load(
-    action: Action, present: dict[int, tuple[int, int]], layer_bytes: tuple[int, ...], arena_bytes: int
-) -> None:
-    if action.offset is None:
-        raise ValueError(f"{action.ref} has no address")
-    begin = action.offset
-    end = begin + sum(layer_bytes[layer] for layer in action.layers)
-    if end > arena_bytes:
-        raise ValueError(f"{action.ref} ends at {end}, beyond the arena's {arena_bytes} bytes")
-    for layer, (low, high) in present.items():
-        if low < end and begin < high:
-            raise ValueError(f"{action.ref} overwrites layer {layer}, which was not evicted")
-    for layer in action.layers:
-        present[layer] = (begin, begin + layer_bytes[layer])
-        begin += layer_bytes[layer]
+class _Arena:
+    """Which layers are in the arena, which left it, and by which actions of which pass."""
+
+    def __init__(self, schedule: Schedule, layer_bytes: tuple[int, ...]) -> None:
+        self._schedule = schedule
+        self._layer_bytes = layer_bytes
+        self._present: dict[int, tuple[int, int, Ref, int]] = {}  # layer -> begin, end, its load, the load's pass
+        self._left: dict[int, tuple[int, int, Ref, int]] = {}  # layer -> begin, end, its eviction, that one's pass
+
+    def apply(self, action: Action, number: int) -> None:
+        """Take one action of pass `number`."""
+        if action.kind is Kind.LOAD:
+            self.load(action, number)
+        elif action.kind is Kind.EVICT:
+            for layer in action.layers:
+                if layer in self._present:
+                    begin, end, _, _ = self._present.pop(layer)
+                    self._left[layer] = begin, end, action.ref, number
+        elif action.layers[0] not in self._schedule.residents:
+            if action.layers[0] not in self._present:
+                raise ValueError(f"{action.ref} runs without its weights")
+            _, _, load, when = self._present[action.layers[0]]
+            if when == number and load not in action.waits:
+                raise ValueError(f"{action.ref} does not wait for {load}, which brings its weights")
+
+    def load(self, action: Action, number: int) -> None:
+        """Bring layers to the action's offset."""
+        if action.offset is None:
+            raise ValueError(f"{action.ref} has no address")
+        begin = action.offset
+        end = begin + sum(self._layer_bytes[layer] for layer in action.layers)
+        if end > self._schedule.arena_bytes:
+            raise ValueError(f"{action.ref} ends at {end}, beyond the arena's {self._schedule.arena_bytes} bytes")
+        for layer, (low, high, _, _) in self._present.items():
+            if low < end and begin < high:
+                raise ValueError(f"{action.ref} overwrites layer {layer}, which was not evicted")
+        for layer, (low, high, eviction, when) in list(self._left.items()):
+            expected = Ref(eviction.kind, eviction.layers, eviction.occurrence, previous_pass=when < number)
+            if expected in action.waits:
+                del self._left[layer]  # over for all later loads too: the link is a queue
+            elif low < end and begin < high:
+                raise ValueError(f"{action.ref} does not wait for {expected}, which frees its place")
+        for layer in action.layers:
+            self._present[layer] = (begin, begin + self._layer_bytes[layer], action.ref, number)
+            begin += self._layer_bytes[layer]

@@ -50,7 +50,7 @@ class Ring:
 
 
 def arena_bytes(group_bytes: Sequence[int], window: int) -> int:
-    """The least arena in which any `window` neighbouring groups of one pass fit together."""
+    """The most bytes that any `window` neighbouring groups of one pass have together: no smaller arena holds them."""
     total = peak = sum(group_bytes[:window])
     for index in range(window, len(group_bytes)):
         total += group_bytes[index] - group_bytes[index - window]
@@ -61,27 +61,46 @@ def arena_bytes(group_bytes: Sequence[int], window: int) -> int:
 def build_ring(candidate: Candidate, layer_bytes: Sequence[int], visits: Sequence[int]) -> Ring:
     """Group, place and time the transfers of a candidate.
 
-    Groups of `k_prime` layers, in the order of their first visit, are placed one after another in a byte ring that
-    holds `ring // k_prime` neighbouring groups; a group that does not fit before the ring's end starts at its
-    beginning. So unlike-sized layers share memory without slots of the largest. With room for one group only, each
-    takes the place of the one before, however small. The arena also has room for any one layer that was never visited,
-    should it be called after all.
+    Groups of `k_prime` layers, in the order of their first visit, get places in which any `ring // k_prime` neighbours
+    (at least one) do not overlap. The arena also has room for any one layer that was never visited, should it be called
+    after all.
     """
     size = candidate.k_prime
     streamed = [layer for layer in dict.fromkeys(visits) if layer not in frozenset(candidate.residents)]
     members = [tuple(streamed[start : start + size]) for start in range(0, len(streamed), size)]
     sizes = [sum(layer_bytes[layer] for layer in group) for group in members]
+    offsets = _place(sizes, max(1, candidate.ring // size))
+    groups = [Group(*group) for group in zip(members, offsets, sizes, strict=True)]
     unvisited = set(range(len(layer_bytes))) - set(visits) - set(candidate.residents)
-    window = max(1, candidate.ring // size)
-    capacity = max([arena_bytes(sizes, window), *(layer_bytes[layer] for layer in unvisited)])
-    groups = []
-    head = 0
-    for layers, n_bytes in zip(members, sizes, strict=True):
-        if window == 1 or head + n_bytes > capacity:
-            head = 0
-        groups.append(Group(layers, head, n_bytes))
-        head += n_bytes
-    return Ring(tuple(groups), capacity, _time_transfers(groups, visits))
+    ends = [*(group.offset + group.n_bytes for group in groups), *(layer_bytes[layer] for layer in unvisited)]
+    return Ring(tuple(groups), max(ends, default=0), _time_transfers(groups, visits))
+
+
+def _place(sizes: Sequence[int], window: int) -> list[int]:
+    """An offset for each group, free of the `window - 1` groups before it.
+
+    The bottom of the arena is tried first, then its top, then the gaps between. So with two groups in the window the
+    arena is never larger than its largest two neighbours, and with equal sizes never larger than `window` of them;
+    otherwise it grows where no gap is wide enough.
+    """
+    capacity = arena_bytes(sizes, window)
+    offsets: list[int] = []
+    for index, size in enumerate(sizes):
+        first = max(0, index - window + 1)
+        live = sorted((offsets[other], offsets[other] + sizes[other]) for other in range(first, index))
+        bottoms = [0, *(end for _, end in live)]
+        tops = [*(begin for begin, _ in live), capacity]
+        gaps = [(low, high) for low, high in zip(bottoms, tops, strict=True) if high - low >= size]
+        if not gaps:
+            offsets.append(bottoms[-1])
+            capacity = bottoms[-1] + size
+        elif gaps[0][0] == 0:
+            offsets.append(0)
+        elif gaps[-1][1] == capacity:
+            offsets.append(capacity - size)
+        else:
+            offsets.append(gaps[0][0])
+    return offsets
 
 
 def _time_transfers(groups: Sequence[Group], visits: Sequence[int]) -> tuple[Transfer, ...]:

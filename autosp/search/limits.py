@@ -27,7 +27,7 @@ class Limits:
         trials, seconds = self.max_trials, self.timeout_s
         if trials is not None and (isinstance(trials, bool) or not isinstance(trials, int) or trials < 1):
             raise SettingError(f"max_trials={trials!r}: pass a whole number of at least 1, or None")
-        if seconds is not None and not (isinstance(seconds, int | float) and math.isfinite(seconds) and seconds > 0):
+        if seconds is not None and not (type(seconds) in (int, float) and math.isfinite(seconds) and seconds > 0):
             raise SettingError(f"timeout_s={seconds!r}: pass a positive number of seconds, or None")
 
     def reached(self, trials: int) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from optuna import Study
 from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.samplers import BaseSampler
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from autosp.search.correction import Correction
 from autosp.search.space import key_of
@@ -49,7 +49,11 @@ class CostModelSampler(BaseSampler):
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """The next candidate's numbers."""
-        tried = {tuple(t.params[name] for name in PARAMETERS) for t in study.get_trials(deepcopy=False) if t.params}
+        tried = {
+            tuple(other.params[name] for name in PARAMETERS)
+            for other in study.get_trials(deepcopy=False)
+            if other.params and other.state is not TrialState.FAIL  # a failed trial measured nothing
+        }
         best = self.best_unvalidated({(k, k_prime, residents) for k, k_prime, residents in tried})
         if best is None:
             return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -91,8 +92,11 @@ def all_resident(profile: Profile) -> Candidate:
 
 
 def least_bytes(profile: Profile) -> int:
-    """The observed peak of the least-memory plan: no budget below it can work."""
-    return profile.observed.measurement.peak_bytes
+    """The least budget in which the observed peak of the least-memory plan is usable."""
+    peak = profile.observed.measurement.peak_bytes
+    if profile.device.kind != "cpu":
+        return peak
+    return math.ceil((peak + HEAP_NOISE_OF_WORKSPACE * profile.workspace_bytes) / (1 - HEAP_NOISE_OF_BUDGET)) + 1
 
 
 def too_small(profile: Profile, budget_bytes: int) -> BudgetTooSmallError:
@@ -104,7 +108,7 @@ def too_small(profile: Profile, budget_bytes: int) -> BudgetTooSmallError:
         f"layer {layer.index} ({layer.name}), {layer.n_bytes / 1e9:.4g} GB at once, beside "
         f"{profile.partition.resident_bytes / 1e9:.4g} GB that must be resident and "
         f"{profile.workspace_bytes / 1e9:.4g} GB of activations and workspace; "
-        f"try max_gpu_gb={suggested_gb(profile, least)}",
+        f"try max_gpu_gb={suggested_gb(least)}",
         budget_bytes=budget_bytes,
         least_bytes=least,
         layer=layer.name,
@@ -116,10 +120,9 @@ def evenly_spread(pool: Sequence[int], count: int) -> tuple[int, ...]:
     return tuple(pool[int((position + 0.5) * len(pool) / count)] for position in range(count))
 
 
-def suggested_gb(profile: Profile, least_bytes: int) -> str:
-    """A budget in which a plan of that peak fits with room for noise."""
-    noise = HEAP_NOISE_OF_WORKSPACE * profile.workspace_bytes + 2 * HEAP_NOISE_OF_BUDGET * least_bytes
-    return f"{(least_bytes + noise) / 1e9:.4g}"
+def suggested_gb(least_bytes: int) -> str:
+    """A budget a little above the least, in GB with four digits."""
+    return f"{least_bytes * 1.05 / 1e9:.4g}"
 
 
 def _order(prediction: Prediction) -> tuple[float, int]:

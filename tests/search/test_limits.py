@@ -26,7 +26,6 @@ def test_seconds_are_positive_and_finite(timeout_s: Any) -> None:
     assert repr(timeout_s) in str(error.value)
 
 
-@pytest.mark.xfail(strict=True, reason="True passes for one second")
 def test_seconds_are_no_boolean() -> None:
     with pytest.raises(SettingError):
         Limits(timeout_s=True)

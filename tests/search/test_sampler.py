@@ -131,7 +131,6 @@ def test_does_not_propose_what_was_tried(sampler: CostModelSampler, state: Trial
     assert asked(study, sampler) == key_of(STEADY.candidate)
 
 
-@pytest.mark.xfail(strict=True, reason="a trial that was killed counts as tried, though nothing was measured")
 def test_proposes_again_what_was_killed(sampler: CostModelSampler) -> None:
     study = study_of(sampler)
     assert asked(study, sampler, state=TrialState.FAIL) == key_of(FAST.candidate)
