@@ -11,11 +11,13 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-from record import markdown, save
+from record import RESULTS, markdown, save
 from rich.console import Console
 
 from autosp.demo import DemoResult, run
 from autosp.devices import choose_device
+from autosp.report.plots import timeline
+from autosp.store import Repository
 
 
 def report(result: DemoResult) -> str:
@@ -79,8 +81,13 @@ def main() -> None:
             max_gpu_gb=float(arguments.max_gpu_gb) if arguments.max_gpu_gb else None,
             storage=Path(folder) / "study.db",
             output=Path(folder) / "plan.json",
-            console=Console(width=120, quiet=True),
+            console=Console(width=120),
         )
+        with Repository(Path(folder) / "study.db") as repository:
+            profile = repository.profile(result.plan.study_name or "")
+    name = f"end_to_end_{arguments.model}_{choose_device(None).info.kind}"
+    if profile is not None:
+        timeline(profile, result.plan.candidate, RESULTS / f"{name}.png", budget_bytes=result.budget_bytes)
     figures = {
         "title": result.title,
         "weight_bytes": result.weight_bytes,
@@ -90,7 +97,7 @@ def main() -> None:
         "trials": [trial.model_dump(mode="json") for trial in result.trials],
         "systems": [vars(row) for row in result.rows],
     }
-    save(f"end_to_end_{arguments.model}_{choose_device(None).info.kind}", figures, report(result))
+    save(name, figures, report(result))
 
 
 if __name__ == "__main__":
