@@ -22,7 +22,7 @@ from autosp.search.limits import Limits
 from autosp.search.space import evenly_spread, rank, suggested_gb
 from autosp.search.validate import Reference, validate
 from autosp.settings import settings
-from autosp.spec import Candidate, Outcome, Partition, Plan, Prediction, Profile, Trial
+from autosp.spec import Candidate, Outcome, Partition, Plan, Prediction, Profile, StudyKey, Trial
 from autosp.store import Repository
 from autosp.workload import Workload, parse_budget
 
@@ -78,8 +78,7 @@ def tune(
         if known is not None:
             return known
         name = study_name or repository.find_study(key) or repository.unique_name(f"{key.model_name}-{key.mode}")
-        repository.create_study(name, key)
-        return _continue(repository, name, workload, chosen, budget_bytes, limits, progress)
+        return _continue(repository, name, key, workload, chosen, limits, progress)
 
 
 def resume(
@@ -105,12 +104,12 @@ def resume(
     workload = Workload.of(model, sample_batch, step, "inference", chosen, seed)
     limits = Limits(max_trials, timeout_s)
     with Repository(storage) as repository:
-        budget_bytes = repository.study_key(study_name).budget_bytes
-        repository.create_study(study_name, workload.key(chosen, budget_bytes))  # checks that the key is the same
+        key = workload.key(chosen, repository.study_key(study_name).budget_bytes)
+        _is_entered(repository, study_name, key)
         known = repository.plan(study_name)
         if known is not None and limits == Limits():
             return known
-        return _continue(repository, study_name, workload, chosen, budget_bytes, limits, progress)
+        return _continue(repository, study_name, key, workload, chosen, limits, progress)
 
 
 def plan(
@@ -178,26 +177,31 @@ def floor(profile: Profile, max_gpu_gb: float | str) -> float:
 def _continue(
     repository: Repository,
     name: str,
+    key: StudyKey,
     workload: Workload,
     device: Device,
-    budget_bytes: int,
     limits: Limits,
     progress: bool,
 ) -> Plan:
-    """Profile unless that is stored, validate what may win, store and return the best."""
+    """Profile unless that is stored, validate what may win, store and return the best.
+
+    A new study is entered once there is something to validate: a wrong batch or budget leaves nothing in the database.
+    """
     from autosp.search.study import run_study  # optuna, which an answer from the database does not need
 
+    budget_bytes = key.budget_bytes
+    entered = _is_entered(repository, name, key)
     with _progress(progress) as show:
         show("order of the layers")
         parts, output = _plain_pass(workload, device)
         show("packing")
         reference = Reference(output, lambda: _plain_pass(workload, device)[1])
-        measured = repository.profile(name)
+        measured = repository.profile(name) if entered else None
         with Bench(workload.model, measured.partition if measured else parts, device, settings().cache_dir) as bench:
-            if measured is None:
-                measured = measure(bench, workload, show)
-                repository.save_profile(name, measured)
+            measured = measured or measure(bench, workload, show)
             ranked = rank(measured, budget_bytes)
+            repository.create_study(name, key)
+            repository.save_profile(name, measured)
             verdict = run_study(
                 repository,
                 name,
@@ -223,6 +227,14 @@ def _continue(
     )
     repository.save_plan(name, answer)
     return answer
+
+
+def _is_entered(repository: Repository, name: str, key: StudyKey) -> bool:
+    """Whether the database has the study. Raises: StudyMismatchError if it was made for something else."""
+    if name not in {summary.name for summary in repository.summaries()}:
+        return False
+    repository.create_study(name, key)  # leaves it as it is, if it is the same
+    return True
 
 
 def _plain_pass(workload: Workload, device: Device) -> tuple[Partition, Any]:

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from autosp.cli import app
-from autosp.spec import Candidate, Plan
+from autosp.spec import Candidate, Plan, StudyKey
 from autosp.store import Repository
 from autosp.studies import list_studies
 
@@ -189,7 +189,7 @@ def test_run_with_another_batch_says_so(study: Path, tmp_path: Path) -> None:
 
 
 def test_an_interrupted_study_is_kept_and_resumed(shell: Path, monkeypatch: Environment) -> None:
-    monkeypatch.setenv("INTERRUPT_AT", "9")
+    monkeypatch.setenv("INTERRUPT_AT", "20")
     said = autosp("tune", "tiny_models:make", *ROOM, "--storage", "my.db", "--max-trials", "2", code=130)
     assert "study Tiny-inference keeps what was measured" in said
     assert "`autosp resume Tiny-inference tiny_models:make --storage my.db`" in said
@@ -323,9 +323,26 @@ def test_a_budget_too_small_names_the_least_that_works(shell: Path) -> None:
     assert "try max_gpu_gb=" in said
 
 
-def test_a_study_without_a_profile(shell: Path, monkeypatch: Environment) -> None:
+def test_an_interrupt_while_profiling_leaves_no_study(shell: Path, monkeypatch: Environment) -> None:
     monkeypatch.setenv("INTERRUPT_AT", "1")
-    autosp("tune", "tiny_models:make", *ROOM, "--study-name", "begun", code=130)
+    said = autosp("tune", "tiny_models:make", *ROOM, "--study-name", "begun", code=130)
+    assert "before the study began: nothing was measured" in said
+    assert "no study 'begun' among the 0" in autosp("show", "begun", code=2)
+
+
+def test_a_study_without_a_profile(shell: Path) -> None:
+    """A process was killed between its first two writes."""
+    key = StudyKey(
+        model_name="Tiny",
+        model_fingerprint="m",
+        device_fingerprint="d",
+        batch_signature="b",
+        step="call",
+        mode="inference",
+        budget_bytes=1,
+    )
+    with Repository() as repository:
+        repository.create_study("begun", key)
     assert "has no profile yet" in autosp("estimate", "--study", "begun", *ROOM, code=2)
     assert "study begun has no trials yet" in autosp("show", "begun")
 

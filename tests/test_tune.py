@@ -172,7 +172,7 @@ def test_budget_that_nothing_fits_names_the_least_and_the_layer() -> None:
     assert untouched(model, before)
     assert caught.value.budget_bytes == 1_000_000 < caught.value.least_bytes
     assert caught.value.layer.startswith("blocks.")
-    assert autosp.list_studies()[0].finished is False
+    assert autosp.list_studies() == []
     suggested = float(str(caught.value).rpartition("max_gpu_gb=")[2])
     assert autosp.tune(model, batch, suggested + 0.004, device="cpu", progress=False).measurement is not None
 
