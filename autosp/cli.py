@@ -85,7 +85,7 @@ def tune(
     subject = make_subject(factory)
     began = datetime.now(UTC).isoformat(timespec="seconds")
     budget = budget_of(max_gpu_gb)
-    with interruptible(factory, storage, device, lambda: study_name or kept_study(subject, budget, device, storage)):
+    with interruptible(factory, storage, device, lambda: kept_study(subject, budget, device, storage)):
         plan = autosp.tune(
             subject.model,
             subject.batch,
