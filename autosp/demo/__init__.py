@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import autosp
+from autosp import terminal
 from autosp.batch import equal
 from autosp.demo.models import load
 from autosp.demo.peers import PeerResult, accelerate_offload
@@ -50,7 +51,7 @@ def run(
 
     Raises: SettingError for an unknown model; RuntimeError if the plan did not keep its promises.
     """
-    console = console or Console()
+    console = console or terminal.console()
     example = load(model)
     device = choose_device(None)
     budget = example.budget_gb if max_gpu_gb is None else max_gpu_gb
