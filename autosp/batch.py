@@ -121,6 +121,18 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) ->
     return value
 
 
+def call_on(device: torch.device, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`function(*args, **kwargs)` on `device`: tensors from elsewhere are moved there, and then so is the answer back.
+
+    With every tensor on the device already, which is the usual case, nothing is moved.
+    """
+    origin = next((tensor.device for tensor in tensors_in((args, kwargs)) if tensor.device != device), None)
+    if origin is None:
+        return function(*args, **kwargs)
+    args, kwargs = map_tensors(lambda tensor: tensor.to(device), (args, kwargs))
+    return map_tensors(lambda tensor: tensor.to(origin), function(*args, **kwargs))
+
+
 def tensors_in(value: Any) -> list[torch.Tensor]:
     """All tensors that `map_tensors` would visit, in order."""
     found: list[torch.Tensor] = []

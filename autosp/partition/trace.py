@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from autosp.batch import call_on
 from autosp.intercept import Intercepted
 from autosp.partition.tensors import Extent, ModelTensors
 
@@ -55,7 +56,7 @@ def trace(model: nn.Module, tensors: ModelTensors, run: Callable[[], Any], devic
     wrappers = []
     try:
         for index, module in enumerate(model.modules()):
-            wrappers.append(Intercepted(module, _record(index, stack, calls)))
+            wrappers.append(Intercepted(module, _record(index, stack, calls, device)))
         with torch.no_grad(), watcher:
             run()
     finally:
@@ -78,11 +79,13 @@ def trace(model: nn.Module, tensors: ModelTensors, run: Callable[[], Any], devic
     return Trace(calls, watcher.holders, mutated)
 
 
-def _record(index: int, stack: list[int], calls: list[tuple[int, ...]]) -> Callable[..., Any]:
+def _record(index: int, stack: list[int], calls: list[tuple[int, ...]], device: torch.device) -> Callable[..., Any]:
     def around(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         stack.append(index)
         calls.append(tuple(stack))
         try:
+            if len(stack) == 1 and device.type != "cpu":
+                return call_on(device, forward, args, kwargs)
             return forward(*args, **kwargs)
         finally:
             stack.pop()

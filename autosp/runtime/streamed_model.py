@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
-from autosp.batch import map_tensors, tensors_in
+from autosp.batch import call_on
 from autosp.devices import Device
 from autosp.intercept import Intercepted
 from autosp.partition import BoundModel, NamedTensor, Placed
@@ -179,13 +179,11 @@ class StreamedModel(Generic[M]):
         device = self._device.torch_device
         if device.type == "cpu" or self._executor.running_here():
             return self._executor.run_pass(forward, args, kwargs)
-        # Like an ordinary model of that device, but tolerant: a batch in host memory is moved, and so is the answer.
-        origin = next((tensor.device for tensor in tensors_in((args, kwargs)) if tensor.device != device), None)
-        if origin is None:
+
+        def run(*args: Any, **kwargs: Any) -> Any:
             return self._executor.run_pass(forward, args, kwargs)
-        args, kwargs = map_tensors(lambda tensor: tensor.to(device), (args, kwargs))
-        output = self._executor.run_pass(forward, args, kwargs)
-        return map_tensors(lambda tensor: tensor.to(origin), output)
+
+        return call_on(device, run, args, kwargs)
 
     def _around_layer(self, layer: StreamedLayer) -> Callable[..., Any]:
         run_layer = self._executor.run_layer

@@ -169,3 +169,17 @@ def test_fingerprint_is_of_structure_not_of_values() -> None:
     assert model_fingerprint(one) != model_fingerprint(make("tied")[0])
     assert model_fingerprint(one) != model_fingerprint(Stack().half())
     assert model_fingerprint(one) != model_fingerprint(Stack(blocks=5))
+
+
+def test_a_weight_that_its_parent_reads_too_is_resident() -> None:
+    class Peeking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.body(x) + x @ self.body[2].weight
+
+    parts = parts_of(Peeking(), vectors())
+    assert "body.2.weight" in parts.resident_tensors
+    assert "body.1.weight" not in parts.resident_tensors

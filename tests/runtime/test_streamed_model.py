@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,13 @@ import torch
 from torch import nn
 
 from autosp.batch import call, equal, map_tensors
-from autosp.devices import Device, VirtualDevice
+from autosp.devices import CpuDevice, Device, VirtualDevice
 from autosp.errors import ModelChangedError, ReadError
 from autosp.intercept import Intercepted
 from autosp.partition import bind, partition
 from autosp.runtime.streamed_model import Originals, StreamedModel
 from autosp.schedule.streaming import lower
-from autosp.spec import Candidate
+from autosp.spec import Candidate, Tier
 from autosp.tiers import open_store
 from models import MAKERS, EarlyExit, make, tokens, vectors
 
@@ -96,6 +97,33 @@ def test_same_output_for_several_passes_and_everything_restored(
     assert all("forward" not in module.__dict__ for module in model.modules())
     with torch.no_grad():
         assert equal(call(model, batch), call(make(name)[0], batch))
+
+
+class LateDevice(CpuDevice):
+    """Bytes arrive long after their copy was started, so that computing without waiting for them is seen."""
+
+    def _fill(self, regions: Any, target: torch.Tensor) -> None:
+        target.fill_(0xFF)  # not a number, in every floating-point type
+        time.sleep(0.002)
+        super()._fill(regions, target)
+
+
+@pytest.mark.parametrize("candidate", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("name", ["stack", "shared", "two_towers", "convolutions"])
+def test_compute_waits_for_late_weights(name: str, candidate: Candidate, tmp_path: Path) -> None:
+    model, batch = make(name)
+    device = LateDevice(slow_tier=Tier.HOST)
+    expected = plain(model, batch, device)
+    parts = partition(model, lambda: call(model, batch), device.torch_device)
+    bound = bind(model, parts)
+    residents = tuple(index for index in candidate.residents if index < len(parts.layers))
+    candidate = candidate.model_copy(update={"residents": residents})
+    schedule = lower(candidate, [layer.n_bytes for layer in parts.layers], parts.visits)
+    store = open_store(device, bound.layers, tmp_path)
+    with StreamedModel(bound, schedule, device, store, Originals.KEPT):
+        for _ in range(3):
+            assert equal(call(model, batch), expected)
+    device.close()
 
 
 def test_tied_weights_stay_tied(apply: Apply) -> None:
