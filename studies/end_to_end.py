@@ -85,7 +85,8 @@ def main() -> None:
         )
         with Repository(Path(folder) / "study.db") as repository:
             profile = repository.profile(result.plan.study_name or "")
-    name = f"end_to_end_{arguments.model}_{choose_device(None).info.kind}"
+    budget = f"_{arguments.max_gpu_gb}gb" if arguments.max_gpu_gb else ""
+    name = f"end_to_end_{arguments.model}{budget}_{choose_device(None).info.kind}"
     if profile is not None:
         timeline(profile, result.plan.candidate, RESULTS / f"{name}.png", budget_bytes=result.budget_bytes)
     figures = {

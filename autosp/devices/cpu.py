@@ -187,6 +187,11 @@ def memory_of(tensor: torch.Tensor) -> memoryview:
     return memoryview((ctypes.c_char * n_bytes).from_address(tensor.data_ptr())).cast("B")
 
 
+def resident_bytes() -> tuple[int, int]:
+    """The process's resident memory now, and its peak since the last `restart_peak`; mapped files included."""
+    return _status_bytes("VmRSS"), _status_bytes("VmHWM")
+
+
 def _info(slow_tier: Tier, pace: float | None) -> DeviceInfo:
     name = _processor_name()
     memory = psutil.virtual_memory().total
