@@ -1,7 +1,7 @@
 """The demo's figures: latency / floor, peak / budget, the peer, and every validated candidate's prediction.
 
 python studies/end_to_end.py minilm
-python studies/end_to_end.py llama-1b
+python studies/end_to_end.py llama-1b [--max-gpu-gb 0.55]
 """
 
 from __future__ import annotations
