@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "devices": "",
     "schedule": "",
     "cost_model": "schedule",
-    "partition": "intercept",
+    "partition": "batch intercept",
     "tiers": "devices partition",
     "workload": "batch devices intercept partition",
     "runtime": "batch devices intercept partition schedule tiers",
