@@ -26,6 +26,8 @@ from autosp.spec import Candidate, Tier
 from autosp.tiers import open_store
 from models import MAKERS, EarlyExit, make, tokens, vectors
 
+ON_CPU = pytest.mark.parametrize("device", ["cpu-disk", "cpu-host"], indirect=True)
+
 Apply = Callable[..., StreamedModel[nn.Module]]
 
 
@@ -183,9 +185,8 @@ def test_at_rest_it_is_an_ordinary_cpu_model(apply: Apply, device: Device) -> No
     assert all(equal(v, reference.state_dict()[k]) for k, v in torch.load(file, weights_only=True).items())
 
 
+@ON_CPU  # elsewhere the residents of a copy are device tensors: an ordinary model of mixed devices
 def test_copies_and_pickles_are_plain_models(apply: Apply, device: Device) -> None:
-    if device.torch_device.type != "cpu":
-        pytest.skip("residents of a copy are device tensors: an ordinary model of mixed devices")
     model, batch = make("stack")
     expected = plain(model, batch, device)
     streamed = apply(model, batch, Candidate(k=2, k_prime=1))
@@ -345,9 +346,8 @@ def test_an_exception_in_a_pass_leaves_the_next_pass_right(
         assert equal(plain(model, batch, device), expected)
 
 
+@ON_CPU  # a copy to an accelerator has no reader that could fail
 def test_a_failed_load_is_raised_and_the_next_pass_is_right(apply: Apply, device: Device) -> None:
-    if device.torch_device.type != "cpu":
-        pytest.skip("a device copy has no reader that could fail")
     model, batch = make("stack")
     expected = plain(model, batch, device)
     streamed = apply(model, batch, Candidate(k=2, k_prime=1))

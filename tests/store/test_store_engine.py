@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import sqlite3
 import tempfile
 from contextlib import closing
@@ -89,7 +88,6 @@ def test_a_read_only_database_that_needs_an_upgrade_says_so(tmp_path: Path) -> N
     assert [entry.name for entry in tmp_path.iterdir()] == ["empty.db"]
 
 
-@pytest.mark.skipif(os.name != "posix", reason="permission bits")
 def test_a_user_without_permission_gets_a_read_only_error_that_names_the_path() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
