@@ -1,15 +1,22 @@
-"""What the commands show of a study: what the database has, its tables, and the front of its predictions."""
+"""What several commands need: a study as the database has it, its tables and pictures, and a model to run a plan on."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from autosp.spec import Plan, Prediction, Profile, Trial
-from autosp.terminal import console, load_plots, save, tell
+from autosp.errors import StoreError
+from autosp.spec import Plan, Profile, Trial
+from autosp.terminal import console, load_pictures, save, tell
 
 if TYPE_CHECKING:
+    from autosp.devices import Device
     from autosp.factory import Subject
+    from autosp.report.run_tables import Pass
+    from autosp.runtime.streamed_model import StreamedModel
+    from autosp.schedule.timeline import Timeline
+    from autosp.workload import Workload
 
 
 class Stored(NamedTuple):
@@ -54,7 +61,7 @@ def kept_study(subject: Subject, budget: float | str, device: str | None, storag
 def show_answer(plan: Plan, storage: str | None, output: Path | None) -> None:
     """Save a plan, then print it with its trials: what took minutes is not lost to a closed pipe."""
     if output is not None:
-        save(plan, output)
+        save("plan", output, plan.save)
     if plan.study_name is not None:
         print_study(read_study(plan.study_name, storage)._replace(plan=plan))
 
@@ -74,14 +81,78 @@ def print_study(stored: Stored) -> None:
         console().print(plan_table(plan))
 
 
-def draw_front(profile: Profile, ranked: list[Prediction], trials: list[Trial], budget_bytes: int, path: Path) -> None:
-    """The predictions under the budget and those that more memory would allow, up to the whole model."""
-    from autosp.cost_model.floor import floor_s
-    from autosp.search.space import least_bytes, rank
+def draw_front(
+    profile: Profile, trials: Sequence[Trial], budgets_bytes: Sequence[int], path: Path, plan: Plan | None = None
+) -> None:
+    """Predictions under each budget and those that more memory would allow, up to the whole model."""
+    from autosp.search.space import rank
 
-    least = min(least_bytes(profile), budget_bytes)
-    most = max(budget_bytes, round(1.05 * (profile.partition.total_bytes + profile.workspace_bytes)))
-    beyond = [prediction for prediction in rank(profile, most) if prediction.peak_bytes > budget_bytes]
-    budgets = range(least, most, max(1, (most - least) // 200))
-    curve = [(n_bytes, floor_s(profile, n_bytes)) for n_bytes in budgets]
-    load_plots().front([*ranked, *beyond], trials, curve, budget_bytes, path)
+    whole = round(1.05 * (profile.partition.total_bytes + profile.workspace_bytes))
+    ranked = [rank(profile, budget_bytes) for budget_bytes in {*budgets_bytes, max(*budgets_bytes, whole)}]
+    predictions = {prediction.candidate: prediction for some in ranked for prediction in some}
+    load_pictures("front").front(
+        profile, list(predictions.values()), trials, budgets_bytes, path, chosen=plan.candidate if plan else None
+    )
+
+
+def profile_of(plan: Plan, storage: str | None) -> Profile | None:
+    """The profile that a plan rests on. If the database does not have it: None, and the reason is told."""
+    from autosp.store import Repository
+
+    reason = "the plan comes from no study"
+    if plan.study_name is not None:
+        try:
+            with Repository(storage) as repository:
+                profile = repository.profile(plan.study_name)
+        except StoreError as error:
+            reason = str(error)
+        else:
+            if profile is not None and (profile.partition, profile.device) == (plan.partition, plan.device):
+                return profile
+            reason = f"the database has no profile of study {plan.study_name} that fits the plan"
+    tell(f"nothing is predicted: {reason}")
+    return None
+
+
+def workload_of(factory: str, plan: Plan) -> tuple[Workload, Device]:
+    """A model and its batch to run a plan on. Told if the batch is not what the plan is for."""
+    from autosp.batch import signature
+    from autosp.devices import choose_device
+    from autosp.factory import make_subject
+    from autosp.workload import Workload
+
+    subject = make_subject(factory)
+    device = choose_device(plan.device.kind)
+    workload = Workload.of(subject.model, subject.batch, subject.step, plan.mode, device)
+    if signature(workload.batch) != plan.batch_signature:
+        tell(f"the plan is for {plan.batch_signature}: its figures do not hold for {signature(workload.batch)}")
+    return workload, device
+
+
+def print_traffic(plan: Plan, predicted: Timeline | None, measured: Timeline) -> None:
+    """What a run moved and where it stalled, beside what was predicted of it."""
+    from autosp.report.run_tables import stalls_table, traffic_table
+    from autosp.report.traffic import traffic
+
+    said = None if predicted is None else traffic(predicted, plan.partition, plan.candidate)
+    found = traffic(measured, plan.partition, plan.candidate)
+    console().print(traffic_table(plan, said, found))
+    if found.layer_stalls_s:
+        console().print(stalls_table(plan, said, found))
+
+
+def timed_pass(workload: Workload, device: Device, streamed: StreamedModel[Any]) -> Pass:
+    """Run one pass, and wait for its end."""
+    from autosp.report.run_tables import Pass
+
+    before = streamed.stats()
+    begin = device.stamp()
+    workload.run()
+    end = device.stamp()
+    device.finish_compute()
+    after = streamed.stats()
+    return Pass(
+        seconds=device.seconds(begin, end),
+        moved_bytes=after.moved_bytes - before.moved_bytes,
+        misses=after.misses - before.misses,
+    )

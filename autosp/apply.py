@@ -10,11 +10,11 @@ from autosp.devices import choose_device
 from autosp.errors import PlanMismatchError, SettingError
 from autosp.intercept import is_intercepted
 from autosp.partition import bind, model_fingerprint
-from autosp.runtime.streamed_model import Originals, StreamedModel
+from autosp.runtime.streamed_model import StreamedModel
 from autosp.schedule.streaming import lower
 from autosp.settings import settings
 from autosp.spec import Plan
-from autosp.tiers import open_store
+from autosp.tiers import Originals, open_store
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -29,7 +29,7 @@ def apply(model: M, plan: Plan) -> StreamedModel[M]:
     Passes run without autograd. Calls from other threads wait for the running pass.
 
     Raises: PlanMismatchError if the plan was made for another model, SettingError if its device is not here,
-    DiskFullError if the disk has no room for the streamed weights (the model is unchanged then).
+    DiskFullError or HostMemoryError if there is no room for the streamed weights (the model is unchanged then).
     """
     if not isinstance(plan, Plan):
         raise SettingError(f"plan is a {type(plan).__name__}; use autosp.tune, autosp.plan or Plan.load")
@@ -45,12 +45,12 @@ def apply(model: M, plan: Plan) -> StreamedModel[M]:
     residents = set(plan.candidate.residents)
     bound = bind(model, plan.partition)
     schedule = lower(plan.candidate, [layer.n_bytes for layer in plan.partition.layers], plan.partition.visits)
-    store = open_store(
-        device, [layer for layer in bound.layers if layer.layer.index not in residents], settings().cache_dir
-    )
+    streamed = [layer for layer in bound.layers if layer.layer.index not in residents]
+    store = open_store(device, streamed, settings().cache_dir, Originals.FREED)
 
     def close() -> None:
         store.close()
         device.close()
 
-    return StreamedModel(bound, schedule, device, store, Originals.FREED, close)
+    pass_floor_s = plan.floor_s / plan.partition.repeats if plan.floor_s else None
+    return StreamedModel(bound, schedule, device, store, Originals.FREED, close, pass_floor_s)

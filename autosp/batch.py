@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import struct
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from types import CellType, CodeType, FunctionType, MethodType
@@ -134,15 +134,18 @@ def call_on(device: torch.device, function: Callable[..., Any], args: tuple[Any,
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
-    """All tensors that `map_tensors` would visit, in order."""
-    found: list[torch.Tensor] = []
-
-    def find(tensor: torch.Tensor) -> torch.Tensor:
-        found.append(tensor)
-        return tensor
-
-    map_tensors(find, value)
-    return found
+    """All tensors that `map_tensors` would visit, in order. Nothing is rebuilt."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, tuple | list):
+        parts: Iterable[Any] = value
+    elif is_dataclass(value) and not isinstance(value, type):
+        parts = [getattr(value, field.name) for field in fields(value) if field.init]
+    elif isinstance(value, MutableMapping):
+        parts = value.values()
+    else:
+        return []
+    return [tensor for part in parts for tensor in tensors_in(part)]
 
 
 def equal(left: Any, right: Any) -> bool:

@@ -11,25 +11,19 @@ import sys
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 try:
     import typer
 
-    from autosp.answers import draw_front, kept_study, print_study, read_study, show_answer
-    from autosp.terminal import Commands, budget_of, check_folder, console, interruptible, load_plots, save, tell
+    from autosp import answers
+    from autosp.terminal import Commands, budget_of, check_folder, console, interruptible, load_pictures, save, tell
 except ImportError as missing:  # the console script exists without the extra, too
     raise SystemExit(f"the command line needs {missing.name}: pip install 'autosp[cli]'") from missing
 
 from autosp.errors import SettingError, StudyNotFoundError
 from autosp.factory import make_subject
 from autosp.spec import Plan, Trial
-
-if TYPE_CHECKING:
-    from autosp.devices import Device
-    from autosp.report.tables import Pass
-    from autosp.runtime.streamed_model import StreamedModel
-    from autosp.workload import Workload
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 database = typer.Typer(no_args_is_help=True, help="The database of studies.")
@@ -43,6 +37,7 @@ Budget = Annotated[str, typer.Option("--max-gpu-gb", help="GB (10^9 bytes), or w
 MaxTrials = Annotated[int | None, typer.Option(help="Most validations of the study.")]
 Timeout = Annotated[float | None, typer.Option("--timeout-s", help="Seconds after which no validation begins.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", dir_okay=False, help="Write the plan here, as JSON.")]
+PlanFile = Annotated[Path, typer.Option("--plan", exists=True, dir_okay=False, help="A plan's JSON.")]
 Plot = Annotated[Path | None, typer.Option(dir_okay=False, help="Draw a picture: .png, .svg or .pdf.")]
 
 
@@ -85,7 +80,7 @@ def tune(
     subject = make_subject(factory)
     began = datetime.now(UTC).isoformat(timespec="seconds")
     budget = budget_of(max_gpu_gb)
-    with interruptible(factory, storage, device, lambda: kept_study(subject, budget, device, storage)):
+    with interruptible(factory, storage, device, lambda: answers.kept_study(subject, budget, device, storage)):
         plan = autosp.tune(
             subject.model,
             subject.batch,
@@ -101,7 +96,7 @@ def tune(
         )
     if plan.created_at < began:
         tell(f"answered from the database: study {plan.study_name} of {plan.created_at}")
-    show_answer(plan, storage, output)
+    answers.show_answer(plan, storage, output)
 
 
 @app.command()
@@ -118,7 +113,7 @@ def resume(
     import autosp
 
     check_folder(output)
-    read_study(study, storage)  # a wrong name is known before the model is made
+    answers.read_study(study, storage)  # a wrong name is known before the model is made
     subject = make_subject(factory)
     with interruptible(factory, storage, device, lambda: study):
         plan = autosp.resume(
@@ -132,7 +127,7 @@ def resume(
             timeout_s=timeout_s,
             progress=sys.stderr.isatty(),
         )
-    show_answer(plan, storage, output)
+    answers.show_answer(plan, storage, output)
 
 
 @app.command()
@@ -153,24 +148,28 @@ def estimate(
     if (factory is None) == (study is None):
         raise SettingError("name what to estimate: either MODULE:FACTORY or --study, one of them")
     budget = budget_of(max_gpu_gb)
-    budget_bytes = parse_budget(budget)
+    budgets_bytes = [parse_budget(budget)]
     trials: list[Trial] = []
+    chosen: Plan | None = None
     if plot is not None:
-        load_plots().checked_path(plot)
+        load_pictures("drawing").checked_path(plot)
     if factory is not None:
         subject = make_subject(factory)
         profile = autosp.profile(
             subject.model, subject.batch, step=subject.step, device=device, progress=sys.stderr.isatty()
         )
     else:
-        stored = read_study(str(study), storage)
+        stored = answers.read_study(str(study), storage)
         if stored.profile is None:
             raise StudyNotFoundError(f"study {study!r} has no profile yet: continue it with `autosp resume`")
-        profile, trials = stored.profile, stored.trials
+        profile, trials, chosen = stored.profile, stored.trials, stored.plan
+        budgets_bytes += {stored.budget_bytes}.difference(budgets_bytes)
     ranked = autosp.estimate(profile, budget)
     console().print(predictions_table(ranked, autosp.floor(profile, budget), top))
     if plot is not None:
-        draw_front(profile, ranked, trials, budget_bytes, plot)
+        answers.draw_front(profile, trials, budgets_bytes, plot, chosen)
+    else:
+        tell("`--plot front.png` draws memory against latency, with the floor")
 
 
 @app.command()
@@ -184,6 +183,8 @@ def studies(storage: Storage = None) -> None:
         tell("no studies yet: `autosp tune` makes one")
     else:
         console().print(studies_table(found))
+        tell("`autosp show STUDY --plot timeline.png` draws a plan's transfers, compute and memory")
+        tell("`autosp estimate --study STUDY --max-gpu-gb GB --plot front.png` draws memory against latency")
 
 
 @app.command()
@@ -192,18 +193,22 @@ def show(study: Study, storage: Storage = None, plot: Plot = None) -> None:
     from autosp.report.tables import layers_table, link_table
 
     if plot is not None:
-        load_plots().checked_path(plot)
-    stored = read_study(study, storage)
+        load_pictures("drawing").checked_path(plot)
+    stored = answers.read_study(study, storage)
     plan, profile = stored.plan, stored.profile
     if profile is not None:
         console().print(layers_table(profile), link_table(profile.link), sep="\n")
-    print_study(stored)
+    answers.print_study(stored)
     if plan is None:
         tell(f"study {study} is unfinished: go on with `autosp resume {shlex.quote(study)} MODULE:FACTORY`")
     if plot is not None:
         if plan is None or profile is None:
             raise StudyNotFoundError(f"study {study!r} has no plan to draw yet")
-        load_plots().timeline(profile, plan.candidate, plot, plan.budget_bytes)
+        load_pictures("plots").timeline(profile, plan.candidate, plot, plan.budget_bytes)
+    elif plan is not None:
+        name = shlex.quote(study)
+        tell(f"draw its timeline: `autosp show {name} --plot timeline.png`")
+        tell(f"trace a run: `autosp export {name} -o plan.json`, `autosp trace MODULE:FACTORY --plan plan.json`")
 
 
 @app.command()
@@ -232,33 +237,64 @@ def export(
     if output is None:
         typer.echo(plan.model_dump_json(indent=2))
     else:
-        save(plan, output)
+        save("plan", output, plan.save)
 
 
 @app.command()
 def run(
     factory: Factory,
-    plan: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="A plan's JSON.")],
+    plan: PlanFile,
     passes: Annotated[int, typer.Option(min=1)] = 5,
 ) -> None:
     """Run a model under a plan, and compare what it takes with what the plan promised."""
     import autosp
-    from autosp.batch import signature
-    from autosp.devices import choose_device
-    from autosp.report.tables import passes_table, run_table
-    from autosp.workload import Workload
+    from autosp.report.run_tables import passes_table, run_table
 
     promised = Plan.load(plan)
-    subject = make_subject(factory)
-    device = choose_device(promised.device.kind)
-    workload = Workload.of(subject.model, subject.batch, subject.step, promised.mode, device)
-    if signature(workload.batch) != promised.batch_signature:
-        tell(f"the plan is for {promised.batch_signature}: its figures do not hold for {signature(workload.batch)}")
-    streamed = autosp.apply(subject.model, promised)
+    workload, device = answers.workload_of(factory, promised)
+    streamed = autosp.apply(workload.model, promised)
     with streamed:
-        done = [_timed_pass(workload, device, streamed) for _ in range(passes)]
+        done = [answers.timed_pass(workload, device, streamed) for _ in range(passes)]
         peak_bytes = streamed.stats().peak_bytes
     console().print(passes_table(done, promised.floor_s), run_table(promised, done, peak_bytes), sep="\n")
+
+
+@app.command()
+def trace(
+    factory: Factory,
+    plan: PlanFile,
+    out: Annotated[Path, typer.Option("--out", "--output", "-o", dir_okay=False, help="Write the trace here.")] = Path(
+        "trace.json"
+    ),
+    passes: Annotated[int, typer.Option(min=1)] = 3,
+    storage: Storage = None,
+    plot: Plot = None,
+) -> None:
+    """Run a model under a plan, and trace every transfer, forward and stall, predicted beside measured."""
+    import autosp
+    from autosp.report.trace import save_trace
+    from autosp.report.traffic import expected, periods_of
+
+    check_folder(out)
+    if plot is not None:
+        load_pictures("drawing").checked_path(plot)
+    promised = Plan.load(plan)
+    profile = answers.profile_of(promised, storage)
+    if plot is not None and profile is None:
+        raise SettingError(f"{plot} cannot be drawn without the profile of the plan's study: leave out --plot")
+    workload, _ = answers.workload_of(factory, promised)
+    streamed = autosp.apply(workload.model, promised)
+    with streamed:
+        for _ in range(passes):
+            workload.run()
+        measured = streamed.timeline()
+    partition, candidate = promised.partition, promised.candidate
+    predicted = None if profile is None else expected(profile, candidate, periods_of(measured, partition, candidate))
+    save("trace", out, lambda path: save_trace(path, promised, predicted, measured))
+    if plot is not None and profile is not None:
+        load_pictures("plots").timeline(profile, candidate, plot, promised.budget_bytes, measured)
+    answers.print_traffic(promised, predicted, measured)
+    tell(f"open {out} in https://ui.perfetto.dev or chrome://tracing")
 
 
 @app.command()
@@ -311,19 +347,3 @@ def upgrade(storage: Storage = None) -> None:
     typer.echo(f"{shown(engine.url)}: {change}")
     if done.backup is not None:
         typer.echo(f"the database as it was: {done.backup}")
-
-
-def _timed_pass(workload: Workload, device: Device, streamed: StreamedModel[Any]) -> Pass:
-    from autosp.report.tables import Pass
-
-    before = streamed.stats()
-    begin = device.stamp()
-    workload.run()
-    end = device.stamp()
-    device.finish_compute()
-    after = streamed.stats()
-    return Pass(
-        seconds=device.seconds(begin, end),
-        moved_bytes=after.moved_bytes - before.moved_bytes,
-        misses=after.misses - before.misses,
-    )

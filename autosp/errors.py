@@ -14,6 +14,7 @@
     ├── SettingError                an argument out of its range (k, k', mode, batch, device …)
     ├── TierError                   the slow tier failed
     │   ├── DiskFullError           no room for the packed weights
+    │   ├── HostMemoryError         no host memory for them
     │   └── ReadError               weights could not be read back
     └── StoreError                  the database
         ├── StudyNotFoundError      no study of that name; names the close ones
@@ -90,6 +91,10 @@ class TierError(AutospError, OSError):
 
 class DiskFullError(TierError):
     """The disk has no room for the packed weights. Nothing was left behind."""
+
+
+class HostMemoryError(TierError, MemoryError):
+    """Host memory has no room for the weights."""
 
 
 class ReadError(TierError):

@@ -3,14 +3,21 @@
 The wrapper stands in the module's own `__dict__`, so class, identity, `print(model)` and `inspect.signature` stay as
 they were. Unlike forward hooks it also runs its `finally` on KeyboardInterrupt, and sees `module.forward(...)`.
 A copy or a pickle of the module gets its plain `forward` back.
+
+[Note: compiled models] torch.compile cannot look into `around`, and must not try: it would compile the runtime's own
+bookkeeping, again for every value of a counter. So a wrapper is a graph break, `around` runs uncompiled, and inside it
+the module's forward is compiled as it would have been. A module compiled in place (`module.compile()`) is wrapped
+outside what was compiled, so that its graph stays whole and `fullgraph=True` works.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from torch import nn
+from torch._C._dynamo.eval_frame import set_eval_frame
 
 Around = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
@@ -19,42 +26,81 @@ class Intercepted:
     """A module whose `forward(*args, **kwargs)` became `around(forward, args, kwargs)`, until `remove()`."""
 
     def __init__(self, module: nn.Module, around: Around) -> None:
+        _hide_from_compiler()
         self._module = module
-        self._own = module.__dict__.get("forward")  # another tool's wrapper, say
-        self._forward = module.forward
+        self._name = "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
+        self._own = module.__dict__.get(self._name)  # another tool's wrapper, say
+        self._forward = getattr(module, self._name)
         self._around = around
         self._removed = False
         self.__wrapped__ = self._forward
-        module.__dict__["forward"] = self
+        module.__dict__[self._name] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._removed:  # somebody's wrapper, put around this one, still calls it
             return self._forward(*args, **kwargs)
-        return self._around(self._forward, args, kwargs)
+        compiler = set_eval_frame(None)
+        try:
+            forward = self._forward if compiler is None else _under(compiler, self._forward)
+            return self._around(forward, args, kwargs)
+        finally:
+            set_eval_frame(compiler)
 
     def remove(self) -> None:
         """Give the module its own `forward` back; where another wrapper is around this one, do nothing from now on."""
         self._removed = True
-        if self._module.__dict__.get("forward") is not self:
+        if self._module.__dict__.get(self._name) is not self:
             return
         own = self._own
         while isinstance(own, Intercepted) and own._removed:
             own = own._own
         if own is None:
-            del self._module.__dict__["forward"]
+            del self._module.__dict__[self._name]
         else:
-            self._module.__dict__["forward"] = own
+            self._module.__dict__[self._name] = own
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._own is not None:
             return _same, (self._own,)
         # A module under construction has its class's forward only: that is the one the copy gets.
-        return getattr, (self._module, "forward")
+        return getattr, (self._module, self._name)
 
 
 def is_intercepted(model: nn.Module) -> bool:
     """Whether any module of the model has its forward wrapped right now."""
-    return any(isinstance(module.__dict__.get("forward"), Intercepted) for module in model.modules())
+    return any(
+        isinstance(module.__dict__.get(name), Intercepted)
+        for module in model.modules()
+        for name in ("forward", "_compiled_call_impl")
+    )
+
+
+@cache
+def _hide_from_compiler() -> None:
+    """No frame of `Intercepted.__call__` is compiled, and none is inlined; those that it calls are.
+
+    What `torch.compiler.disable(recursive=False)` promises; it compiles the disabled function when called by itself.
+    """
+    from torch._dynamo.decorators import skip  # a second to import, and in memory wherever a model was partitioned
+
+    skip(Intercepted.__call__)
+    Intercepted.__call__._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
+        "autosp loads this module's weights when it is called, and no graph can reach across that: compile the blocks "
+        "inside it, or leave fullgraph off"
+    )
+
+
+def _under(compiler: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward`, its frames seen by `compiler` again."""
+
+    def compiled(*args: Any, **kwargs: Any) -> Any:
+        set_eval_frame(compiler)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            set_eval_frame(None)
+
+    return compiled
 
 
 def _same(value: Any) -> Any:

@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +17,6 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from autosp.errors import AutospError, SettingError
-from autosp.spec import Plan
 
 PIPE_COLUMNS = 160
 """Width of tables that no terminal limits."""
@@ -55,16 +55,15 @@ def interruptible(
         raise typer.Exit(130) from interrupt
 
 
-def load_plots() -> ModuleType:
-    """`autosp.report.plots`.
+def load_pictures(name: str) -> ModuleType:
+    """`autosp.report.<name>`, which draws.
 
     Raises: SettingError if matplotlib is not installed.
     """
     try:
-        from autosp.report import plots
+        return import_module(f"autosp.report.{name}")
     except ImportError as error:
         raise SettingError(f"drawing needs {error.name}: pip install 'autosp[viz]'") from error
-    return plots
 
 
 def budget_of(text: str) -> float | str:
@@ -76,18 +75,21 @@ def budget_of(text: str) -> float | str:
 
 
 def check_folder(output: Path | None) -> None:
-    """Before anything is measured: a plan must have a place to go."""
+    """Before anything is measured: its answer must have a place to go."""
     if output is not None and not output.absolute().parent.is_dir():
         raise SettingError(f"{output}: there is no folder {output.parent}")
 
 
-def save(plan: Plan, output: Path) -> None:
-    """Raises: SettingError if it cannot be written."""
+def save(what: str, output: Path, write: Callable[[Path], None]) -> None:
+    """Write an answer where the user wants it, and say so.
+
+    Raises: SettingError if it cannot be written.
+    """
     try:
-        plan.save(output)
+        write(output)
     except OSError as error:
         raise SettingError(f"{output} cannot be written: {error.strerror}") from error
-    tell(f"plan written to {output}")
+    tell(f"{what} written to {output}")
 
 
 def console() -> Console:

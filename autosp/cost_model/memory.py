@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from autosp.cost_model.simulate import Timeline
 from autosp.schedule.actions import Kind
+from autosp.schedule.timeline import Timeline
 from autosp.spec import Candidate, Profile
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from autosp.schedule.actions import RESOURCE, Action, Kind, Ref, Resource, Schedule
+from autosp.schedule.actions import RESOURCE, Kind, Ref, Resource, Schedule
+from autosp.schedule.timeline import Span, Timeline
 from autosp.spec import Profile
 
 
@@ -46,47 +47,6 @@ def costs_of(profile: Profile) -> Costs:
         link_latency_s=profile.link.latency_s,
         link_bytes_per_s=profile.link.bytes_per_s,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """One executed action."""
-
-    action: Action
-    period: int
-    start_s: float
-    end_s: float
-    stall_s: float = 0.0
-    """For a FORWARD: how long compute stood still before it, waiting for its weights."""
-
-
-@dataclass(frozen=True)
-class Timeline:
-    """Spans of several periods, the first one from empty buffers, and the end of each period."""
-
-    spans: tuple[Span, ...]
-    period_ends_s: tuple[float, ...]
-
-    @property
-    def cold_s(self) -> float:
-        """The first period."""
-        return self.period_ends_s[0]
-
-    @property
-    def steady_s(self) -> float:
-        """One period in the steady state: the mean of the last two, which may alternate."""
-        ends = self.period_ends_s
-        return (ends[-1] - ends[-3]) / 2 if len(ends) > 2 else ends[-1] - (ends[-2] if len(ends) > 1 else 0.0)
-
-    def stalls_s(self) -> dict[int, float]:
-        """Layer -> its stall in the last period."""
-        last = len(self.period_ends_s) - 1
-        stalls: dict[int, float] = {}
-        for span in self.spans:
-            if span.period == last and span.action.kind is Kind.FORWARD:
-                layer = span.action.layers[0]
-                stalls[layer] = stalls.get(layer, 0.0) + span.stall_s
-        return stalls
 
 
 PERIODS = 4

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 
 from autosp.devices.accelerator import AcceleratorDevice
-from autosp.devices.base import Device, Event, Region, Stamp
+from autosp.devices.base import Copied, Device, Event, Region, Stamp
 from autosp.devices.cpu import CpuDevice
 from autosp.devices.virtual import VirtualDevice
 from autosp.errors import SettingError
 
 __all__ = [
     "AcceleratorDevice",
+    "Copied",
     "CpuDevice",
     "Device",
     "Event",

@@ -5,12 +5,26 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from autosp.devices import memory as pages
 from autosp.devices.base import Region
 from autosp.spec import DeviceInfo, Tier
+
+
+@dataclass(frozen=True, slots=True)
+class StreamCopy:
+    """Two timing events on the copy stream, before and after the copy."""
+
+    began: Any
+    ended: Any
+
+    def span(self) -> tuple[Any, Any]:
+        """Stamps of the device's clock."""
+        return self.began, self.ended
 
 
 class AcceleratorDevice:
@@ -34,30 +48,36 @@ class AcceleratorDevice:
         shift = -memory.data_ptr() % 4096
         return memory[shift : shift + n_bytes]
 
-    def copy(self, regions: Sequence[Region], target: torch.Tensor, after: Any = None) -> Any:
+    def pin(self, memory: torch.Tensor) -> None:
+        """`cudaHostRegister` of the pages, undone when they are freed. Where that fails, copies are pageable."""
+        if memory.numel():
+            pages.pin(memory, self.torch_device)
+
+    def copy(self, regions: Sequence[Region], target: torch.Tensor, after: Any = None) -> StreamCopy:
         """One `cudaMemcpyAsync` (or its like) per region, on the copy stream."""
         if after is not None:
             self._copies.wait_event(after)
         with self._module.stream(self._copies):
+            began = self._timing_event()
             done = 0
             for region in regions:
                 assert region.host is not None, "an accelerator streams from host memory"
                 target[done : done + region.n_bytes].copy_(region.host, non_blocking=True)
                 done += region.n_bytes
-            return self._copies.record_event()
+            return StreamCopy(began, self._timing_event())
 
     def record(self) -> Any:
         """On the user's current stream."""
         return self._module.current_stream(self.torch_device).record_event()
 
-    def wait(self, event: Any) -> None:
+    def wait(self, copied: StreamCopy | None) -> None:
         """The user's current stream waits; the host does not."""
-        if event is not None:
-            self._module.current_stream(self.torch_device).wait_event(event)
+        if copied is not None:
+            self._module.current_stream(self.torch_device).wait_event(copied.ended)
 
-    def finished(self, event: Any) -> bool:
-        """Query the event."""
-        return event is None or bool(event.query())
+    def finished(self, copied: StreamCopy | None) -> bool:
+        """Query the event at its end."""
+        return copied is None or bool(copied.ended.query())
 
     def finish_compute(self) -> None:
         """Wait for the user's current stream."""
@@ -69,9 +89,7 @@ class AcceleratorDevice:
 
     def stamp(self) -> Any:
         """A timing event on the current stream."""
-        event = self._module.Event(enable_timing=True)
-        event.record(self._module.current_stream(self.torch_device))
-        return event
+        return self._timing_event()
 
     def seconds(self, start: Any, end: Any) -> float:
         """From the device's own clock."""
@@ -116,6 +134,12 @@ class AcceleratorDevice:
     def close(self) -> None:
         """Wait for copies in flight: their sources may be freed next."""
         self.synchronize()
+
+    def _timing_event(self) -> Any:
+        """Recorded on the stream that is current now."""
+        event = self._module.Event(enable_timing=True)
+        event.record(self._module.current_stream(self.torch_device))
+        return event
 
     def _describe(self) -> DeviceInfo:
         properties = self._module.get_device_properties(self.torch_device)

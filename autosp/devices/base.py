@@ -15,7 +15,7 @@ import torch
 from autosp.spec import DeviceInfo
 
 Event = Any
-"""A point in the compute order (`record`) or a copy's end (`copy`). Opaque; belongs to the device that made it."""
+"""A point in the compute order. Opaque; belongs to the device that made it."""
 
 Stamp = Any
 """A point in the compute order whose time can be read once the device is synchronised."""
@@ -37,6 +37,13 @@ class Region(Protocol):
         """Fill `target` (as many bytes). Called off the main thread. Raises ReadError."""
 
 
+class Copied(Protocol):
+    """A copy that was started."""
+
+    def span(self) -> tuple[Stamp, Stamp]:
+        """When it began and when it ended; once it is over."""
+
+
 class Device(Protocol):
     """One device tier with its copy engine."""
 
@@ -46,17 +53,20 @@ class Device(Protocol):
     def allocate(self, n_bytes: int) -> torch.Tensor:
         """Uninitialised device memory, uint8, aligned to 4096 bytes; freed when the last view of it goes."""
 
-    def copy(self, regions: Sequence[Region], target: torch.Tensor, after: Event | None) -> Event:
+    def pin(self, memory: torch.Tensor) -> None:
+        """Let copies come from `anonymous` memory at the link's full speed, without the host; announced if it fails."""
+
+    def copy(self, regions: Sequence[Region], target: torch.Tensor, after: Event | None) -> Copied:
         """Start filling `target` with the regions, one after another, once `after` is over. Does not block."""
 
     def record(self) -> Event:
         """A point in the compute order: over when everything launched so far is."""
 
-    def wait(self, event: Event) -> None:
-        """Order all further compute after `event`. Raises what the copy raised, where the host can see it."""
+    def wait(self, copied: Any) -> None:
+        """Order all further compute after one of its own copies. Raises what that raised, where the host can see it."""
 
-    def finished(self, event: Event) -> bool:
-        """Whether an event is over. Does not block."""
+    def finished(self, copied: Any) -> bool:
+        """Whether a copy is over. Does not block."""
 
     def finish_compute(self) -> None:
         """Block until the compute launched so far is over; copies go on."""

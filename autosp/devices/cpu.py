@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
-import mmap
 import os
 import platform
 import queue
@@ -19,23 +17,32 @@ import psutil
 import torch
 
 from autosp.devices.base import Region
+from autosp.devices.memory import anonymous, memory_of, status_bytes, trim_heap
 from autosp.spec import DeviceInfo, Tier
-
-HUGE_PAGE_BYTES = 2 * 2**20
 
 
 class CopyEvent:
     """The end of one job of the reader thread, with the exception it ended in."""
 
-    __slots__ = ("_done", "error")
+    __slots__ = ("_began_s", "_done", "_ended_s", "error")
 
     def __init__(self) -> None:
         self._done = threading.Event()
+        self._began_s = self._ended_s = 0.0
         self.error: BaseException | None = None
+
+    def begin(self) -> None:
+        """The reader took the job."""
+        self._began_s = time.perf_counter()
 
     def set(self) -> None:
         """The job is over."""
+        self._ended_s = time.perf_counter()
         self._done.set()
+
+    def span(self) -> tuple[float, float]:
+        """When it was taken, and when it was over."""
+        return self._began_s, self._ended_s
 
     def over(self) -> bool:
         """Whether it is."""
@@ -69,15 +76,12 @@ class CpuDevice:
 
     def allocate(self, n_bytes: int) -> torch.Tensor:
         """Anonymous pages, huge where the kernel grants them, touched once so that no pass pays for page faults."""
-        if n_bytes == 0:
-            return torch.empty(0, dtype=torch.uint8)
-        pages = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if n_bytes >= HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
-            pages.madvise(mmap.MADV_HUGEPAGE)
-        with torch.inference_mode(False):
-            memory = torch.frombuffer(pages, dtype=torch.uint8)
-            memory.zero_()
+        memory = anonymous(n_bytes)
+        memory.zero_()
         return memory
+
+    def pin(self, memory: torch.Tensor) -> None:
+        """The reader copies with the processor, which pages need no pinning for."""
 
     def copy(self, regions: Sequence[Region], target: torch.Tensor, after: None = None) -> CopyEvent:
         """Queue the job. The compute that `after` stands for is over already."""
@@ -120,9 +124,9 @@ class CpuDevice:
     def start_measuring(self) -> None:
         """Return freed heap to the kernel, so that what comes next is seen. Pages of files do not count."""
         _start_thread_pools()
-        _trim_heap()
+        trim_heap()
         self.restart_peak()
-        self._baseline = _status_bytes("RssAnon")
+        self._baseline = status_bytes("RssAnon")
 
     def originals_freed(self, n_bytes: int) -> None:
         """A new baseline, which the freed originals are no part of; the moment with both copies is forgotten."""
@@ -131,8 +135,8 @@ class CpuDevice:
 
     def peak_bytes(self) -> int:
         """The kernel's peak of resident memory, less pages of files as they are now, less the baseline."""
-        files = _status_bytes("RssFile") + _status_bytes("RssShmem")
-        return max(0, _status_bytes("VmHWM") - files - self._baseline)
+        files = status_bytes("RssFile") + status_bytes("RssShmem")
+        return max(0, status_bytes("VmHWM") - files - self._baseline)
 
     def restart_peak(self) -> None:
         """Reset the kernel's high-water mark (proc(5), clear_refs, value 5)."""
@@ -160,6 +164,7 @@ class CpuDevice:
         while (job := self._jobs.get()) is not None:
             regions, target, event = job
             del job
+            event.begin()
             try:
                 self._fill(regions, target)
             except BaseException as error:  # noqa: BLE001 - handed to the thread that waits for the event
@@ -179,17 +184,9 @@ class CpuDevice:
             time.sleep(max(0.0, start + done / self._pace - time.perf_counter()))
 
 
-def memory_of(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, writable. The caller keeps the tensor alive."""
-    n_bytes = tensor.numel() * tensor.element_size()
-    if n_bytes == 0:
-        return memoryview(b"")
-    return memoryview((ctypes.c_char * n_bytes).from_address(tensor.data_ptr())).cast("B")
-
-
 def resident_bytes() -> tuple[int, int]:
     """The process's resident memory now, and its peak since the last `restart_peak`; mapped files included."""
-    return _status_bytes("VmRSS"), _status_bytes("VmHWM")
+    return status_bytes("VmRSS"), status_bytes("VmHWM")
 
 
 def _info(slow_tier: Tier, pace: float | None) -> DeviceInfo:
@@ -216,21 +213,8 @@ def _processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")
-
-
 @cache
 def _start_thread_pools() -> None:
     """What torch takes once for its threads and kernels is any torch program's, not a plan's."""
     with torch.no_grad():
         torch.mm(torch.ones(256, 256), torch.ones(256, 256))
-
-
-def _trim_heap() -> None:
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
-    if trim is not None:
-        trim(0)

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
 from autosp.devices.base import Region
-from autosp.devices.cpu import memory_of
+from autosp.devices.memory import memory_of
 from autosp.spec import DeviceInfo, Tier
+
+
+@dataclass(frozen=True)
+class VirtualCopy:
+    """Start and end on the virtual clock."""
+
+    start_s: float
+    end_s: float
+
+    def span(self) -> tuple[float, float]:
+        """Known as soon as it is issued."""
+        return self.start_s, self.end_s
 
 
 class VirtualDevice:
@@ -43,7 +56,10 @@ class VirtualDevice:
         """Plain memory, filled with bytes that make a missing copy visible."""
         return torch.full((n_bytes,), 0xFF, dtype=torch.uint8)
 
-    def copy(self, regions: Sequence[Region], target: torch.Tensor, after: float | None = None) -> float:
+    def pin(self, memory: torch.Tensor) -> None:
+        """All memory is as fast."""
+
+    def copy(self, regions: Sequence[Region], target: torch.Tensor, after: float | None = None) -> VirtualCopy:
         """After the copies before it, after `after`, and not before it is issued."""
         view = memory_of(target)
         done = 0
@@ -53,19 +69,20 @@ class VirtualDevice:
         start = max(self._link_free_s, self.now_s, after or 0.0)
         self._link_free_s = start + self._latency_s + done / self._bytes_per_s
         self.copies.append((start, self._link_free_s, done))
-        return self._link_free_s
+        return VirtualCopy(start, self._link_free_s)
 
     def record(self) -> float:
         """Now."""
         return self.now_s
 
-    def wait(self, event: float | None) -> None:
-        """Compute stands still until then."""
-        self.now_s = max(self.now_s, event or 0.0)
+    def wait(self, copied: VirtualCopy | None) -> None:
+        """Compute stands still until its end."""
+        if copied is not None:
+            self.now_s = max(self.now_s, copied.end_s)
 
-    def finished(self, event: float | None) -> bool:
-        """Whether the clock has passed it."""
-        return event is None or event <= self.now_s
+    def finished(self, copied: VirtualCopy | None) -> bool:
+        """Whether the clock has passed its end."""
+        return copied is None or copied.end_s <= self.now_s
 
     def finish_compute(self) -> None:
         """The clock of the host is the clock of compute."""

@@ -10,28 +10,13 @@ import torch
 from torch import nn
 
 from autosp.errors import PlanMismatchError
+from autosp.partition.placed import Placed, pack, packed_bytes
 from autosp.partition.split import Unit, choose_units
-from autosp.partition.tensors import (
-    EXTENT_ALIGNMENT,
-    LAYER_ALIGNMENT,
-    Extent,
-    NamedTensor,
-    align,
-    collect,
-    model_fingerprint,
-)
+from autosp.partition.tensors import Extent, NamedTensor, collect, model_fingerprint
 from autosp.partition.trace import Trace, trace
 from autosp.spec import Layer, Partition
 
 __all__ = ["BoundLayer", "BoundModel", "NamedTensor", "Placed", "bind", "model_fingerprint", "partition"]
-
-
-@dataclass(frozen=True)
-class Placed:
-    """An extent's place in the packed bytes it travels in."""
-
-    extent: Extent
-    offset: int
 
 
 @dataclass(frozen=True)
@@ -110,23 +95,9 @@ def bind(model: nn.Module, plan: Partition) -> BoundModel:
             raise PlanMismatchError(
                 f"layer {layer.index} ({layer.name}) has {packed_bytes(parts)} bytes, the plan says {layer.n_bytes}"
             )
-        bound.append(BoundLayer(layer, model.get_submodule(layer.name), _pack(parts)))
-    residents = _pack(extents(plan.resident_tensors, "resident tensors"))
+        bound.append(BoundLayer(layer, model.get_submodule(layer.name), pack(parts)))
+    residents = pack(extents(plan.resident_tensors, "resident tensors"))
     return BoundModel(model, tuple(bound), residents, tuple(tensors.opaque))
-
-
-def packed_bytes(extents: Sequence[Extent]) -> int:
-    """Bytes of the extents packed together, alignment included."""
-    return align(sum(align(extent.n_bytes, EXTENT_ALIGNMENT) for extent in extents), LAYER_ALIGNMENT)
-
-
-def _pack(extents: Sequence[Extent]) -> tuple[Placed, ...]:
-    placed = []
-    offset = 0
-    for extent in extents:
-        placed.append(Placed(extent, offset))
-        offset += align(extent.n_bytes, EXTENT_ALIGNMENT)
-    return tuple(placed)
 
 
 def _visits(units: Sequence[Unit], seen: Trace) -> list[int]:

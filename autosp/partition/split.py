@@ -9,8 +9,13 @@ from torch import nn
 from autosp.partition.tensors import Extent, ModelTensors
 from autosp.partition.trace import Trace
 
-SPLIT_ABOVE = 1 / 32
-"""A module with more than this share of the model's bytes is split, if its parts really are called."""
+SPLIT_ABOVE = 1 / 256
+"""A module with more than this share of the model's bytes is split, if its parts really are called: the ring holds two
+layers, and what it holds is memory that residents cannot have."""
+
+SMALL_BYTES = 4 * 2**20
+SMALL_SHARE = 1 / 32
+"""A module within both of these is left whole: below that a transfer's and a call's fixed cost outweigh the memory."""
 
 TINY_SHARE = 1 / 1000
 TINY_BYTES = 64 * 2**10
@@ -50,7 +55,8 @@ def _is_small_buffer(extent: Extent) -> bool:
 
 class _Tree:
     def __init__(self, model: nn.Module, tensors: ModelTensors, trace: Trace) -> None:
-        self._limit = tensors.total_bytes * SPLIT_ABOVE
+        total = tensors.total_bytes
+        self._limit = max(total * SPLIT_ABOVE, min(total * SMALL_SHARE, SMALL_BYTES))
         self._called = trace.called
         self._index = {module: index for index, module in enumerate(model.modules())}
         self._path = {module: path for path, module in model.named_modules()}

@@ -3,16 +3,21 @@
 [Note: extents] An extent is a maximal run of bytes of one storage covered by overlapping tensors. Tied parameters, and
 views of a fused parameter, fall into one extent and so move together; neighbours in a big storage (a memory-mapped
 checkpoint, a flat buffer) do not overlap and stay apart.
+
+[Note: wrapped tensors] A quantised weight is a tensor subclass that wraps plain tensors (`__tensor_flatten__`): its
+codes, scales and so on. Those hold the bytes, so those are what is collected, named "layer.weight:qdata"; rebinding
+the `.data` of the wrapped tensor object is seen through the wrapper, which itself stays the object that it is.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from autosp.errors import EmptyModelError, MetaModelError, ModelError
@@ -31,7 +36,10 @@ def align(n_bytes: int, alignment: int) -> int:
 
 @dataclass(eq=False)
 class NamedTensor:
-    """One tensor object of the model, with every name it goes by; the first is its canonical one."""
+    """One tensor object that holds bytes, with every name it goes by; the first is its canonical one.
+
+    What a wrapper holds has the wrapper's name, a colon, and the wrapper's name for it: see [Note: wrapped tensors].
+    """
 
     tensor: torch.Tensor
     names: list[str]
@@ -84,7 +92,7 @@ class Extent:
 
 @dataclass
 class ModelTensors:
-    """All tensors of a model: in extents, or opaque (subclasses, sparse, empty …: never streamed)."""
+    """All tensors of a model: in extents, or opaque (sparse, empty, subclasses of unknown make …: never streamed)."""
 
     extents: list[Extent]
     opaque: list[NamedTensor]
@@ -98,10 +106,13 @@ class ModelTensors:
 def collect(model: nn.Module) -> ModelTensors:
     """Find every parameter and buffer, and which of them share memory.
 
-    Raises: MetaModelError if a tensor has no data, EmptyModelError if there is no tensor at all, ModelError if one is
-    on an accelerator already.
+    Raises: MetaModelError if a tensor has no data (a meta tensor, or a lazy module's), EmptyModelError if there is no
+    tensor at all, ModelError if one is on an accelerator already.
     """
     named = _named_tensors(model)
+    lazy = next((item.name for item in named if is_lazy(item.tensor)), None)
+    if lazy is not None:
+        raise MetaModelError(f"{lazy} has no shape yet: call the model once, so that its lazy modules are initialised")
     meta = [item.name for item in named if item.tensor.is_meta]
     if meta:
         raise MetaModelError(
@@ -120,21 +131,35 @@ def collect(model: nn.Module) -> ModelTensors:
     return ModelTensors(_extents(plain), opaque)
 
 
+def held_by(tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors that hold a tensor's bytes, by their path in it: only itself, path "", unless it is a wrapper."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield "", tensor
+        return
+    for attribute in tensor.__tensor_flatten__()[0]:
+        for path, held in held_by(getattr(tensor, attribute)):
+            yield f":{attribute}{path}", held
+
+
+def _registered(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
+    """Every parameter and buffer under each of its names; whether it is a buffer."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        yield name, parameter, False
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        yield name, buffer, True
+
+
 def _named_tensors(model: nn.Module) -> list[NamedTensor]:
     by_id: dict[int, NamedTensor] = {}
-    for is_buffer, pairs in (
-        (False, model.named_parameters(remove_duplicate=False)),
-        (True, model.named_buffers(remove_duplicate=False)),
-    ):
-        for name, tensor in pairs:
-            by_id.setdefault(id(tensor), NamedTensor(tensor, [], is_buffer)).names.append(name)
+    for name, tensor, is_buffer in _registered(model):
+        for path, held in held_by(tensor):
+            by_id.setdefault(id(held), NamedTensor(held, [], is_buffer)).names.append(name + path)
     return list(by_id.values())
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
     return (
         type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer)
-        and not is_traceable_wrapper_subclass(tensor)
         and tensor.layout is torch.strided
         and tensor.device.type == "cpu"
         and not tensor.is_quantized
@@ -172,11 +197,14 @@ def _extents(named: Iterable[NamedTensor]) -> list[Extent]:
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """A hash of structure: module classes, tensor names, shapes, dtypes and ties. The values do not count."""
+    """A hash of structure: classes of modules and wrappers, tensor names, shapes, dtypes, ties. Values do not count."""
     digest = hashlib.sha256()
     for path, module in model.named_modules(remove_duplicate=False):
         digest.update(f"{path}:{type(module).__qualname__}\n".encode())
     for item in _named_tensors(model):
         line = f"{'='.join(sorted(item.names))}:{tuple(item.tensor.shape)}:{item.tensor.dtype}:{item.is_buffer}\n"
         digest.update(line.encode())
+    for name, tensor, _ in _registered(model):
+        if is_traceable_wrapper_subclass(tensor):
+            digest.update(f"{name}:{type(tensor).__qualname__}:{tuple(tensor.shape)}:{tensor.dtype}\n".encode())
     return digest.hexdigest()[:32]

@@ -12,12 +12,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from autosp.batch import call_on
+from autosp.batch import call_on, equal, tensors_in
 from autosp.intercept import Intercepted
-from autosp.partition.tensors import Extent, ModelTensors
+from autosp.partition.tensors import Extent, ModelTensors, held_by
 
 SNAPSHOT_BYTES = 16 * 2**20
-"""Buffers up to this size are compared before and after the pass; larger ones are judged by their version counter."""
+"""Extents with a buffer are compared before and after the pass up to this size: some kernels (batch norm) write to an
+argument without saying so. Larger ones are believed."""
 
 
 @dataclass
@@ -27,9 +28,9 @@ class Trace:
     calls: list[tuple[int, ...]]
     """Per call, in order: the stack of modules, outermost first; the last one is being called."""
     holders: dict[Extent, frozenset[int]]
-    """Per used extent: the modules that were running at every one of its uses."""
+    """Per used extent: the modules that were running at every one of its uses. A caller uses what it is returned."""
     mutated: set[Extent]
-    """Extents whose bytes the pass changed."""
+    """Extents that the pass wrote to, or whose buffer it replaced."""
 
     @property
     def called(self) -> set[int]:
@@ -38,106 +39,158 @@ class Trace:
 
 
 def trace(model: nn.Module, tensors: ModelTensors, run: Callable[[], Any], device: torch.device) -> Trace:
-    """Run one pass on `device` and watch it. The model's buffers are as before afterwards.
+    """Run one pass on `device` and watch it. The modules' attributes and tensors are as before afterwards.
 
     On an accelerator every operation gets device copies of the weights it touches, so that memory is taken for one
     operation's weights at a time. Whatever the model raises passes through, with the model as it was.
     """
-    calls: list[tuple[int, ...]] = []
-    stack: list[int] = []
-    watcher = _Watcher(tensors, stack, device)
-    buffers = [item for extent in tensors.extents for item in extent.tensors if item.is_buffer]
-    versions = {id(item): item.tensor._version for item in buffers}
-    kept = {
-        id(item): item.tensor.clone()
-        for item in buffers
-        if item.tensor.numel() * item.tensor.element_size() <= SNAPSHOT_BYTES
+    watcher = _Watcher(tensors, device)
+    attributes = _attributes(model)
+    before = {
+        extent: extent.raw().clone()
+        for extent in tensors.extents
+        if extent.n_bytes <= SNAPSHOT_BYTES and any(item.is_buffer for item in extent.tensors)
     }
     wrappers = []
     try:
         for index, module in enumerate(model.modules()):
-            wrappers.append(Intercepted(module, _record(index, stack, calls, device)))
-        with torch.no_grad(), watcher:
+            wrappers.append(Intercepted(module, watcher.around(index)))
+        with torch.compiler.set_stance("force_eager"), torch.no_grad(), watcher:
             run()
     finally:
         for wrapper in reversed(wrappers):
             wrapper.remove()
-        mutated = watcher.written()
-        for extent in tensors.extents:
-            for item in extent.tensors:
-                if not item.is_buffer:
-                    continue
-                before = kept.get(id(item))
-                if item.tensor._version != versions[id(item)] and before is None:
-                    mutated.add(extent)
-                elif before is not None and not torch.equal(
-                    before.contiguous().view(-1).view(torch.uint8),
-                    item.tensor.contiguous().view(-1).view(torch.uint8),
-                ):
-                    mutated.add(extent)
-                    item.tensor.data.copy_(before)
-    return Trace(calls, watcher.holders, mutated)
+        mutated = watcher.written() | _replaced(model, tensors)
+        for known, values in attributes:
+            known.clear()
+            known.update(values)
+        for extent, snapshot in {**before, **watcher.overwritten}.items():
+            if not torch.equal(extent.raw(), snapshot):
+                mutated.add(extent)
+                with torch.inference_mode(False), torch.no_grad():
+                    extent.raw().copy_(snapshot)
+    return Trace(watcher.calls, watcher.holders, mutated)
 
 
-def _record(index: int, stack: list[int], calls: list[tuple[int, ...]], device: torch.device) -> Callable[..., Any]:
-    def around(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        stack.append(index)
-        calls.append(tuple(stack))
-        try:
-            if len(stack) == 1 and device.type != "cpu":
-                return call_on(device, forward, args, kwargs)
-            return forward(*args, **kwargs)
-        finally:
-            stack.pop()
+def _attributes(model: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Every module's own attributes, tensors and children: the dictionary and what is in it now.
 
-    return around
+    A counter or a flag goes with the tensors that it speaks of, so whoever restores the one restores the other.
+    """
+    own = [vars(module) for module in model.modules()]
+    held = [attributes[kind] for attributes in own for kind in ("_parameters", "_buffers", "_modules")]
+    return [(known, dict(known)) for known in (*own, *held)]
+
+
+def _replaced(model: nn.Module, tensors: ModelTensors) -> set[Extent]:
+    """The extents of buffers that the model does not have any more: the pass put other tensors in their place."""
+    present = {id(held) for buffer in model.buffers() for _, held in held_by(buffer)}
+    return {
+        extent
+        for extent in tensors.extents
+        if any(item.is_buffer and id(item.tensor) not in present for item in extent.tensors)
+    }
 
 
 class _Watcher(TorchDispatchMode):
     """Sees every operation's arguments; lends it device copies of weights that are not there."""
 
-    def __init__(self, tensors: ModelTensors, stack: list[int], device: torch.device) -> None:
+    def __init__(self, tensors: ModelTensors, device: torch.device) -> None:
         super().__init__()
+        self.calls: list[tuple[int, ...]] = []
         self.holders: dict[Extent, frozenset[int]] = {}
-        self._stack = stack
+        self.overwritten: dict[Extent, torch.Tensor] = {}
+        """The bytes of extents before the first operation that said it writes to them."""
+        self._stack: list[int] = []
         self._device = device
-        self._extents = sorted(tensors.extents, key=lambda extent: extent.storage.data_ptr() + extent.begin)
-        self._starts = [extent.storage.data_ptr() + extent.begin for extent in self._extents]
+        self._extents = sorted(tensors.extents, key=_address)
+        self._addresses = [_address(extent) for extent in self._extents]
         self._opaque = {id(item.tensor) for item in tensors.opaque}
-        self._lent_buffers: dict[int, tuple[Extent, torch.Tensor, torch.Tensor]] = {}
+        self._lent: dict[int, tuple[list[Extent], torch.Tensor, torch.Tensor]] = {}
+
+    def around(self, index: int) -> Callable[..., Any]:
+        """What stands around the forward of the module at `index`: it is on the stack while it runs."""
+
+        def around(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            self._stack.append(index)
+            self.calls.append(tuple(self._stack))
+            try:
+                if len(self._stack) == 1 and self._device.type != "cpu":
+                    output = call_on(self._device, forward, args, kwargs)
+                else:
+                    output = forward(*args, **kwargs)
+            finally:
+                self._stack.pop()
+            for tensor in tensors_in(output):
+                self._use(self._extents_of(tensor))
+            return output
+
+        return around
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        written = self._written_by(func, args, kwargs)
+
         def see(tensor: torch.Tensor) -> torch.Tensor:
-            extent = self._extent_of(tensor)
-            if extent is not None:
-                self._use(extent)
+            extents = self._extents_of(tensor)
+            self._use(extents)
             if self._device.type == "cpu" or tensor.device == self._device:
                 return tensor
-            if extent is None and id(tensor) not in self._opaque:
+            if not extents and id(tensor) not in self._opaque:
                 return tensor
-            if id(tensor) in self._lent_buffers:
-                return self._lent_buffers[id(tensor)][2]
+            if id(tensor) in self._lent:
+                return self._lent[id(tensor)][2]
             copy = tensor.to(self._device)
-            if extent is not None and any(item.is_buffer for item in extent.tensors):
-                self._lent_buffers[id(tensor)] = extent, tensor, copy  # what a pass writes to a buffer, it reads again
+            if any(extent in written or any(item.is_buffer for item in extent.tensors) for extent in extents):
+                self._lent[id(tensor)] = extents, tensor, copy  # what a pass writes, it reads again
             return copy
 
-        args, kwargs = tree_map_only(torch.Tensor, see, (args, kwargs or {}))
+        args, kwargs = tree_map_only(torch.Tensor, see, (args, kwargs))
         return func(*args, **kwargs)
 
     def written(self) -> set[Extent]:
-        """Extents of lent buffers whose device copy the pass changed."""
-        return {extent for extent, tensor, copy in self._lent_buffers.values() if not torch.equal(copy.cpu(), tensor)}
+        """Extents of lent tensors whose device copy the pass changed."""
+        changed = [extents for extents, tensor, copy in self._lent.values() if not _same(tensor, copy)]
+        return {extent for extents in changed for extent in extents}
 
-    def _extent_of(self, tensor: torch.Tensor) -> Extent | None:
-        if tensor.device.type != "cpu" or tensor.layout is not torch.strided or not tensor.numel():
-            return None
-        address = tensor.data_ptr()
-        index = bisect.bisect_right(self._starts, address) - 1
-        if index < 0 or address >= self._starts[index] + self._extents[index].n_bytes:
-            return None
-        return self._extents[index]
+    def _written_by(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[Extent]:
+        """Extents that an operation says it writes to. Their bytes are kept."""
+        if not func._schema.is_mutable:
+            return set()
+        arguments = func._schema.arguments
+        values = [
+            args[position] if position < len(args) else kwargs.get(argument.name)
+            for position, argument in enumerate(arguments)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+        extents = {extent for tensor in tensors_in(values) for extent in self._extents_of(tensor)}
+        for extent in extents:
+            if extent not in self.overwritten:
+                self.overwritten[extent] = extent.raw().clone()
+        return extents
 
-    def _use(self, extent: Extent) -> None:
-        known = self.holders.get(extent)
-        self.holders[extent] = frozenset(self._stack) if known is None else known.intersection(self._stack)
+    def _extents_of(self, tensor: torch.Tensor) -> list[Extent]:
+        """The extents that a tensor's first byte is in: one, or for a wrapper those of all tensors that it holds."""
+        found = []
+        for _, held in held_by(tensor):
+            if held.device.type != "cpu" or held.layout is not torch.strided or not held.numel():
+                continue
+            address = held.data_ptr()
+            index = bisect.bisect_right(self._addresses, address) - 1
+            if index >= 0 and address < self._extents[index].storage.data_ptr() + self._extents[index].end:
+                found.append(self._extents[index])
+        return found
+
+    def _use(self, extents: list[Extent]) -> None:
+        for extent in extents:
+            known = self.holders.get(extent)
+            self.holders[extent] = frozenset(self._stack) if known is None else known.intersection(self._stack)
+
+
+def _address(extent: Extent) -> int:
+    """Of its first tensor: an extent may begin up to 15 bytes earlier, within its neighbour."""
+    return extent.storage.data_ptr() + extent.begin + extent.tensors[0].offset
+
+
+def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
+    return all(equal(mine, yours) for (_, mine), (_, yours) in zip(held_by(left), held_by(right), strict=True))

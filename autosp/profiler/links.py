@@ -9,7 +9,7 @@ from statistics import median
 import numpy as np
 import torch
 
-from autosp.devices import Device
+from autosp.devices import Copied, Device
 from autosp.partition.tensors import LAYER_ALIGNMENT
 from autosp.spec import LinkPoint, LinkProfile, Tier
 from autosp.tiers import Store
@@ -90,8 +90,8 @@ class _Sweep:
         self.target = target
         self._next = 0
 
-    def start(self, n_bytes: int) -> object:
-        """Begin one transfer; returns its event."""
+    def start(self, n_bytes: int) -> Copied:
+        """Begin one transfer."""
         if self._next + n_bytes > self._store_bytes:
             self._next = 0
         region = self._store.window(self._next, n_bytes)

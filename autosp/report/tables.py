@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from statistics import median
 
 from rich import box
 from rich.table import Table
@@ -29,18 +27,9 @@ CHOSEN = "bold green"
 FAILED = "red"
 
 
-@dataclass(frozen=True)
-class Pass:
-    """One pass of an applied plan."""
-
-    seconds: float
-    moved_bytes: int
-    misses: int
-
-
 def facts_table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
     """Names and values, one per line."""
-    table = _table(title)
+    table = new_table(title)
     table.show_header = False
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
@@ -57,9 +46,9 @@ def trials_table(
     `chosen` is marked, and so are the trivial plans: everything resident, and plain sliding windows.
     """
     floor = "" if floor_s is None else f", floor {seconds(floor_s)}"
-    table = _table(f"Trials under {size(budget_bytes)}{floor}")
-    _numbers(table, "trial", "k", "k'", "residents", "predicted\nlatency", "measured\nlatency", "error", "T/floor")
-    _numbers(table, "predicted\npeak", "measured\npeak")
+    table = new_table(f"Trials under {size(budget_bytes)}{floor}")
+    add_numbers(table, "trial", "k", "k'", "residents", "predicted\nlatency", "measured\nlatency", "error", "T/floor")
+    add_numbers(table, "predicted\npeak", "measured\npeak")
     table.add_column("outcome", no_wrap=True)
     table.add_column("")
     for trial in sorted(trials, key=_by_outcome):
@@ -86,8 +75,8 @@ def trials_table(
 def predictions_table(predictions: Sequence[Prediction], floor_s: float, limit: int) -> Table:
     """The first `limit` of ranked predictions."""
     shown = min(limit, len(predictions))
-    table = _table(f"Predictions, the best {shown} of {len(predictions)}; floor {seconds(floor_s)}")
-    _numbers(table, "rank", "k", "k'", "residents", "latency", "T/floor", "stall", "moved/pass", "peak")
+    table = new_table(f"Predictions, the best {shown} of {len(predictions)}; floor {seconds(floor_s)}")
+    add_numbers(table, "rank", "k", "k'", "residents", "latency", "T/floor", "stall", "moved/pass", "peak")
     table.add_column("")
     for position, prediction in enumerate(predictions[:limit], start=1):
         table.add_row(
@@ -105,11 +94,11 @@ def predictions_table(predictions: Sequence[Prediction], floor_s: float, limit: 
 
 def studies_table(summaries: Sequence[StudySummary]) -> Table:
     """One line per study, in the order given."""
-    table = _table(f"{len(summaries)} studies" if len(summaries) != 1 else "1 study")
+    table = new_table(f"{len(summaries)} studies" if len(summaries) != 1 else "1 study")
     table.add_column("study", no_wrap=True)
     table.add_column("model", no_wrap=True)
     table.add_column("batch", overflow="fold", max_width=40)
-    _numbers(table, "budget", "trials", "latency", "peak")
+    add_numbers(table, "budget", "trials", "latency", "peak")
     table.add_column("state", no_wrap=True)
     table.add_column("created", no_wrap=True)
     for summary in summaries:
@@ -144,7 +133,7 @@ def plan_table(plan: Plan) -> Table:
         moved = f"{size(found.moved_bytes)} moved, {found.misses} misses" if found.moved_bytes else "nothing moved"
         rows.append(("measured", f"{seconds(latency_s)} a pass, the first {seconds(found.cold_latency_s)}; {moved}"))
     if plan.floor_s is not None:
-        rows.append(("T / floor", _floor(latency_s, plan.floor_s)))
+        rows.append(("T / floor", over_floor(latency_s, plan.floor_s)))
     if found is not None:
         share = f", {percent(found.peak_bytes, plan.budget_bytes)} of the budget" if plan.budget_bytes else ""
         rows.append(("peak", f"{size(found.peak_bytes)}{share}"))
@@ -161,19 +150,19 @@ def layers_table(profile: Profile) -> Table:
         visits[visit.layer].append(visit)
     link, partition = profile.link, profile.partition
     periods = f", {partition.repeats} periods a pass" if partition.repeats > 1 else ""
-    table = _table(f"Layers, in the order of their first visit{periods}", show_footer=True)
+    table = new_table(f"Layers, in the order of their first visit{periods}", show_footer=True)
     transfers_s = [link.latency_s + layer.n_bytes / link.bytes_per_s for layer in partition.layers]
     compute_s = {index: sum(visit.forward_s for visit in mine) for index, mine in visits.items()}
-    _numbers(table, "layer")
+    add_numbers(table, "layer")
     table.add_column("name", "all layers", overflow="fold")
-    _numbers(table, "visits", "tensors")
+    add_numbers(table, "visits", "tensors")
     for header, total in (
         ("size", size(partition.streamable_bytes)),
         ("compute", seconds(sum(compute_s.values()))),
         ("transfer", seconds(sum(transfers_s))),
     ):
         table.add_column(header, total, justify="right", no_wrap=True)
-    _numbers(table, "transfer/compute", "output", "workspace")
+    add_numbers(table, "transfer/compute", "output", "workspace")
     for layer, transfer_s in zip(partition.layers, transfers_s, strict=True):
         mine = visits[layer.index]
         table.add_row(
@@ -193,8 +182,8 @@ def layers_table(profile: Profile) -> Table:
 
 def link_table(link: LinkProfile) -> Table:
     """The sweep over transfer sizes, the line through it, and what link and compute cost each other."""
-    table = _table(f"Link {link.source.value} → {link.target.value}")
-    _numbers(table, "transfer", "time", "bandwidth")
+    table = new_table(f"Link {link.source.value} → {link.target.value}")
+    add_numbers(table, "transfer", "time", "bandwidth")
     for point in link.points:
         table.add_row(size(point.n_bytes), seconds(point.seconds), rate(point.n_bytes / point.seconds))
     table.add_section()
@@ -204,37 +193,8 @@ def link_table(link: LinkProfile) -> Table:
     return table
 
 
-def passes_table(passes: Sequence[Pass], floor_s: float | None) -> Table:
-    """Every pass of a run. The first one finds empty buffers."""
-    table = _table("Passes")
-    _numbers(table, "pass", "latency", "T/floor", "moved", "misses")
-    for position, one in enumerate(passes, start=1):
-        table.add_row(
-            str(position), seconds(one.seconds), ratio(one.seconds, floor_s), size(one.moved_bytes), str(one.misses)
-        )
-    return table
-
-
-def run_table(plan: Plan, passes: Sequence[Pass], peak_bytes: int) -> Table:
-    """What a run took, beside what its plan promised."""
-    latency_s = median(one.seconds for one in passes[1:] or passes)
-    steady = f"median of passes 2 to {len(passes)}" if len(passes) > 1 else "one pass, with empty buffers"
-    rows = [("latency", f"{seconds(latency_s)}, {steady}")]
-    if plan.prediction is not None and plan.measurement is not None:
-        promised_s, measured_s = plan.prediction.latency_s, plan.measurement.latency_s
-        rows.append(("promised", f"{seconds(promised_s)} predicted, {seconds(measured_s)} measured by its study"))
-    if plan.floor_s is not None:
-        rows.append(("T / floor", _floor(latency_s, plan.floor_s)))
-    share = ""
-    if plan.budget_bytes is not None:
-        share = f", {percent(peak_bytes, plan.budget_bytes)} of the budget of {size(plan.budget_bytes)}"
-        share += ": OVER IT" if peak_bytes > plan.budget_bytes else ""
-    rows.append(("peak", f"{size(peak_bytes)}{share}"))
-    rows.append(("misses", str(sum(one.misses for one in passes))))
-    return facts_table("Run", rows)
-
-
-def _table(title: str, *, show_footer: bool = False) -> Table:
+def new_table(title: str, *, show_footer: bool = False) -> Table:
+    """A table in the style of all of them."""
     return Table(
         title=Text(title),
         title_style="bold",
@@ -246,7 +206,8 @@ def _table(title: str, *, show_footer: bool = False) -> Table:
     )
 
 
-def _numbers(table: Table, *headers: str) -> None:
+def add_numbers(table: Table, *headers: str) -> None:
+    """Columns of figures."""
     for header in headers:
         table.add_column(header, justify="right", no_wrap=True)
 
@@ -262,7 +223,7 @@ def _trivial(candidate: Candidate) -> str:
     return "" if candidate.residents else "sliding window"
 
 
-def _floor(latency_s: float | None, floor_s: float) -> str:
+def over_floor(latency_s: float | None, floor_s: float) -> str:
     """The ratio, and what it says: nothing beats the floor unless the profile that it rests on is wrong."""
     beaten = latency_s is not None and latency_s < 0.98 * floor_s
     says = "beaten: its profile measured compute too slow" if beaten else "no schedule can take less"

@@ -9,14 +9,14 @@ from torch import nn
 
 from autosp.devices import Device
 from autosp.partition import bind
-from autosp.runtime.streamed_model import Originals, StreamedModel
+from autosp.runtime.streamed_model import StreamedModel
 from autosp.schedule.streaming import lower
 from autosp.spec import Candidate, Partition
-from autosp.tiers import open_store
+from autosp.tiers import Originals, open_store
 
 
 class Bench:
-    """Holds the slow tier's copy of all layers. The model's own memory is kept, and it is restored after each trial."""
+    """Holds all layers on the slow tier. After each trial the model is at rest again; at the end it is as it was."""
 
     def __init__(self, model: nn.Module, partition: Partition, device: Device, cache_dir: Path) -> None:
         """Raises: DiskFullError if the slow tier has no room; PlanMismatchError if the partition is another model's."""
@@ -24,7 +24,7 @@ class Bench:
         self.partition = partition
         self.device = device
         self._bound = bind(model, partition)
-        self.store = open_store(device, self._bound.layers, cache_dir)
+        self.store = open_store(device, self._bound.layers, cache_dir, Originals.KEPT)
 
     def __enter__(self) -> Bench:
         return self

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from autosp.devices import Device
+from autosp.runtime.recorder import Recorder
 from autosp.runtime.streamed_layer import StreamedLayer
 from autosp.runtime.transfers import State, TransferGroup, prefetches
 from autosp.schedule.actions import Schedule
@@ -56,6 +57,7 @@ class Executor:
         self, schedule: Schedule, layers: Sequence[StreamedLayer], device: Device, store: Store, arena: torch.Tensor
     ) -> None:
         self.counters = Counters()
+        self.recorder = Recorder(device)
         self.observer: Observer | None = None
         self._device = device
         self._store = store
@@ -84,7 +86,9 @@ class Executor:
             try:
                 with torch.no_grad():
                     self._begin_pass()
-                    return forward(*args, **kwargs)
+                    output = forward(*args, **kwargs)
+                    self.recorder.end_pass()
+                    return output
             except BaseException:
                 self._abort()
                 raise
@@ -97,16 +101,19 @@ class Executor:
         """Run one layer's forward with its weights on the device."""
         if self._owner != threading.get_ident():
             return self.run_pass(lambda *a, **k: self.run_layer(layer, forward, a, k), args, kwargs)
-        observer = self.observer
+        observer, recorder = self.observer, self.recorder
         index = layer.layer.index
         if observer is not None:
             observer.arrive(index)
+        recorder.arrive(index)
         visit = self._advance(index)
         group = self._acquire(layer)
         try:
+            recorder.start()
             if observer is not None:
                 observer.start(index)
             output = forward(*args, **kwargs)
+            recorder.finish()
             if observer is not None:
                 observer.finish(index, output)
         finally:
@@ -138,6 +145,7 @@ class Executor:
 
     def _begin_pass(self) -> None:
         self.counters.passes += 1
+        self.recorder.begin_pass()
         if not self._primed:
             self._primed = True
             for group in self._start:
@@ -217,12 +225,14 @@ class Executor:
             return True
         if any(rival.running for rival in group.rivals):
             return False
-        for rival in group.rivals:
+        evicted = [rival for rival in group.rivals if rival.state is not State.ABSENT]
+        for rival in evicted:
             self._evict(rival)
         group.version = _version(group)
         # All compute that can read the old bytes was launched before this point of the compute order.
         group.ready = self._device.copy(group.regions, group.target, self._device.record())
         group.state = State.LOADING
+        self.recorder.loaded(group.indices, group.begin, group.ready, tuple(rival.indices for rival in evicted))
         self.counters.loads += 1
         self.counters.moved_bytes += group.end - group.begin
         return True
@@ -253,6 +263,7 @@ class Executor:
         for group in set(self._group_of.values()):
             group.running = 0
         self._cursor = 0
+        self.recorder.drop_pass()
 
     # -- construction ---------------------------------------------------------------------------------------------
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from autosp.errors import ModelChangedError
-from autosp.partition import BoundLayer, NamedTensor, Placed
+from autosp.partition import BoundLayer, NamedTensor
+from autosp.partition.placed import tensors_of, views_on
 
 
 @dataclass(slots=True)
@@ -38,13 +38,13 @@ class Binding:
 class StreamedLayer:
     """A layer that moves. `version()` changes when its weights at rest are written to."""
 
-    def __init__(self, bound: BoundLayer, rest: Sequence[torch.Tensor]) -> None:
-        """`rest`: the data at rest of each tensor, in the order of `tensors_of(bound.placed)`."""
+    def __init__(self, bound: BoundLayer) -> None:
+        """What its tensors are now is how they rest."""
         self.layer = bound.layer
         self.module = bound.module
         self._placed = bound.placed
         self._tensors = tensors_of(bound.placed)
-        self._rest = list(rest)
+        self._rest = [named.tensor.data for named in self._tensors]
         self._bindings: list[Binding] = []
         self._buffers: list[tuple[Binding, int]] = []
         self.running = 0
@@ -85,14 +85,3 @@ class StreamedLayer:
     def version(self) -> int:
         """Sum of the tensors' version counters: grows with every in-place write that autograd knows of."""
         return sum(named.tensor._version for named in self._tensors)
-
-
-def tensors_of(placed: Sequence[Placed]) -> list[NamedTensor]:
-    """The tensors of packed extents, in packed order."""
-    return [named for place in placed for named in place.extent.tensors]
-
-
-def views_on(placed: Sequence[Placed], base: torch.Tensor) -> list[torch.Tensor]:
-    """Each tensor of `tensors_of(placed)` as a view of the packed bytes in `base`."""
-    with torch.inference_mode(False):
-        return [named.on(base, place.offset + named.offset) for place in placed for named in place.extent.tensors]

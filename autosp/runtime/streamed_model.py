@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from enum import Enum, auto
+from statistics import median
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -14,23 +14,17 @@ from torch import nn
 from autosp.batch import call_on
 from autosp.devices import Device
 from autosp.intercept import Intercepted
-from autosp.partition import BoundModel, NamedTensor, Placed
+from autosp.partition import BoundModel
+from autosp.partition.placed import Placed, move_out, settle, tensors_of
 from autosp.partition.tensors import EXTENT_ALIGNMENT, align
 from autosp.runtime.executor import Executor, Observer
-from autosp.runtime.streamed_layer import StreamedLayer, tensors_of, views_on
+from autosp.runtime.streamed_layer import StreamedLayer
 from autosp.schedule.actions import Schedule
-from autosp.tiers import Store
+from autosp.schedule.timeline import Timeline
+from autosp.spec import Tier
+from autosp.tiers import Originals, Store
 
 M = TypeVar("M", bound=nn.Module)
-
-
-class Originals(Enum):
-    """What happens to the memory that the weights were in when the plan was applied."""
-
-    KEPT = auto()
-    """It stays, and is what the model goes back to: for trials, which end soon."""
-    FREED = auto()
-    """It is freed: outside a pass the weights rest in the store. `remove()` makes new memory."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +40,14 @@ class Stats:
     temporary_loads: int
     peak_bytes: int
     """Most device memory in use since the plan was applied, beyond what was in use before."""
+    link_bytes: dict[str, int]
+    """Bytes moved over each link, such as "host->device"."""
+    pass_s: tuple[float, ...]
+    """The last passes, oldest first."""
+    stall_s: dict[str, float]
+    """Layer -> how long compute waited for its weights: mean per pass of the last passes. Zeros are left out."""
+    over_floor: float | None
+    """The median of `pass_s` over the least time that the plan's budget allows; None if the plan does not know it."""
 
 
 class StreamedModel(Generic[M]):
@@ -59,13 +61,16 @@ class StreamedModel(Generic[M]):
         store: Store,
         originals: Originals,
         on_close: Callable[[], None] = lambda: None,
+        floor_s: float | None = None,
     ) -> None:
+        """`on_close` frees the store once the model is at rest. `floor_s`: the least that one pass can take."""
         self.model = bound.model
         self._bound = bound
         self._device = device
         self._store = store
         self._originals = originals
         self._on_close = on_close
+        self._floor_s = floor_s
         self._wrappers: list[Intercepted] = []
         self._removed = False
         resident_layers = set(schedule.residents)
@@ -74,21 +79,15 @@ class StreamedModel(Generic[M]):
         ]
         self._staying += bound.residents
         streamed = [layer for layer in bound.layers if layer.layer.index not in resident_layers]
-        self._kept = (
-            [(named, named.tensor.data) for named in _all_tensors(bound)] if originals is Originals.KEPT else []
-        )
-        self._layers: list[StreamedLayer] = []
+        opaque = [(named, named.tensor.data) for named in bound.opaque]
+        self._kept = [*opaque, *((named, named.tensor.data) for named in tensors_of(self._staying))]
         if originals is Originals.FREED:
-            for layer in streamed:
-                _rebind(layer.placed, store.rest(layer.layer.index))
-                for place in layer.placed:
-                    place.extent.release()
+            self._kept = opaque
+        self._layers: list[StreamedLayer] = []
         device.start_measuring()
         try:
             self._resident_memory = self._take_residents()
-            self._layers = [
-                StreamedLayer(layer, [named.tensor.data for named in tensors_of(layer.placed)]) for layer in streamed
-            ]
+            self._layers = [StreamedLayer(layer) for layer in streamed]
             arena = device.allocate(schedule.arena_bytes)
             self._executor = Executor(schedule, self._layers, device, store, arena)
             del arena
@@ -114,9 +113,26 @@ class StreamedModel(Generic[M]):
         self._executor.observer = observer
 
     def stats(self) -> Stats:
-        """Counters since the plan was applied."""
+        """Counters since the plan was applied, and times of the last passes. Waits for the device."""
         peak_bytes = self._final_peak_bytes if self._removed else self._device.peak_bytes()
-        return Stats(**asdict(self._executor.counters), peak_bytes=peak_bytes)
+        counters, recorder = self._executor.counters, self._executor.recorder
+        pass_s = tuple(recorder.pass_s())
+        names = {layer.layer.index: layer.layer.name for layer in self._bound.layers}
+        return Stats(
+            **asdict(counters),
+            peak_bytes=peak_bytes,
+            link_bytes={f"{self._device.info.slow_tier}->{Tier.DEVICE}": counters.moved_bytes},
+            pass_s=pass_s,
+            stall_s={names[layer]: seconds for layer, seconds in recorder.stall_s().items() if seconds > 0},
+            over_floor=median(pass_s) / self._floor_s if pass_s and self._floor_s else None,
+        )
+
+    def timeline(self) -> Timeline:
+        """When everything happened in the last passes, in seconds from the first one's beginning. Waits for the device.
+
+        Empty before the first pass.
+        """
+        return self._executor.recorder.timeline()
 
     def remove(self) -> None:
         """Make the model an ordinary one in ordinary memory again, with the values it has now. Twice is harmless."""
@@ -128,12 +144,11 @@ class StreamedModel(Generic[M]):
             wrapper.remove()
         if hasattr(self, "_executor"):
             self._executor.close()
-        if self._originals is Originals.KEPT:
-            for named, data in self._kept:
-                named.tensor.data = data
-            self._kept = []
-        else:
-            self._restore()
+        for named, data in self._kept:
+            named.tensor.data = data
+        self._kept = []
+        if self._originals is Originals.FREED:
+            move_out(self._staying)
         self._layers = []
         self._wrappers = []
         self._resident_memory = torch.empty(0, dtype=torch.uint8)
@@ -150,10 +165,8 @@ class StreamedModel(Generic[M]):
         for place, offset in zip(self._staying, offsets, strict=True):
             target = memory[offset : offset + place.extent.n_bytes]
             with torch.no_grad():
-                target.copy_(_current_bytes(place))
-            _rebind([Placed(place.extent, 0)], target)
-            if self._originals is Originals.FREED:
-                place.extent.release()
+                target.copy_(place.current_bytes())
+            settle([Placed(place.extent, 0)], target)
         if self._originals is Originals.FREED:
             self._device.originals_freed(size)
         for named in self._bound.opaque:
@@ -192,39 +205,3 @@ class StreamedModel(Generic[M]):
             return run_layer(layer, forward, args, kwargs)
 
         return around
-
-    def _restore(self) -> None:
-        """Copy every tensor's bytes, as they are now, to memory of its own; shared memory stays shared."""
-        for place in (*self._staying, *self._resting()):
-            with torch.inference_mode(False), torch.no_grad():
-                memory = torch.empty(place.extent.n_bytes, dtype=torch.uint8)
-                memory.copy_(_current_bytes(place))
-            _rebind([Placed(place.extent, 0)], memory)
-        for named in self._bound.opaque:
-            if named.tensor.device.type != "cpu":
-                named.tensor.data = named.tensor.data.to("cpu")
-
-    def _resting(self) -> list[Placed]:
-        staying = {place.extent for place in self._staying}
-        return [place for layer in self._bound.layers for place in layer.placed if place.extent not in staying]
-
-
-def _all_tensors(bound: BoundModel) -> list[NamedTensor]:
-    named = [item for layer in bound.layers for item in tensors_of(layer.placed)]
-    return [*named, *tensors_of(bound.residents), *bound.opaque]
-
-
-def _rebind(placed: Sequence[Placed], base: torch.Tensor) -> None:
-    """Point the tensors of packed extents at the packed bytes in `base`."""
-    for named, view in zip(tensors_of(placed), views_on(placed, base), strict=True):
-        named.tensor.data = view
-
-
-def _current_bytes(place: Placed) -> torch.Tensor:
-    """The extent's bytes where its first tensor has them now, as uint8."""
-    named = place.extent.tensors[0]
-    data = named.tensor.data
-    begin = data.storage_offset() * data.element_size() - named.offset
-    return torch.empty(0, dtype=torch.uint8, device=data.device).set_(
-        data.untyped_storage(), begin, (place.extent.n_bytes,), (1,)
-    )

@@ -8,7 +8,7 @@ from enum import Enum, auto
 
 import torch
 
-from autosp.devices import Event, Region
+from autosp.devices import Copied, Region
 from autosp.runtime.streamed_layer import StreamedLayer
 from autosp.schedule.actions import Kind, Ref, Schedule
 
@@ -34,12 +34,17 @@ class TransferGroup:
     begin: int
     end: int
     state: State = State.ABSENT
-    ready: Event = None
+    ready: Copied | None = None
     running: int = 0
     """Layers of the group that are in a forward right now."""
     version: int = 0
     rivals: list[TransferGroup] = field(default_factory=list)
     """Groups whose range overlaps this one's."""
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """Of its layers."""
+        return tuple(layer.layer.index for layer in self.layers)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ without residents.
 
 from __future__ import annotations
 
+import itertools
+from bisect import insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -66,12 +68,13 @@ def build_ring(candidate: Candidate, layer_bytes: Sequence[int], visits: Sequenc
     after all.
     """
     size = candidate.k_prime
-    streamed = [layer for layer in dict.fromkeys(visits) if layer not in frozenset(candidate.residents)]
+    residents = frozenset(candidate.residents)
+    streamed = [layer for layer in dict.fromkeys(visits) if layer not in residents]
     members = [tuple(streamed[start : start + size]) for start in range(0, len(streamed), size)]
     sizes = [sum(layer_bytes[layer] for layer in group) for group in members]
     offsets = _place(sizes, max(1, candidate.ring // size))
     groups = [Group(*group) for group in zip(members, offsets, sizes, strict=True)]
-    unvisited = set(range(len(layer_bytes))) - set(visits) - set(candidate.residents)
+    unvisited = set(range(len(layer_bytes))).difference(visits, residents)
     ends = [*(group.offset + group.n_bytes for group in groups), *(layer_bytes[layer] for layer in unvisited)]
     return Ring(tuple(groups), max(ends, default=0), _time_transfers(groups, visits))
 
@@ -85,22 +88,27 @@ def _place(sizes: Sequence[int], window: int) -> list[int]:
     """
     capacity = arena_bytes(sizes, window)
     offsets: list[int] = []
+    live: list[tuple[int, int]] = []  # (begin, end) of the groups before this one, sorted
     for index, size in enumerate(sizes):
-        first = max(0, index - window + 1)
-        live = sorted((offsets[other], offsets[other] + sizes[other]) for other in range(first, index))
-        bottoms = [0, *(end for _, end in live)]
-        tops = [*(begin for begin, _ in live), capacity]
-        gaps = [(low, high) for low, high in zip(bottoms, tops, strict=True) if high - low >= size]
-        if not gaps:
-            offsets.append(bottoms[-1])
-            capacity = bottoms[-1] + size
-        elif gaps[0][0] == 0:
-            offsets.append(0)
-        elif gaps[-1][1] == capacity:
-            offsets.append(capacity - size)
-        else:
-            offsets.append(gaps[0][0])
+        if index >= window:
+            gone = index - window
+            live.remove((offsets[gone], offsets[gone] + sizes[gone]))
+        offset, capacity = _free_offset(live, size, capacity)
+        offsets.append(offset)
+        insort(live, (offset, offset + size))
     return offsets
+
+
+def _free_offset(live: Sequence[tuple[int, int]], size: int, capacity: int) -> tuple[int, int]:
+    """Where `size` bytes fit beside the sorted live ranges, and the capacity, which grows if they fit nowhere."""
+    if not live or live[0][0] >= size:
+        return 0, capacity
+    if capacity - live[-1][1] >= size:
+        return capacity - size, capacity
+    for (_, low), (high, _) in itertools.pairwise(live):
+        if high - low >= size:
+            return low, capacity
+    return live[-1][1], live[-1][1] + size
 
 
 def _time_transfers(groups: Sequence[Group], visits: Sequence[int]) -> tuple[Transfer, ...]:
@@ -112,29 +120,41 @@ def _time_transfers(groups: Sequence[Group], visits: Sequence[int]) -> tuple[Tra
     A transfer may be issued as soon as every group that it overwrites has been used for the last time, and not before
     an earlier one: the link is a queue, in the order of need.
     """
-    group_of = {layer: index for index, group in enumerate(groups) for layer in group.layers}
     period = len(visits)
-    start = period if len(set(visits)) == period else 2 * period
+    runs = _runs(groups, visits)
+    walks = 1 if len(set(visits)) == period else 2
     present: list[int] = []
     last_use: dict[int, int] = {}
-    issued = -1
+    issued = -walks * period - 1
     steady: list[Transfer] = []
-    for now in range(start + period):
-        index = group_of.get(visits[now % period])
+    for walk in range(-walks, 1):
+        for index, first, last in runs:
+            if index not in present:
+                group = groups[index]
+                evicted = [other for other in present if group.overlaps(groups[other])]
+                for other in evicted:
+                    issued = max(issued, last_use[other])
+                    present.remove(other)
+                present.append(index)
+                if walk == 0:
+                    steady.append(Transfer(index, issued, first, tuple((other, last_use[other]) for other in evicted)))
+            last_use[index] = walk * period + last
+    return tuple(steady)
+
+
+def _runs(groups: Sequence[Group], visits: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Neighbouring visits of one group, as (group, first visit, last visit). Residents' visits are left out."""
+    group_of = {layer: index for index, group in enumerate(groups) for layer in group.layers}
+    runs: list[tuple[int, int, int]] = []
+    for visit, layer in enumerate(visits):
+        index = group_of.get(layer)
         if index is None:
             continue
-        if index not in present:
-            group = groups[index]
-            evicted = [other for other in present if group.overlaps(groups[other])]
-            for other in evicted:
-                issued = max(issued, last_use[other])
-                present.remove(other)
-            present.append(index)
-            if now >= start:
-                leaving = tuple((other, last_use[other] - start) for other in evicted)
-                steady.append(Transfer(index, issued - start, now - start, leaving))
-        last_use[index] = now
-    return tuple(steady)
+        if runs and runs[-1][0] == index:
+            runs[-1] = index, runs[-1][1], visit
+        else:
+            runs.append((index, visit, visit))
+    return runs
 
 
 def lower(candidate: Candidate, layer_bytes: Sequence[int], visits: Sequence[int]) -> Schedule:

@@ -15,6 +15,9 @@ DEPTHS = (1, 2, 3, 4)
 """Groups in the ring. Overlap needs two; more absorb layers of unlike compute. Beyond that, memory is better spent on
 residents."""
 
+EVERY_K_PRIME = 12
+"""Up to here each k' is tried; beyond, neighbouring ones differ too little in copy size to matter."""
+
 PINNED_FIRST = 3
 """How many of the largest layer sizes may be made resident first, so that the ring is cut for the smaller ones."""
 
@@ -40,8 +43,8 @@ def acceptable_bytes(profile: Profile, budget_bytes: int) -> int:
 def rank(profile: Profile, budget_bytes: int) -> list[Prediction]:
     """Every candidate predicted to fit, the fastest first; of equally fast ones, the one with less memory.
 
-    For each ring (k', number of groups) the budget is filled with residents. Besides these there are every (k, k') with
-    its residents spread evenly, the plain sliding windows (no residents), and everything resident.
+    For each ring (k', number of groups) the budget is filled with residents. Besides these there are every k with its
+    residents spread evenly, the plain sliding windows (no residents), and everything resident, k' on the `rungs`.
 
     Raises: BudgetTooSmallError if nothing is predicted to fit.
     """
@@ -65,13 +68,21 @@ def key_of(candidate: Candidate) -> tuple[int, int, int]:
     return candidate.k, candidate.k_prime, len(candidate.residents)
 
 
+def rungs(most: int) -> list[int]:
+    """The values of k' that are tried: all up to `EVERY_K_PRIME`, then each a quarter more than the one before."""
+    values = list(range(1, min(most, EVERY_K_PRIME) + 1))
+    while values and values[-1] * 5 // 4 <= most and values[-1] >= EVERY_K_PRIME:
+        values.append(values[-1] * 5 // 4)
+    return values
+
+
 def grid(profile: Profile) -> list[Candidate]:
-    """Every (k, k') with its best residents: a ring of two groups if k allows it, else of one, the rest resident."""
+    """Every k and k' with its best residents: a ring of two groups if k allows it, else of one, the rest resident."""
     visited = list(dict.fromkeys(profile.partition.visits))
     spread = [evenly_spread(visited, count) for count in range(len(visited) + 1)]
     candidates = []
     for k in range(1, len(visited) + 1):
-        for k_prime in range(1, k + 1):
+        for k_prime in rungs(k):
             ring = 2 * k_prime if k >= 2 * k_prime else k_prime
             candidates.append(Candidate(k=k, k_prime=k_prime, residents=spread[k - ring]))
     return candidates
@@ -81,7 +92,7 @@ def sliding_windows(profile: Profile) -> list[Candidate]:
     """The Superpipeline paper's own plans: no residents, k a multiple of k'."""
     count = len(set(profile.partition.visits))
     return [
-        Candidate(k=k, k_prime=k_prime) for k_prime in range(1, count + 1) for k in range(k_prime, count + 1, k_prime)
+        Candidate(k=groups * k_prime, k_prime=k_prime) for k_prime in rungs(count) for groups in rungs(count // k_prime)
     ]
 
 
@@ -136,7 +147,7 @@ def _filled(profile: Profile, budget_bytes: int) -> Iterator[Candidate]:
     visited = list(dict.fromkeys(partition.visits))
     sizes = sorted({partition.layers[index].n_bytes for index in visited}, reverse=True)
     limits = [sizes[0], *(size for size in sizes[1 : PINNED_FIRST + 1])]
-    for k_prime in range(1, len(visited) + 1):
+    for k_prime in rungs(len(visited)):
         for depth in DEPTHS:
             if depth * k_prime > len(visited):
                 break

@@ -11,10 +11,10 @@ import torch
 from autosp.devices import Device, Region
 from autosp.partition import BoundLayer
 from autosp.spec import Tier
-from autosp.tiers.disk import DiskStore
+from autosp.tiers.disk import DiskStore, Originals
 from autosp.tiers.host import HostStore
 
-__all__ = ["DiskStore", "HostStore", "Store", "open_store"]
+__all__ = ["DiskStore", "HostStore", "Originals", "Store", "open_store"]
 
 
 class Store(Protocol):
@@ -30,14 +30,16 @@ class Store(Protocol):
         """The layer's bytes where they rest, as a uint8 CPU tensor: readable, writable, and seen by later loads."""
 
     def close(self) -> None:
-        """Free the memory or the file. Views from `rest` stay valid as long as they live."""
+        """Give moved layers memory of their own again, then free the store's. Views from `rest` end with it."""
 
 
-def open_store(device: Device, layers: Sequence[BoundLayer], cache_dir: Path) -> Store:
-    """Copy the layers' bytes to the device's slow tier, in this order.
+def open_store(device: Device, layers: Sequence[BoundLayer], cache_dir: Path, originals: Originals) -> Store:
+    """Put the layers' bytes on the device's slow tier, in this order.
 
-    Raises: DiskFullError if the disk has no room for them; nothing is left behind then.
+    In host memory they are moved whatever `originals` says: a second copy of the weights is what RAM has no room for.
+
+    Raises: DiskFullError or HostMemoryError if there is no room for them; the model is as before then.
     """
     if device.info.slow_tier is Tier.DISK:
-        return DiskStore(layers, cache_dir)
-    return HostStore(layers, pin=device.torch_device.type != "cpu")
+        return DiskStore(layers, cache_dir, originals)
+    return HostStore(layers, device)

@@ -9,13 +9,15 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from pathlib import Path
 
 import torch
 
-from autosp.devices.cpu import memory_of
+from autosp.devices.memory import memory_of
 from autosp.errors import DiskFullError, ReadError, TierError
 from autosp.partition import BoundLayer
+from autosp.partition.placed import move_out, settle
 from autosp.partition.tensors import LAYER_ALIGNMENT
 
 CHUNK_BYTES = 32 * 2**20
@@ -23,6 +25,15 @@ CHUNK_BYTES = 32 * 2**20
 
 RETRIES = 2
 """Times that a read which failed with EIO is repeated before it is an error."""
+
+
+class Originals(Enum):
+    """What happens to the memory that weights were in when they were packed."""
+
+    KEPT = auto()
+    """It stays, and the model goes on using it outside a pass: for trials, which end soon."""
+    FREED = auto()
+    """It is freed: outside a pass the weights rest in the packed file, until the store is closed."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +80,7 @@ class DiskStore:
     The file is unlinked as soon as it is open, so that no crash leaves it behind.
     """
 
-    def __init__(self, layers: Sequence[BoundLayer], cache_dir: Path) -> None:
+    def __init__(self, layers: Sequence[BoundLayer], cache_dir: Path, originals: Originals) -> None:
         self._places: dict[int, tuple[int, int, str]] = {}
         size = 0
         for bound in layers:
@@ -88,6 +99,9 @@ class DiskStore:
             self._path.unlink(missing_ok=True)
         with torch.inference_mode(False):
             self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+        self._moved = layers if originals is Originals.FREED else ()
+        for bound in self._moved:
+            settle(bound.placed, self.rest(bound.layer.index))
 
     def regions(self, layers: Sequence[int]) -> tuple[FileRegion, ...]:
         """Adjacent layers are one region."""
@@ -111,7 +125,10 @@ class DiskStore:
         return self._bytes[offset : offset + n_bytes]
 
     def close(self) -> None:
-        """Give the disk space back once the last view is gone."""
+        """Give layers that moved in memory of their own again, and the disk space back once the last view is gone."""
+        for bound in self._moved:
+            move_out([place for place in bound.placed if place.is_in(self._bytes)])
+        self._moved = ()
         os.close(self._reader)
         os.close(self._descriptor)
         self._bytes = torch.empty(0, dtype=torch.uint8)
@@ -139,7 +156,7 @@ def _pack(descriptor: int, layers: Sequence[BoundLayer], places: dict[int, tuple
     for bound in layers:
         start = places[bound.layer.index][0]
         for placed in bound.placed:
-            source = memory_of(placed.extent.raw())
+            source = memory_of(placed.current_bytes())
             done = 0
             while done < len(source):
                 done += os.pwrite(descriptor, source[done : done + CHUNK_BYTES], start + placed.offset + done)

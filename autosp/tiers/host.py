@@ -1,20 +1,31 @@
-"""Layers in one flat host buffer, pinned where an accelerator will copy from it."""
+"""Layers in one flat host buffer, pinned where an accelerator copies from it."""
 
 from __future__ import annotations
 
 import ctypes
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import psutil
 import torch
 
+from autosp.devices import Device
+from autosp.devices.memory import anonymous, anonymous_bytes, part, trim_heap, unpin
+from autosp.errors import HostMemoryError
 from autosp.partition import BoundLayer
+from autosp.partition.placed import copy_to, move_out, settle
 from autosp.partition.tensors import LAYER_ALIGNMENT
 
 _memmove = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
     ctypes.cast(ctypes.memmove, ctypes.c_void_p).value or 0
 )
+
+CGROUP_FILES = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+"""A container's memory limit and use: version 2, version 1."""
 
 
 @dataclass(frozen=True)
@@ -31,20 +42,28 @@ class HostRegion:
 
 
 class HostStore:
-    """One flat buffer. Pinning that fails is announced, and the buffer is pageable: right, but slower to copy."""
+    """One flat buffer, no larger than the layers it holds, pinned where an accelerator copies from it.
 
-    def __init__(self, layers: Sequence[BoundLayer], *, pin: bool) -> None:
+    The layers move into it, so that there is never a second copy of the weights in RAM, and out of it at the end.
+    """
+
+    def __init__(self, layers: Sequence[BoundLayer], device: Device) -> None:
+        """Raises: HostMemoryError, before anything is moved, if RAM has no room for the largest layer twice."""
+        self._layers = layers
         self._places: dict[int, tuple[int, int]] = {}
         offset = 0
         for bound in layers:
             self._places[bound.layer.index] = (offset, bound.layer.n_bytes)
             offset += bound.layer.n_bytes
-        with torch.inference_mode(False), torch.no_grad():
-            self._buffer = _allocate(offset, pin)
-            for bound in layers:
-                base = self.rest(bound.layer.index)
-                for placed in bound.placed:
-                    base[placed.offset : placed.offset + placed.extent.n_bytes].copy_(placed.extent.raw())
+        _check_room(layers, offset)
+        self._buffer = anonymous(offset)
+        self._rests = {layer: part(self._buffer, *place) for layer, place in self._places.items()}
+        for bound in layers:
+            rest = self._rests[bound.layer.index]
+            copy_to(bound.placed, rest)
+            settle(bound.placed, rest)
+            trim_heap()
+        device.pin(self._buffer)
 
     def regions(self, layers: Sequence[int]) -> tuple[HostRegion, ...]:
         """Adjacent layers are one region."""
@@ -63,24 +82,39 @@ class HostStore:
         return HostRegion(self._buffer[offset : offset + n_bytes], n_bytes)
 
     def rest(self, layer: int) -> torch.Tensor:
-        """A view of the buffer."""
-        offset, n_bytes = self._places[layer]
-        return self._buffer[offset : offset + n_bytes]
+        """A part of the buffer, with a storage of its own."""
+        return self._rests[layer]
 
     def close(self) -> None:
-        """Let go of the buffer."""
+        """Give every layer memory of its own again, one by one; the buffer's part goes with its last view."""
+        unpin(self._buffer)
+        for bound in self._layers:
+            rest = self._rests.pop(bound.layer.index)
+            move_out([place for place in bound.placed if place.is_in(rest)])
+            del rest
         self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._layers = ()
         self._places = {}
 
 
-def _allocate(n_bytes: int, pin: bool) -> torch.Tensor:
-    if pin:
+def _check_room(layers: Sequence[BoundLayer], n_bytes: int) -> None:
+    """Memory of the process's own goes as it moves; mapped pages of files, which are not in it, take new RAM."""
+    largest = max((bound.layer.n_bytes for bound in layers), default=0)
+    needed = max(largest, n_bytes - anonymous_bytes())
+    available = available_bytes()
+    if needed > available:
+        raise HostMemoryError(
+            f"moving {n_bytes / 1e9:.2f} GB of weights to one buffer takes {needed / 1e9:.2f} GB of host memory, of "
+            f"which {available / 1e9:.2f} GB are free: close other programs, or load the model in a smaller dtype"
+        )
+
+
+def available_bytes() -> int:
+    """Host memory that can still be had: the machine's, or what the container's limit leaves."""
+    available = int(psutil.virtual_memory().available)
+    for limit, used in CGROUP_FILES:
         try:
-            return torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True)
-        except RuntimeError as error:
-            warnings.warn(
-                f"could not pin {n_bytes / 1e9:.2f} GB of host memory ({error}); copies will come from pageable "
-                "memory, which is slower and makes the host wait",
-                stacklevel=2,
-            )
-    return torch.empty(n_bytes, dtype=torch.uint8)
+            available = min(available, int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):  # no such controller, or "max": no limit
+            continue
+    return max(0, available)

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autosp.cost_model.simulate import Costs, Span, Timeline, costs_of, simulate
+from autosp.cost_model.simulate import Costs, costs_of, simulate
 from autosp.schedule.actions import Kind, parse
 from autosp.schedule.streaming import lower
+from autosp.schedule.timeline import Span, Timeline
 from autosp.spec import Candidate
 from builders import Case, cases, profile, thorough
 

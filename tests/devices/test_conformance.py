@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from autosp.devices import CpuDevice, Device, VirtualDevice, choose_device
-from autosp.devices.cpu import memory_of
+from autosp.devices.memory import memory_of
 from autosp.errors import ReadError, SettingError
 from autosp.partition import bind, partition
-from autosp.tiers import open_store
+from autosp.tiers import Originals, open_store
 from models import make
 
 MIB = 2**20
@@ -21,7 +21,7 @@ MIB = 2**20
 def _store(device: Device, tmp_path: Path):
     model, batch = make("stack")
     parts = partition(model, lambda: model(batch), torch.device("cpu"))
-    return open_store(device, bind(model, parts).layers, tmp_path), parts, model
+    return open_store(device, bind(model, parts).layers, tmp_path, Originals.KEPT), parts, model
 
 
 def test_allocation_is_aligned_and_writable(device: Device) -> None:
@@ -131,7 +131,7 @@ def test_virtual_clock_is_exact(tmp_path: Path) -> None:
     device.spend(5.0)
     first = device.copy([Bytes()], target, device.record())  # 5 + 1 + 2
     second = device.copy([Bytes()], target, device.record())  # 8 + 1 + 2
-    assert (first, second) == (8.0, 11.0)
+    assert (first.span(), second.span()) == ((5.0, 8.0), (8.0, 11.0))
     device.wait(first)
     assert device.now_s == 8.0
     assert device.finished(first) and not device.finished(second)

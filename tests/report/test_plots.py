@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 
 import report_samples as samples
-from autosp.cost_model.floor import floor_s
 from autosp.cost_model.predict import predict
 from autosp.errors import SettingError
 from autosp.report import plots
+from autosp.report.traffic import expected, traffic
 from autosp.report.units import seconds
-from autosp.search.space import rank
+from autosp.schedule.actions import Kind
+from autosp.schedule.timeline import Span, Timeline
 from autosp.spec import Candidate
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -46,20 +47,53 @@ def test_a_timeline_of_many_thin_layers(tmp_path: Path) -> None:
     assert (tmp_path / "t.png").read_bytes().startswith(PNG)
 
 
-def test_a_front_has_what_was_predicted_measured_and_bounded(tmp_path: Path) -> None:
+def shifted(timeline: Timeline, by_s: float) -> Timeline:
+    """A timeline as a device might measure it: everything takes longer, and resident layers are not seen."""
+    scale = 1 + by_s
+    return Timeline(
+        tuple(
+            Span(one.action, one.period, one.start_s * scale, one.end_s * scale, one.stall_s * scale)
+            for one in timeline.spans
+            if one.action.kind is not Kind.FORWARD or one.action.layers[0] not in samples.MIXED.residents
+        ),
+        tuple(end * scale for end in timeline.period_ends_s),
+    )
+
+
+@pytest.mark.parametrize("candidate", [samples.EVERYTHING, samples.WINDOW, samples.MIXED])
+@pytest.mark.parametrize("passes", [1, 2, 5])
+def test_what_was_measured_stands_beside_what_was_predicted(candidate: Candidate, passes: int, tmp_path: Path) -> None:
     profile = samples.profile()
-    curve = [(n_bytes, floor_s(profile, n_bytes)) for n_bytes in range(10**9, 6 * 10**9, 10**8)]
-    plots.front(rank(profile, 6 * 10**9), samples.trials(), curve, samples.BUDGET_BYTES, tmp_path / "f.svg")
-    picture = drawn(tmp_path / "f.svg")
-    for label in ("predicted", "fastest measured", "measured, over budget", "floor", "budget 4.00 GB", "ms"):
-        assert f"<!-- {label} -->" in picture or f"{label} -->" in picture
+    measured = shifted(expected(profile, candidate, passes), 0.25)
+    plots.timeline(profile, candidate, tmp_path / "t.svg", samples.BUDGET_BYTES, measured)
+    picture = drawn(tmp_path / "t.svg")
+    found = traffic(measured, profile.partition, candidate)
+    assert f"measured {seconds(found.pass_s)}, {seconds(found.stall_s)} of it stalled" in picture
+    for row in ("predicted", "measured"):
+        assert f"<!-- {row}" in picture
+    assert ("not timed apart" in picture) == bool(candidate.residents)
+    assert found.stall_s > 0 or candidate is not samples.WINDOW
 
 
-def test_a_front_of_latencies_far_apart_and_of_nothing_measured(tmp_path: Path) -> None:
-    said = predict(samples.profile(), [samples.WINDOW])[0]
-    far = said.model_copy(update={"latency_s": 100 * said.latency_s})
-    plots.front([said, far], [], [], None, tmp_path / "f.png")
-    assert (tmp_path / "f.png").read_bytes().startswith(PNG)
+def test_without_a_measurement_there_is_nothing_beside(tmp_path: Path) -> None:
+    plots.timeline(samples.profile(), samples.MIXED, tmp_path / "t.svg", None, Timeline((), ()))
+    assert "<!-- measured" not in drawn(tmp_path / "t.svg")
+
+
+@pytest.mark.parametrize("calls", [1, 4])
+def test_periods_of_a_pass_measured_in_one_call_or_in_many(calls: int, tmp_path: Path) -> None:
+    """Of both the last two periods are shown: as wide as the prediction, that they equal."""
+    profile = samples.profile(repeats=4)
+    periods = expected(profile, samples.WINDOW, 8)
+    measured = Timeline(
+        tuple(Span(one.action, one.period // calls, one.start_s, one.end_s, one.stall_s) for one in periods.spans),
+        periods.period_ends_s[calls - 1 :: calls],
+    )
+    group = plots._Group.measured(measured, profile, samples.WINDOW)
+    assert len(group.bounds_s) == 3
+    assert group.bounds_s[-1] == periods.period_ends_s[-1]
+    assert group.bounds_s[-1] - group.bounds_s[0] == pytest.approx(2 * periods.steady_s, rel=0.1)
+    plots.timeline(profile, samples.WINDOW, tmp_path / "t.png", None, measured)
 
 
 @pytest.mark.parametrize("name", ["picture", "picture.jpg", "no/such/folder/picture.png"])

@@ -168,24 +168,6 @@ def test_a_link() -> None:
     assert line_with(table, "under compute") == "under compute × 1.05 11.9 GB/s"
 
 
-def test_passes_and_what_was_promised_of_them() -> None:
-    passes = [tables.Pass(0.8, 10**9, 0), tables.Pass(0.4, 10**9, 1), tables.Pass(0.5, 10**9, 0)]
-    assert line_with(tables.passes_table(passes, 0.4), "2 ") == "2 400 ms 1.00 1.00 GB 1"
-    text = "\n".join(lines(tables.run_table(samples.plan(), passes, 3_000_000_000)))
-    assert "450 ms, median of passes 2 to 3" in text
-    assert "3.00 GB, 75.0% of the budget of 4.00 GB" in text
-    assert "misses 1" in text
-    one = "\n".join(lines(tables.run_table(samples.plan().model_copy(update={"budget_bytes": None}), passes[:1], 1)))
-    assert "one pass, with empty buffers" in one
-    assert "of the budget" not in one
-
-
-def test_a_broken_promise_is_told() -> None:
-    text = "\n".join(lines(tables.run_table(samples.plan(), [tables.Pass(0.2, 10**9, 0)], 5_000_000_000)))
-    assert "125.0% of the budget of 4.00 GB: OVER IT" in text
-    assert "0.62, floor 320 ms (beaten: its profile measured compute too slow)" in text
-
-
 def test_markup_in_names_is_plain_text() -> None:
     name = "[red]x[/red]"
     table = tables.studies_table([samples.summary(name)])

@@ -20,10 +20,10 @@ from autosp.devices import CpuDevice, Device, VirtualDevice
 from autosp.errors import ModelChangedError, ReadError
 from autosp.intercept import Intercepted
 from autosp.partition import bind, partition
-from autosp.runtime.streamed_model import Originals, StreamedModel
+from autosp.runtime.streamed_model import StreamedModel
 from autosp.schedule.streaming import lower
 from autosp.spec import Candidate, Tier
-from autosp.tiers import open_store
+from autosp.tiers import Originals, open_store
 from models import MAKERS, EarlyExit, make, tokens, vectors
 
 ON_CPU = pytest.mark.parametrize("device", ["cpu-disk", "cpu-host"], indirect=True)
@@ -45,7 +45,8 @@ def apply(device: Device, tmp_path: Path) -> Any:
         residents = tuple(index for index in candidate.residents if index < len(parts.layers))
         candidate = candidate.model_copy(update={"residents": residents})
         schedule = lower(candidate, layer_bytes, parts.visits)
-        streamed = StreamedModel(bound, schedule, device, open_store(device, bound.layers, tmp_path), originals)
+        store = open_store(device, bound.layers, tmp_path, originals)
+        streamed = StreamedModel(bound, schedule, device, store, originals, store.close)
         applied.append(streamed)
         return streamed
 
@@ -121,7 +122,7 @@ def test_compute_waits_for_late_weights(name: str, candidate: Candidate, tmp_pat
     residents = tuple(index for index in candidate.residents if index < len(parts.layers))
     candidate = candidate.model_copy(update={"residents": residents})
     schedule = lower(candidate, [layer.n_bytes for layer in parts.layers], parts.visits)
-    store = open_store(device, bound.layers, tmp_path)
+    store = open_store(device, bound.layers, tmp_path, Originals.KEPT)
     with StreamedModel(bound, schedule, device, store, Originals.KEPT):
         for _ in range(3):
             assert equal(call(model, batch), expected)
@@ -473,7 +474,8 @@ def test_the_executor_keeps_the_simulated_time_exactly(tmp_path: Path) -> None:
         compute = [0.05 + 0.3 * (index % 3) for index in range(len(parts.layers))]
         for layer in bound.layers:
             Intercepted(layer.module, _spender(device, compute[layer.layer.index]))
-        streamed = StreamedModel(bound, schedule, device, open_store(device, bound.layers, tmp_path), Originals.KEPT)
+        store = open_store(device, bound.layers, tmp_path, Originals.KEPT)
+        streamed = StreamedModel(bound, schedule, device, store, Originals.KEPT)
         ends = []
         for _ in range(4):
             model(batch)

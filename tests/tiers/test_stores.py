@@ -12,10 +12,10 @@ import torch
 import autosp
 from autosp.batch import call
 from autosp.devices import CpuDevice
-from autosp.devices.cpu import memory_of
-from autosp.errors import AutospError, DiskFullError, ReadError, TierError
+from autosp.devices.memory import memory_of
+from autosp.errors import AutospError, DiskFullError, HostMemoryError, ReadError, TierError
 from autosp.partition import bind, partition
-from autosp.tiers import DiskStore, HostStore
+from autosp.tiers import DiskStore, HostStore, Originals, host
 from models import make, tokens
 
 
@@ -28,7 +28,8 @@ def _layers(name: str = "stack"):
 @pytest.mark.parametrize("kind", ["disk", "host"])
 def test_regions_and_rest_hold_every_layer_s_bytes(kind: str, tmp_path: Path) -> None:
     _, layers = _layers()
-    store = DiskStore(layers, tmp_path) if kind == "disk" else HostStore(layers, pin=False)
+    expected = {placed: placed.current_bytes().clone() for bound in layers for placed in bound.placed}
+    store = DiskStore(layers, tmp_path, Originals.KEPT) if kind == "disk" else HostStore(layers, CpuDevice())
     device = CpuDevice()
     for bound in layers:
         index, n_bytes = bound.layer.index, bound.layer.n_bytes
@@ -37,8 +38,8 @@ def test_regions_and_rest_hold_every_layer_s_bytes(kind: str, tmp_path: Path) ->
         device.wait(device.copy([region], memory))
         for placed in bound.placed:
             window = slice(placed.offset, placed.offset + placed.extent.n_bytes)
-            assert torch.equal(memory[window], placed.extent.raw())
-            assert torch.equal(store.rest(index)[window], placed.extent.raw())
+            assert torch.equal(memory[window], expected[placed])
+            assert torch.equal(store.rest(index)[window], expected[placed])
     device.close()
     store.close()
 
@@ -46,7 +47,7 @@ def test_regions_and_rest_hold_every_layer_s_bytes(kind: str, tmp_path: Path) ->
 @pytest.mark.parametrize("kind", ["disk", "host"])
 def test_adjacent_layers_are_one_region_and_gaps_split(kind: str, tmp_path: Path) -> None:
     _, layers = _layers()
-    store = DiskStore(layers, tmp_path) if kind == "disk" else HostStore(layers, pin=False)
+    store = DiskStore(layers, tmp_path, Originals.KEPT) if kind == "disk" else HostStore(layers, CpuDevice())
     assert len(store.regions([0, 1, 2])) == 1
     assert len(store.regions([0, 2, 3])) == 2
     assert sum(region.n_bytes for region in store.regions([0, 2, 3])) == sum(
@@ -58,7 +59,7 @@ def test_adjacent_layers_are_one_region_and_gaps_split(kind: str, tmp_path: Path
 @pytest.mark.parametrize("kind", ["disk", "host"])
 def test_a_write_at_rest_reaches_the_next_load(kind: str, tmp_path: Path) -> None:
     _, layers = _layers()
-    store = DiskStore(layers, tmp_path) if kind == "disk" else HostStore(layers, pin=False)
+    store = DiskStore(layers, tmp_path, Originals.KEPT) if kind == "disk" else HostStore(layers, CpuDevice())
     device = CpuDevice()
     memory = device.allocate(layers[1].layer.n_bytes)
     store.rest(1)[:16].fill_(42)
@@ -70,7 +71,7 @@ def test_a_write_at_rest_reaches_the_next_load(kind: str, tmp_path: Path) -> Non
 
 def test_nothing_is_left_on_disk(tmp_path: Path) -> None:
     _, layers = _layers()
-    store = DiskStore(layers, tmp_path)
+    store = DiskStore(layers, tmp_path, Originals.KEPT)
     assert list(tmp_path.iterdir()) == []  # unlinked while open: a killed process leaves nothing either
     store.close()
 
@@ -83,7 +84,7 @@ def test_a_full_disk_is_a_typed_error_that_leaves_nothing(tmp_path: Path, monkey
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(DiskFullError, match=r"takes 0\.00 GB in .* has .* GB free; set AUTOSP_CACHE_DIR"):
-        DiskStore(layers, tmp_path)
+        DiskStore(layers, tmp_path, Originals.KEPT)
     assert list(tmp_path.iterdir()) == []
     plan = autosp.plan(model, tokens(3, 11), k=2, k_prime=1, device="cpu")
     before = model(tokens(3, 11))
@@ -96,12 +97,12 @@ def test_a_cache_folder_that_cannot_be_made(tmp_path: Path) -> None:
     _, layers = _layers()
     (tmp_path / "file").write_text("")
     with pytest.raises(TierError, match="AUTOSP_CACHE_DIR"):
-        DiskStore(layers, tmp_path / "file" / "cache")
+        DiskStore(layers, tmp_path / "file" / "cache", Originals.KEPT)
 
 
 def test_a_truncated_file_names_the_layer(tmp_path: Path) -> None:
     _, layers = _layers()
-    store = DiskStore(layers, tmp_path)
+    store = DiskStore(layers, tmp_path, Originals.KEPT)
     (region,) = store.regions([layers[-1].layer.index])
     memory = CpuDevice().allocate(region.n_bytes)
     os.ftruncate(store._descriptor, region.offset + 5000)
@@ -111,7 +112,7 @@ def test_a_truncated_file_names_the_layer(tmp_path: Path) -> None:
 
 def test_io_errors_are_retried_then_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, layers = _layers()
-    store = DiskStore(layers, tmp_path)
+    store = DiskStore(layers, tmp_path, Originals.KEPT)
     (region,) = store.regions([0])
     device = CpuDevice()
     memory = device.allocate(region.n_bytes)
@@ -131,3 +132,51 @@ def test_io_errors_are_retried_then_reported(tmp_path: Path, monkeypatch: pytest
         device.wait(device.copy([region], memory))
     device.close()
     store.close()
+
+
+@pytest.mark.parametrize("kind", ["disk", "host"])
+def test_layers_that_moved_in_move_out_again_and_aliases_stay_valid(kind: str, tmp_path: Path) -> None:
+    model, layers = _layers()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    store = DiskStore(layers, tmp_path, Originals.FREED) if kind == "disk" else HostStore(layers, CpuDevice())
+    streamed = {named.name for bound in layers for place in bound.placed for named in place.extent.tensors}
+    rests = {store.rest(bound.layer.index).untyped_storage().data_ptr() for bound in layers}
+    alias = model.state_dict()  # a user's own, taken at rest
+    for name, tensor in alias.items():
+        assert (tensor.untyped_storage().data_ptr() in rests) == (name in streamed)
+    store.close()
+    for name, tensor in model.state_dict().items():
+        assert tensor.untyped_storage().data_ptr() not in rests
+        assert torch.equal(tensor, before[name])
+        assert torch.equal(alias[name], before[name])
+
+
+def test_moving_to_host_memory_never_holds_the_weights_twice() -> None:
+    model = torch.nn.Sequential(*(torch.nn.Linear(1024, 1024, bias=False) for _ in range(16)))  # 64 MiB
+    batch = torch.ones(1, 1024)
+    parts = partition(model, lambda: call(model, batch), torch.device("cpu"))
+    device = CpuDevice()
+    device.start_measuring()
+    store = HostStore(bind(model, parts).layers, device)
+    moved_in = device.peak_bytes()
+    store.close()
+    assert max(moved_in, device.peak_bytes()) < 32 * 2**20  # a second copy would be 64 MiB
+    device.close()
+
+
+def test_too_little_host_memory_is_said_before_anything_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, layers = _layers()
+    before = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    monkeypatch.setattr(host, "available_bytes", lambda: 10)
+    with pytest.raises(HostMemoryError, match=r"host memory, of which 0\.00 GB are free"):
+        HostStore(layers, CpuDevice())
+    assert before == {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+
+
+def test_available_memory_respects_the_container_s_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "max").write_text("5000\n")
+    (tmp_path / "current").write_text("3000\n")
+    monkeypatch.setattr(host, "CGROUP_FILES", ((str(tmp_path / "max"), str(tmp_path / "current")),))
+    assert host.available_bytes() == 2000
+    (tmp_path / "max").write_text("max\n")
+    assert host.available_bytes() > 10**6

@@ -1,0 +1,133 @@
+"""Host memory in whole pages: taken, looked at, and pinned for an accelerator."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from weakref import WeakValueDictionary, finalize
+
+import torch
+
+HUGE_PAGE_BYTES = 2 * 2**20
+
+PORTABLE_AND_MAPPED = 3
+"""cudaHostRegisterPortable | cudaHostRegisterMapped: for every context, and readable by kernels."""
+
+
+_LIBC = ctypes.CDLL(None)
+_madvise = _LIBC.madvise
+_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+class Pages(mmap.mmap):
+    """Anonymous pages, which are unpinned before the kernel takes them back."""
+
+    unpin: Callable[[], object] | None = None
+
+    def __del__(self) -> None:
+        if self.unpin is not None:
+            with suppress(RuntimeError):  # at the interpreter's exit the accelerator's runtime may be gone
+                self.unpin()
+
+
+_PAGES: WeakValueDictionary[int, Pages] = WeakValueDictionary()
+"""By address: a tensor does not say which pages it lives in."""
+
+
+def anonymous(n_bytes: int) -> torch.Tensor:
+    """Zero pages, huge where the kernel grants them, each taking RAM once it is written to. uint8."""
+    with torch.inference_mode(False):
+        if n_bytes == 0:
+            return torch.empty(0, dtype=torch.uint8)
+        pages = Pages(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if n_bytes >= HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        memory = torch.frombuffer(pages, dtype=torch.uint8)
+    _PAGES[memory.data_ptr()] = pages
+    return memory
+
+
+def memory_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, writable. The caller keeps the tensor alive."""
+    n_bytes = tensor.numel() * tensor.element_size()
+    if n_bytes == 0:
+        return memoryview(b"")
+    return memoryview((ctypes.c_char * n_bytes).from_address(tensor.data_ptr())).cast("B")
+
+
+def pin(memory: torch.Tensor, device: torch.device) -> bool:
+    """Pin the pages of a tensor from `anonymous` for CUDA or ROCm, in place. False, and a warning, where it fails."""
+    pages = _PAGES[memory.data_ptr()]
+    address = memory.data_ptr()
+    try:
+        runtime = torch.cuda.cudart()
+        torch.cuda.check_error(runtime.cudaHostRegister(address, memory.numel(), PORTABLE_AND_MAPPED))
+    except (RuntimeError, AssertionError) as error:
+        _clear_error(device)
+        warnings.warn(
+            f"could not pin {memory.numel() / 1e9:.2f} GB of host memory ({error}): copies will come from pageable "
+            "memory, which is slower and makes the host wait; raise the limit of locked memory (ulimit -l) or free RAM",
+            stacklevel=3,
+        )
+        return False
+    pages.unpin = lambda: runtime.cudaHostUnregister(address)
+    return True
+
+
+def unpin(memory: torch.Tensor) -> None:
+    """Undo `pin`, so that parts of it can go. Harmless on memory that is not pinned."""
+    pages = _PAGES.get(memory.data_ptr())
+    if pages is not None and pages.unpin is not None:
+        pages.unpin()
+        pages.unpin = None
+
+
+def part(memory: torch.Tensor, begin: int, n_bytes: int) -> torch.Tensor:
+    """A run of `anonymous` memory as a tensor with a storage of its own.
+
+    When the last view of that storage goes, whole pages of the run go back to the kernel, whatever else of `memory` is
+    in use. So the run must not be pinned by then, and must not be read through `memory` afterwards.
+    """
+    with torch.inference_mode(False):
+        if n_bytes == 0:
+            return torch.empty(0, dtype=torch.uint8)
+        run = (ctypes.c_char * n_bytes).from_buffer(_PAGES[memory.data_ptr()], begin)
+        finalize(run, _drop_pages, memory.data_ptr() + begin, n_bytes).atexit = False
+        return torch.frombuffer(run, dtype=torch.uint8)
+
+
+def _drop_pages(address: int, n_bytes: int) -> None:
+    begin = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    whole = (address + n_bytes - begin) // mmap.PAGESIZE * mmap.PAGESIZE
+    if whole > 0:
+        _madvise(begin, whole, mmap.MADV_DONTNEED)
+
+
+def anonymous_bytes() -> int:
+    """The process's resident memory that no file backs."""
+    return status_bytes("RssAnon")
+
+
+def status_bytes(field: str) -> int:
+    """A figure of /proc/self/status."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def trim_heap() -> None:
+    """Return freed heap to the kernel, where the C library can."""
+    trim = getattr(_LIBC, "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _clear_error(device: torch.device) -> None:
+    """Have the runtime report the failure here, or the next kernel's launch would be blamed for it."""
+    with suppress(RuntimeError, AssertionError):
+        torch.zeros(1, device=device).add_(1)

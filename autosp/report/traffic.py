@@ -1,0 +1,90 @@
+"""What a timeline says of the link and of compute: bytes, bandwidth, stalls, and the time of a pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import median
+
+from autosp.cost_model.predict import contended_periods
+from autosp.cost_model.simulate import Costs, costs_of, simulate
+from autosp.schedule.actions import Kind
+from autosp.schedule.streaming import build_ring, lower
+from autosp.schedule.timeline import Timeline
+from autosp.spec import Candidate, Partition, Profile
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """One pass in the steady state."""
+
+    pass_s: float
+    moved_bytes: float
+    link_busy_s: float
+    stall_s: float
+    layer_stalls_s: dict[int, float]
+    """Layer -> seconds that compute waited for it, over all its visits. Streamed layers only."""
+
+    @property
+    def bytes_per_s(self) -> float | None:
+        """The link's bandwidth while it was busy; None if it never was."""
+        return self.moved_bytes / self.link_busy_s if self.link_busy_s > 0 else None
+
+
+def expected_costs(profile: Profile, candidate: Candidate) -> Costs:
+    """What each action takes while link and compute slow each other down as they do under this candidate."""
+    ring = build_ring(candidate, [layer.n_bytes for layer in profile.partition.layers], profile.partition.visits)
+    _, _, compute_factor, link_factor = contended_periods(profile, [ring])
+    return costs_of(profile).contended(float(compute_factor[0]), float(link_factor[0]))
+
+
+def expected(profile: Profile, candidate: Candidate, periods: int) -> Timeline:
+    """The timeline that the cost model expects: periods of the profiled pass, the first from empty buffers."""
+    costs = expected_costs(profile, candidate)
+    return simulate(lower(candidate, costs.layer_bytes, profile.partition.visits), costs, periods)
+
+
+def calls_periods(timeline: Timeline, partition: Partition, candidate: Candidate) -> int:
+    """Periods of the partition in the last period of a timeline.
+
+    A measured timeline counts calls of the model; one that loops within its forward runs several periods in a call.
+    """
+    residents = set(candidate.residents)
+    streamed = sum(layer not in residents for layer in partition.visits)
+    last = len(timeline.period_ends_s) - 1
+    seen = sum(
+        span.period == last and span.action.layers[0] not in residents for span in timeline.of_kind(Kind.FORWARD)
+    )
+    return max(1, round(seen / streamed)) if streamed else 1
+
+
+def periods_of(timeline: Timeline, partition: Partition, candidate: Candidate) -> int:
+    """How many periods of the partition a timeline has."""
+    return len(timeline.period_ends_s) * calls_periods(timeline, partition, candidate)
+
+
+def traffic(timeline: Timeline, partition: Partition, candidate: Candidate) -> Traffic:
+    """A pass as the mean over the timeline, without its first period if there are others; its time is the median.
+
+    Raises: ValueError if the timeline has no period.
+    """
+    ends = timeline.period_ends_s
+    if not ends:
+        raise ValueError("a timeline of no period has no traffic")
+    first = min(1, len(ends) - 1)
+    lengths = [end - begin for begin, end in zip((0.0, *ends), ends, strict=False)][first:]
+    periods = calls_periods(timeline, partition, candidate)
+    # The timeline's last periods -> periods of the partition -> one pass.
+    share = partition.repeats / (periods * len(lengths))
+    loads = [span for span in timeline.of_kind(Kind.LOAD) if span.period >= first]
+    stalls = dict.fromkeys((layer for layer in partition.visits if layer not in candidate.residents), 0.0)
+    for span in timeline.of_kind(Kind.FORWARD):
+        layer = span.action.layers[0]
+        if span.period >= first and layer in stalls:
+            stalls[layer] += span.stall_s * share
+    return Traffic(
+        pass_s=median(lengths) * partition.repeats / periods,
+        moved_bytes=sum(partition.layers[layer].n_bytes for load in loads for layer in load.action.layers) * share,
+        link_busy_s=sum(load.end_s - load.start_s for load in loads) * share,
+        stall_s=sum(stalls.values()),
+        layer_stalls_s=stalls,
+    )

@@ -1,0 +1,138 @@
+"""Keeps the stamps of the last passes, from which stalls, traffic and the measured timeline are read."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from autosp.devices import Copied, Device, Stamp
+from autosp.schedule.actions import Action, Kind
+from autosp.schedule.timeline import Span, Timeline
+
+KEPT_PASSES = 8
+"""Whole passes that are remembered; a few events each per layer, so the rest is forgotten."""
+
+
+@dataclass(slots=True)
+class Visit:
+    """One call of a layer: when it came, when its weights were there, when it ended."""
+
+    layer: int
+    arrive: Stamp
+    start: Stamp = None
+    finish: Stamp = None
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """One transfer, to `offset` of the arena, and the groups that it overwrote."""
+
+    layers: tuple[int, ...]
+    offset: int
+    copied: Copied
+    evicted: tuple[tuple[int, ...], ...]
+
+
+@dataclass(slots=True)
+class Pass:
+    """One outermost call of the model."""
+
+    begin: Stamp
+    end: Stamp = None
+    visits: list[Visit] = field(default_factory=list)
+    loads: list[Load] = field(default_factory=list)
+
+
+class Recorder:
+    """Told by the executor what happens; costs a stamp per event and never waits for anything."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._passes: deque[Pass] = deque(maxlen=KEPT_PASSES)
+        self._now: Pass | None = None
+        self._open: list[Visit] = []
+
+    def begin_pass(self) -> None:
+        """The outermost call starts."""
+        self._now = Pass(self._device.stamp())
+        self._open.clear()
+
+    def end_pass(self) -> None:
+        """The outermost call returned."""
+        assert self._now is not None
+        self._now.end = self._device.stamp()
+        self._passes.append(self._now)
+        self._now = None
+
+    def drop_pass(self) -> None:
+        """The outermost call raised: its stamps say nothing about a whole pass."""
+        self._now = None
+
+    def arrive(self, layer: int) -> None:
+        """A layer is called; nothing was waited for yet."""
+        self._open.append(Visit(layer, self._device.stamp()))
+
+    def start(self) -> None:
+        """Its weights are there."""
+        self._open[-1].start = self._device.stamp()
+
+    def finish(self) -> None:
+        """Its forward returned."""
+        visit = self._open.pop()
+        visit.finish = self._device.stamp()
+        if self._now is not None:
+            self._now.visits.append(visit)
+
+    def loaded(
+        self, layers: tuple[int, ...], offset: int, copied: Copied, evicted: tuple[tuple[int, ...], ...]
+    ) -> None:
+        """A transfer was issued."""
+        if self._now is not None:
+            self._now.loads.append(Load(layers, offset, copied, evicted))
+
+    # -- what is read from it: waits for the device, so not for use within a pass ------------------------------------
+
+    def pass_s(self) -> list[float]:
+        """Seconds of each remembered pass."""
+        self._device.synchronize()
+        return [self._device.seconds(one.begin, one.end) for one in self._passes]
+
+    def stall_s(self) -> dict[int, float]:
+        """Layer -> mean seconds per remembered pass that compute stood still before it, waiting for its weights."""
+        self._device.synchronize()
+        stalls: dict[int, list[float]] = {}
+        for one in self._passes:
+            for visit in one.visits:
+                stalls.setdefault(visit.layer, []).append(self._device.seconds(visit.arrive, visit.start))
+        count = len(self._passes)
+        return {layer: sum(seconds) / count for layer, seconds in sorted(stalls.items())}
+
+    def timeline(self) -> Timeline:
+        """The remembered passes as spans, in seconds from the first one's beginning."""
+        self._device.synchronize()
+        if not self._passes:
+            return Timeline((), ())
+        zero = self._passes[0].begin
+
+        def at(stamp: Stamp) -> float:
+            return self._device.seconds(zero, stamp)
+
+        spans: list[Span] = []
+        for period, one in enumerate(self._passes):
+            numbers: Counter[tuple[Kind, tuple[int, ...]]] = Counter()
+
+            def action(
+                kind: Kind, layers: tuple[int, ...], offset: int | None = None, numbers: Counter[Any] = numbers
+            ) -> Action:
+                numbers[kind, layers] += 1
+                return Action(kind, layers, numbers[kind, layers] - 1, (), offset)
+
+            for load in one.loads:
+                begin, end = map(at, load.copied.span())
+                spans += (Span(action(Kind.EVICT, gone), period, begin, begin) for gone in load.evicted)
+                spans.append(Span(action(Kind.LOAD, load.layers, load.offset), period, begin, end))
+            for visit in one.visits:
+                arrive, start, finish = at(visit.arrive), at(visit.start), at(visit.finish)
+                spans.append(Span(action(Kind.FORWARD, (visit.layer,)), period, start, finish, start - arrive))
+        return Timeline(tuple(spans), tuple(at(one.end) for one in self._passes))

@@ -1,0 +1,324 @@
+"""The accelerator's calls of torch, checked where there is no accelerator: that torch has them, and in which order.
+
+Whether the hardware then does what it is told is for the tests that need one.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock, create_autospec
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+import autosp
+from autosp.devices import AcceleratorDevice, accelerator
+
+BACKENDS = [pytest.param(torch.cuda, id="cuda"), pytest.param(torch.xpu, id="xpu")]
+TOTAL_BYTES = 16 * 2**30
+PACKAGE = Path(autosp.__file__).parent
+
+
+class Region:
+    """Bytes in host memory."""
+
+    def __init__(self, *values: int) -> None:
+        self.host = torch.tensor(values, dtype=torch.uint8)
+        self.n_bytes = len(values)
+
+    def read_into(self, target: memoryview) -> None:
+        raise AssertionError("an accelerator copies from host memory")
+
+
+def device_of(module: Any, monkeypatch: pytest.MonkeyPatch) -> AcceleratorDevice:
+    """An AcceleratorDevice whose torch module is `module`; what it allocates is ordinary memory."""
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    made = AcceleratorDevice("cuda:0")
+    assert made.torch_device == torch.device("cuda:0")
+    made.torch_device = torch.device("cpu")
+    return made
+
+
+# That torch has what is called
+
+
+def strict(backend: ModuleType) -> Any:
+    """A stand-in for torch.cuda or torch.xpu that refuses names and arguments that the real one does not have."""
+    stream, event = (create_autospec(kind, instance=True) for kind in (backend.Stream, backend.Event))
+    stream.record_event.return_value = event
+    event.elapsed_time.return_value = 1500.0
+    module = create_autospec(backend)
+    module.Stream.side_effect = checked(backend.Stream, stream)
+    module.Event.side_effect = checked(backend.Event, event)
+    module.current_stream.return_value = stream
+    module.memory_reserved.return_value = 2**20
+    module.max_memory_reserved.return_value = 3 * 2**20
+    module.get_device_properties.return_value = SimpleNamespace(name="a device", total_memory=TOTAL_BYTES)
+    module.stream.return_value = MagicMock()
+    return module
+
+
+def checked(kind: type, answer: Any) -> Callable[..., Any]:
+    """A constructor that takes what the real one takes. (An autospec looks at `__init__`, these have `__new__`.)"""
+
+    def construct(*arguments: Any, **options: Any) -> Any:
+        inspect.signature(kind).bind(*arguments, **options)
+        return answer
+
+    return construct
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_call_is_one_that_torch_takes(backend: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = strict(backend)
+    device = device_of(module, monkeypatch)
+    assert (device.info.name, device.info.memory_bytes) == ("a device", TOTAL_BYTES)
+    copied = device.copy([Region(1, 2)], torch.empty(2, dtype=torch.uint8), device.record())
+    device.wait(copied)
+    device.finished(copied)
+    assert device.seconds(device.stamp(), device.stamp()) == 1.5
+    device.start_measuring()
+    assert device.peak_bytes() == 2 * 2**20
+    device.originals_freed(10)
+    device.restart_peak()
+    device.finish_compute()
+    device.synchronize()
+    with device.limit(2**20):
+        pass
+    device.close()
+
+
+def test_the_strict_stand_in_is_strict() -> None:
+    module = strict(torch.cuda)
+    with pytest.raises(AttributeError):
+        module.no_such_function()
+    with pytest.raises(TypeError):
+        module.Event(no_such_option=True)
+    with pytest.raises(TypeError):
+        module.current_stream().wait_event()
+    with pytest.raises(AttributeError):
+        module.current_stream().no_such_method()
+
+
+def names_of_the_module(source: str) -> set[str]:
+    """Every name that is taken from `self._module`, also through `getattr`."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self._module":
+            names.add(node.attr)
+        elif isinstance(node, ast.Call) and ast.unparse(node).startswith("getattr(self._module, "):
+            names.add(ast.literal_eval(node.args[1]))
+    return names
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_torch_has_every_name_that_is_used(backend: ModuleType) -> None:
+    names = names_of_the_module(inspect.getsource(accelerator))
+    assert {"Stream", "Event", "stream", "current_stream", "set_per_process_memory_fraction"} <= names
+    assert not [name for name in names if not hasattr(backend, name)]
+
+
+def test_nothing_calls_record_stream() -> None:
+    """Fixed addresses need no help of the allocator, whose help costs memory."""
+    used = {
+        node.attr
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute)
+    }
+    assert "wait_event" in used
+    assert "record_stream" not in used
+
+
+# In which order
+
+
+class FakeEvent:
+    """A point in a stream. Asking it, or waiting for it on the host, is noted."""
+
+    def __init__(self, module: FakeModule, **_options: Any) -> None:
+        self._module = module
+
+    def record(self, stream: FakeStream | None = None) -> None:
+        self._module.log.append(("record", (stream or self._module.current_stream()).name, self))
+
+    def query(self) -> bool:
+        self._module.log.append(("query", "host", self))
+        return True
+
+    def synchronize(self) -> None:
+        self._module.log.append(("synchronize", "host", self))
+
+
+class FakeStream:
+    """Notes what is put on it."""
+
+    def __init__(self, module: FakeModule, name: str) -> None:
+        self._module = module
+        self.name = name
+
+    def wait_event(self, event: FakeEvent) -> None:
+        self._module.log.append(("wait", self.name, event))
+
+    def record_event(self, event: FakeEvent | None = None) -> FakeEvent:
+        event = event or FakeEvent(self._module)
+        event.record(self)
+        return event
+
+    def synchronize(self) -> None:
+        self._module.log.append(("synchronize", "host", self))
+
+
+class FakeModule:
+    """torch.cuda as a list of what was asked of it: (verb, stream, object)."""
+
+    def __init__(self) -> None:
+        self.log: list[tuple[str, str, Any]] = []
+        self.fractions: list[float] = []
+        self.reserved_bytes = 2**30
+        self._compute = FakeStream(self, "compute")
+        self._current = [self._compute]
+
+    def Stream(self, _device: Any) -> FakeStream:  # noqa: N802
+        return FakeStream(self, "copies")
+
+    def Event(self, **options: Any) -> FakeEvent:  # noqa: N802
+        return FakeEvent(self, **options)
+
+    def current_stream(self, _device: Any = None) -> FakeStream:
+        return self._current[-1]
+
+    @contextmanager
+    def stream(self, stream: FakeStream) -> Iterator[None]:
+        self._current.append(stream)
+        yield
+        self._current.pop()
+
+    def synchronize(self, _device: Any = None) -> None:
+        self.log.append(("synchronize", "host", None))
+
+    def get_device_properties(self, _device: Any) -> SimpleNamespace:
+        return SimpleNamespace(name="a device", total_memory=TOTAL_BYTES)
+
+    def memory_reserved(self, _device: Any = None) -> int:
+        return self.reserved_bytes
+
+    def set_per_process_memory_fraction(self, fraction: float, _device: Any = None) -> None:
+        self.fractions.append(fraction)
+
+
+class Copies(TorchFunctionMode):
+    """Notes every tensor copy with the stream that was current."""
+
+    def __init__(self, module: FakeModule) -> None:
+        super().__init__()
+        self._module = module
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.Tensor.copy_, torch.Tensor.record_stream):
+            assert (kwargs or {}).get("non_blocking"), "a copy that blocks the host"
+            self._module.log.append((func.__name__, self._module.current_stream().name, None))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> tuple[AcceleratorDevice, FakeModule]:
+    module = FakeModule()
+    return device_of(module, monkeypatch), module
+
+
+def verbs(module: FakeModule) -> list[tuple[str, str]]:
+    return [(verb, stream) for verb, stream, _ in module.log]
+
+
+Fake = tuple[AcceleratorDevice, FakeModule]
+
+
+def test_a_copy_waits_on_the_copy_stream_and_is_issued_there(fake: Fake) -> None:
+    device, module = fake
+    target = torch.zeros(5, dtype=torch.uint8)
+    after = device.record()
+    assert module.log.pop() == ("record", "compute", after)
+    with Copies(module):
+        device.copy([Region(1, 2, 3), Region(4, 5)], target, after)
+    assert module.log[0] == ("wait", "copies", after)
+    assert [verb for verb, _ in verbs(module) if verb != "record"] == ["wait", "copy_", "copy_"]
+    assert {stream for _, stream in verbs(module)} == {"copies"}
+    assert verbs(module)[-1] == ("record", "copies")
+    assert target.tolist() == [1, 2, 3, 4, 5]
+    assert module.current_stream().name == "compute"
+
+
+def test_a_copy_after_nothing_waits_for_nothing(fake: Fake) -> None:
+    device, module = fake
+    device.copy([], torch.zeros(0, dtype=torch.uint8), None)
+    assert ("wait", "copies") not in verbs(module)
+    assert verbs(module)[-1] == ("record", "copies")
+
+
+def test_waiting_orders_the_compute_stream_after_the_end_of_the_copy_and_not_the_host(fake: Fake) -> None:
+    device, module = fake
+    copied = device.copy([Region(1)], torch.zeros(1, dtype=torch.uint8), device.record())
+    *_, (_, _, end) = module.log
+    module.log.clear()
+    device.wait(copied)
+    assert module.log == [("wait", "compute", end)]
+    module.log.clear()
+    assert device.finished(copied)
+    assert module.log == [("query", "host", end)]
+    module.log.clear()
+    device.wait(None)
+    assert device.finished(None)
+    assert not module.log
+
+
+def test_waiting_on_a_stream_of_the_user_orders_that_stream(fake: Fake) -> None:
+    device, module = fake
+    copied = device.copy([Region(1)], torch.zeros(1, dtype=torch.uint8), device.record())
+    module.log.clear()
+    with module.stream(FakeStream(module, "the user's")):
+        device.wait(copied)
+    assert verbs(module) == [("wait", "the user's")]
+
+
+def test_a_pass_of_copies_never_blocks_the_host(fake: Fake) -> None:
+    device, module = fake
+    target = torch.zeros(1, dtype=torch.uint8)
+    for _ in range(3):
+        copied = device.copy([Region(1)], target, device.record())
+        device.stamp()
+        device.wait(copied)
+    assert "host" not in {stream for _, stream in verbs(module)}
+
+
+def test_the_limit_is_what_is_held_and_the_budget_and_ends_with_an_error(fake: Fake) -> None:
+    device, module = fake
+    with pytest.raises(ValueError, match="theirs"), device.limit(3 * 2**30):
+        assert module.fractions == [4 * 2**30 / TOTAL_BYTES]
+        raise ValueError("theirs")
+    assert module.fractions[1:] == [1.0]
+
+
+def test_no_limit_beyond_the_device_and_none_without_a_budget(fake: Fake) -> None:
+    device, module = fake
+    with device.limit(2 * TOTAL_BYTES):
+        assert module.fractions == [1.0]
+    module.fractions.clear()
+    with device.limit(None):
+        pass
+    assert not module.fractions
+
+
+def test_out_of_memory_is_torch_s_own_exception(fake: Fake) -> None:
+    device, _ = fake
+    assert device.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not device.is_out_of_memory(RuntimeError("CUDA error"))
