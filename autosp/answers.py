@@ -99,19 +99,24 @@ def profile_of(plan: Plan, storage: str | None) -> Profile | None:
     """The profile that a plan rests on. If the database does not have it: None, and the reason is told."""
     from autosp.store import Repository
 
-    reason = "the plan comes from no study"
-    if plan.study_name is not None:
-        try:
-            with Repository(storage) as repository:
-                profile = repository.profile(plan.study_name)
-        except StoreError as error:
-            reason = str(error)
-        else:
-            if profile is not None and (profile.partition, profile.device) == (plan.partition, plan.device):
-                return profile
-            reason = f"the database has no profile of study {plan.study_name} that fits the plan"
-    tell(f"nothing is predicted: {reason}")
+    if plan.study_name is None:
+        tell("nothing is predicted: the plan comes from no study")
+        return None
+    try:
+        with Repository(storage) as repository:
+            profile = repository.profile(plan.study_name)
+    except StoreError as error:
+        tell(f"nothing is predicted: {error}")
+        return None
+    if profile is not None and _rests_on(plan, profile):
+        return profile
+    tell(f"nothing is predicted: the database has no profile of study {plan.study_name} that fits the plan")
     return None
+
+
+def _rests_on(plan: Plan, profile: Profile) -> bool:
+    same_device = profile.device.fingerprint == plan.device.fingerprint
+    return same_device and profile.partition == plan.partition
 
 
 def workload_of(factory: str, plan: Plan) -> tuple[Workload, Device]:

@@ -42,11 +42,10 @@ def apply(model: M, plan: Plan) -> StreamedModel[M]:
             f"{type(model).__name__} has {found}: other module classes, tensor names, shapes, dtypes or ties"
         )
     device = choose_device(plan.device.kind)
-    residents = set(plan.candidate.residents)
     bound = bind(model, plan.partition)
     schedule = lower(plan.candidate, [layer.n_bytes for layer in plan.partition.layers], plan.partition.visits)
-    streamed = [layer for layer in bound.layers if layer.layer.index not in residents]
-    store = open_store(device, streamed, settings().cache_dir, Originals.FREED)
+    stored = bound.stored(plan.candidate.residents)
+    store = open_store(device, stored, settings().cache_dir, Originals.FREED)
 
     def close() -> None:
         store.close()

@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from autosp.errors import PlanFormatError
 
-PLAN_SCHEMA_VERSION = 1
+PLAN_SCHEMA_VERSION = 2
+"""1: before lookup tables; still read."""
 
 Mode = Literal["inference"]
 
@@ -57,13 +58,16 @@ class Layer(Record):
 
 
 class Partition(Record):
-    """A model as ordered layers. Every tensor is in exactly one layer or among the resident tensors."""
+    """A model as ordered layers. Every tensor is in one layer, or a lookup table, or among the resident tensors."""
 
     layers: tuple[Layer, ...]
     resident_tensors: tuple[str, ...] = Field(description="tied, mutated or parent-owned tensors: never streamed")
     resident_bytes: int
     visits: tuple[int, ...] = Field(description="layer index per call, in the order of one period of execution")
     repeats: int = Field(description="periods per pass; more than one where the step calls the model again and again")
+    lookups: Layer | None = Field(
+        default=None, description="tables of which a pass reads a few rows: they stay on the slow tier"
+    )
 
     @property
     def streamable_bytes(self) -> int:
@@ -72,8 +76,8 @@ class Partition(Record):
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all weights: layers and resident tensors."""
-        return self.streamable_bytes + self.resident_bytes
+        """Bytes of all weights: layers, resident tensors, lookup tables."""
+        return self.streamable_bytes + self.resident_bytes + (self.lookups.n_bytes if self.lookups else 0)
 
 
 class LayerProfile(Record):

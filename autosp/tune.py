@@ -131,7 +131,7 @@ def plan(
     """
     chosen = choose_device(device)
     workload = Workload.of(model, sample_batch, step, mode, chosen)
-    parts = partition(model, workload.run, chosen.torch_device)
+    parts = partition(model, workload.run, chosen.torch_device, lookups=chosen.reads_host)
     candidate = _candidate(k, k_prime, residents, list(dict.fromkeys(parts.visits)))
     return Plan(
         **_identity(workload, chosen),
@@ -155,7 +155,7 @@ def profile(
     workload = Workload.of(model, sample_batch, step, mode, chosen)
     with _progress(progress) as show:
         show("order of the layers")
-        parts = partition(model, workload.run, chosen.torch_device)
+        parts = partition(model, workload.run, chosen.torch_device, lookups=chosen.reads_host)
         show("packing")
         with Bench(model, parts, chosen, settings().cache_dir) as bench:
             return measure(bench, workload, show)
@@ -240,7 +240,12 @@ def _is_entered(repository: Repository, name: str, key: StudyKey) -> bool:
 def _plain_pass(workload: Workload, device: Device) -> tuple[Partition, Any]:
     """The layers, and the output, of one pass of the unstreamed model."""
     outputs: list[Any] = []
-    parts = partition(workload.model, lambda: outputs.append(workload.run_seeded()), device.torch_device)
+    parts = partition(
+        workload.model,
+        lambda: outputs.append(workload.run_seeded()),
+        device.torch_device,
+        lookups=device.reads_host,
+    )
     return parts, outputs[0]
 
 

@@ -112,7 +112,7 @@ def study(tuned: Path, monkeypatch: Environment) -> Path:
 
 def test_help_names_every_command() -> None:
     said = autosp("--help")
-    for command in ("tune", "resume", "estimate", "studies", "show", "export", "run", "doctor", "db", "demo"):
+    for command in ("tune", "resume", "estimate", "studies", "show", "export", "run", "trace", "doctor", "db", "demo"):
         assert f" {command} " in said
 
 
@@ -163,7 +163,21 @@ def test_export_of_the_schema(shell: Path) -> None:
 def test_estimate_from_a_stored_profile(study: Path) -> None:
     said = autosp("estimate", "--study", "tiny", *ROOM, "--top", "3", "--plot", "front.svg")
     assert "Predictions, the best 3 of" in said
-    assert "fastest measured" in (study / "front.svg").read_text()
+    assert "chosen plan, measured" in (study / "front.svg").read_text()
+
+
+def test_estimate_under_another_budget_draws_both(study: Path) -> None:
+    autosp("estimate", "--study", "tiny", "--max-gpu-gb", "0.3", "--plot", "both.svg")
+    for budget in ("budget 300 MB", "budget 200 MB"):
+        assert budget in (study / "both.svg").read_text()
+
+
+def test_drawing_and_tracing_are_mentioned(study: Path) -> None:
+    assert "`autosp show STUDY --plot timeline.png`" in autosp("studies")
+    said = autosp("show", "tiny")
+    assert "`autosp show tiny --plot timeline.png`" in said
+    assert "`autosp trace MODULE:FACTORY --plan plan.json`" in said
+    assert "`--plot front.png`" in autosp("estimate", "--study", "tiny", *ROOM)
 
 
 def test_estimate_of_a_model(shell: Path) -> None:
@@ -186,6 +200,58 @@ def test_run_with_another_batch_says_so(study: Path, tmp_path: Path) -> None:
     Plan.load("plan.json").model_copy(update={"candidate": Candidate(k=2, k_prime=1)}).save(tmp_path / "plan.json")
     said = autosp("run", "tiny_models:wider", "--plan", str(tmp_path / "plan.json"), "--passes", "1")
     assert "the plan is for float32[4,128]: its figures do not hold for float32[8,128]" in said
+
+
+STREAMED = Candidate(k=3, k_prime=1, residents=(3,))
+
+
+def test_trace_shows_predicted_beside_measured(study: Path, tmp_path: Path) -> None:
+    Plan.load("plan.json").model_copy(update={"candidate": STREAMED}).save(tmp_path / "plan.json")
+    out, picture = tmp_path / "made.json", tmp_path / "t.svg"
+    said = autosp(
+        *("trace", "tiny_models:make", "--plan", str(tmp_path / "plan.json"), "--passes", "4"),
+        *("--out", str(out), "--plot", str(picture)),
+    )
+    for part in ("latency", "of it stalled", "disk → device, moved", "B/s", "T / floor", "trace written to"):
+        assert part in said
+    assert "Stalls, the longest 5 of 5 streamed layers" in said
+    assert "blocks.2" in said
+    assert "nothing is predicted" not in said
+    events = json.loads(out.read_text())["traceEvents"]
+    slices = {process: [one for one in events if one["ph"] == "X" and one["pid"] == process] for process in (1, 2)}
+    for process, forwards in ((1, 4 * 6), (2, 4 * 5)):  # resident layers are not seen in what was measured
+        assert len([one for one in slices[process] if one["cat"] == "compute"]) == forwards
+        assert len([one for one in slices[process] if one["cat"] == "passes"]) == 4
+        assert len([one for one in slices[process] if one["cat"] == "link"]) >= 4 * 5
+    assert "<!-- measured" in picture.read_text()
+
+
+def test_trace_of_a_plan_without_a_profile(study: Path, tmp_path: Path) -> None:
+    plan = Plan.load("plan.json").model_copy(update={"candidate": STREAMED})
+    elsewhere = plan.device.model_copy(update={"fingerprint": "another"})
+    for other, reason in (
+        (plan.model_copy(update={"study_name": None}), "the plan comes from no study"),
+        (plan.model_copy(update={"study_name": "tinny"}), "no study 'tinny' among the 1"),
+        (plan.model_copy(update={"device": elsewhere}), "the database has no profile of study tiny that fits"),
+    ):
+        other.save(tmp_path / "plan.json")
+        command = ("trace", "tiny_models:make", "--plan", str(tmp_path / "plan.json"), "--passes", "1")
+        said = autosp(*command, "--out", str(tmp_path / "trace.json"))
+        assert f"nothing is predicted: {reason}" in said
+        assert "latency –" in said
+        events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+        assert {one["pid"] for one in events} == {2}
+        said = autosp(*command, "--out", str(tmp_path / "no.json"), "--plot", str(tmp_path / "t.png"), code=2)
+        assert "cannot be drawn without the profile" in said
+        assert not (tmp_path / "no.json").exists()
+
+
+def test_trace_of_a_plan_that_streams_nothing(study: Path, tmp_path: Path) -> None:
+    everything = Candidate(k=6, k_prime=1, residents=tuple(range(6)))
+    Plan.load("plan.json").model_copy(update={"candidate": everything}).save(tmp_path / "plan.json")
+    said = autosp("trace", "tiny_models:make", "--plan", str(tmp_path / "plan.json"), "-o", str(tmp_path / "t.json"))
+    assert "disk → device, moved 0 B 0 B –" in said
+    assert "Stalls" not in said
 
 
 def test_an_interrupted_study_is_kept_and_resumed(shell: Path, monkeypatch: Environment) -> None:
@@ -307,6 +373,9 @@ def test_the_users_own_error_keeps_its_traceback(factory: str, error: type[Excep
         (("tune", "tiny_models:wider", *ROOM, "--study-name", "tiny"), "study 'tiny' was made for something else"),
         (("run", "tiny_models:make", "--plan", "missing.json"), "'missing.json' does not exist"),
         (("run", "tiny_models:make", "--plan", "tiny_models.py"), "tiny_models.py is not JSON"),
+        (("trace", "tiny_models:make", "--plan", "plan.json", "--out", "no/trace.json"), "there is no folder no"),
+        (("trace", "tiny_models:make", "--plan", "plan.json", "--plot", "x.gif"), "ends in one of .png"),
+        (("trace", "tiny_models:make"), "Missing option '--plan'"),
         (("tune", "tiny_models:make"), "Missing option '--max-gpu-gb'"),
         (("resume", "tiny"), "Missing argument"),
     ],
@@ -353,8 +422,9 @@ def test_a_plan_cut_short(study: Path) -> None:
 
 
 def test_drawing_without_matplotlib(study: Path, monkeypatch: Environment) -> None:
-    monkeypatch.delattr("autosp.report.plots", raising=False)
-    monkeypatch.delitem(sys.modules, "autosp.report.plots", raising=False)
+    for name in ("plots", "drawing"):
+        monkeypatch.delattr(f"autosp.report.{name}", raising=False)
+        monkeypatch.delitem(sys.modules, f"autosp.report.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "pip install 'autosp[viz]'" in autosp("show", "tiny", "--plot", "x.png", code=2)
 

@@ -73,7 +73,7 @@ def test_file_is_readable_json(tmp_path: Path) -> None:
     text = (tmp_path / "plan.json").read_text(encoding="utf-8")
     assert text.endswith("}\n")
     data = json.loads(text)
-    assert data["schema_version"] == PLAN_SCHEMA_VERSION == 1
+    assert data["schema_version"] == PLAN_SCHEMA_VERSION == 2
     assert data["candidate"] == {"k": 3, "k_prime": 1, "residents": [1]}
     assert data["device"]["slow_tier"] == "disk"
     assert data["why"] == "für Zoë: ≤ 5 GB ✓"
@@ -174,7 +174,7 @@ def test_not_a_plan(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize("newer", [PLAN_SCHEMA_VERSION + 1, 99])
 def test_newer_schema(tmp_path: Path, newer: int) -> None:
     text = changed(lambda data: data.update(schema_version=newer, invented_later=True))
-    assert_refused(tmp_path / "plan.json", text, f"plan schema {newer}", "reads up to 1", "upgrade autosp")
+    assert_refused(tmp_path / "plan.json", text, f"plan schema {newer}", f"reads up to {PLAN_SCHEMA_VERSION}", "upgrade autosp")
 
 
 @pytest.mark.parametrize("version", [0, -3, True])

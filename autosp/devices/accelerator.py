@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,21 @@ import torch
 
 from autosp.devices import memory as pages
 from autosp.devices.base import Region
+from autosp.errors import TierError
 from autosp.spec import DeviceInfo, Tier
+
+
+class _HostBytes:
+    """Pinned host memory in the form in which torch takes device memory from others; it keeps the memory alive."""
+
+    def __init__(self, memory: torch.Tensor) -> None:
+        self.memory = memory
+        self.__cuda_array_interface__ = {
+            "shape": (memory.numel(),),
+            "typestr": "|u1",
+            "data": (memory.data_ptr(), False),
+            "version": 2,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +54,7 @@ class AcceleratorDevice:
         self._module = torch.get_device_module(chosen)
         self._copies = self._module.Stream(chosen)
         self._baseline = 0
+        self.reads_host = self._can_read_host()
         self.info = self._describe()
 
     def allocate(self, n_bytes: int) -> torch.Tensor:
@@ -52,6 +68,16 @@ class AcceleratorDevice:
         """`cudaHostRegister` of the pages, undone when they are freed. Where that fails, copies are pageable."""
         if memory.numel():
             pages.pin(memory, self.torch_device)
+
+    def host_view(self, memory: torch.Tensor) -> torch.Tensor:
+        """A device tensor over pinned host memory: what kernels read of it crosses the link, row by row."""
+        try:
+            return torch.as_tensor(_HostBytes(memory), device=self.torch_device)
+        except (RuntimeError, TypeError, AssertionError) as error:
+            raise TierError(
+                f"{self.info.name} cannot read {memory.numel() / 1e9:.2f} GB of host memory in place ({error}): lookup "
+                "tables need pinned memory; raise the limit of locked memory (ulimit -l)"
+            ) from error
 
     def copy(self, regions: Sequence[Region], target: torch.Tensor, after: Any = None) -> StreamCopy:
         """One `cudaMemcpyAsync` (or its like) per region, on the copy stream."""
@@ -140,6 +166,18 @@ class AcceleratorDevice:
         event = self._module.Event(enable_timing=True)
         event.record(self._module.current_stream(self.torch_device))
         return event
+
+    def _can_read_host(self) -> bool:
+        """Tried once, on a page: CUDA and ROCm can where host and device share one address space."""
+        if self.torch_device.type != "cuda":
+            return False
+        page = pages.anonymous(4096)
+        page.fill_(1)
+        with suppress(RuntimeError, TypeError, AssertionError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if pages.pin(page, self.torch_device):
+                return bool(torch.as_tensor(_HostBytes(page), device=self.torch_device).sum(dtype=torch.int64) == 4096)
+        return False
 
     def _describe(self) -> DeviceInfo:
         properties = self._module.get_device_properties(self.torch_device)

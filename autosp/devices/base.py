@@ -49,12 +49,20 @@ class Device(Protocol):
 
     info: DeviceInfo
     torch_device: torch.device
+    reads_host: bool
+    """Whether its kernels can read the slow tier's memory where it is."""
 
     def allocate(self, n_bytes: int) -> torch.Tensor:
         """Uninitialised device memory, uint8, aligned to 4096 bytes; freed when the last view of it goes."""
 
     def pin(self, memory: torch.Tensor) -> None:
         """Let copies come from `anonymous` memory at the link's full speed, without the host; announced if it fails."""
+
+    def host_view(self, memory: torch.Tensor) -> torch.Tensor:
+        """The same bytes as a tensor of this device, where `reads_host`: for a few rows of a large table.
+
+        Raises: TierError if the memory could not be pinned.
+        """
 
     def copy(self, regions: Sequence[Region], target: torch.Tensor, after: Event | None) -> Copied:
         """Start filling `target` with the regions, one after another, once `after` is over. Does not block."""

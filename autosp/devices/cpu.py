@@ -65,6 +65,8 @@ class CpuDevice:
     `paced_bytes_per_s` makes every copy take at least its bytes over that: a stand-in for a link, never a default.
     """
 
+    reads_host = True
+
     def __init__(self, *, slow_tier: Tier = Tier.DISK, paced_bytes_per_s: float | None = None) -> None:
         self.torch_device = torch.device("cpu")
         self.info = _info(slow_tier, paced_bytes_per_s)
@@ -82,6 +84,10 @@ class CpuDevice:
 
     def pin(self, memory: torch.Tensor) -> None:
         """The reader copies with the processor, which pages need no pinning for."""
+
+    def host_view(self, memory: torch.Tensor) -> torch.Tensor:
+        """Itself."""
+        return memory
 
     def copy(self, regions: Sequence[Region], target: torch.Tensor, after: None = None) -> CopyEvent:
         """Queue the job. The compute that `after` stands for is over already."""

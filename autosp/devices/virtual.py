@@ -31,6 +31,8 @@ class VirtualDevice:
     Events and stamps are seconds of the virtual clock.
     """
 
+    reads_host = True
+
     def __init__(self, *, bytes_per_s: float, latency_s: float = 0.0) -> None:
         self.torch_device = torch.device("cpu")
         self.info = DeviceInfo(
@@ -58,6 +60,10 @@ class VirtualDevice:
 
     def pin(self, memory: torch.Tensor) -> None:
         """All memory is as fast."""
+
+    def host_view(self, memory: torch.Tensor) -> torch.Tensor:
+        """Itself."""
+        return memory
 
     def copy(self, regions: Sequence[Region], target: torch.Tensor, after: float | None = None) -> VirtualCopy:
         """After the copies before it, after `after`, and not before it is issued."""

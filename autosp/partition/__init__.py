@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,43 +35,58 @@ class BoundModel:
     model: nn.Module
     layers: tuple[BoundLayer, ...]
     residents: tuple[Placed, ...]
+    lookups: BoundLayer | None
     opaque: tuple[NamedTensor, ...]
 
+    def stored(self, resident_layers: Collection[int] = ()) -> list[BoundLayer]:
+        """What rests on the slow tier: lookup tables, and every layer that is not resident."""
+        streamed = [bound for bound in self.layers if bound.layer.index not in resident_layers]
+        return [*streamed, self.lookups] if self.lookups else streamed
 
-def partition(model: nn.Module, run: Callable[[], Any], device: torch.device) -> Partition:
+
+LOOKUP_SHARE = 1 / 8
+"""A table of which lookups read at most this share per pass is read where it rests: moving all of it costs more."""
+
+
+def partition(model: nn.Module, run: Callable[[], Any], device: torch.device, *, lookups: bool = False) -> Partition:
     """Ordered layers of any module, by one observed pass.
 
-    `run` performs the pass. Layers are numbered in the order of their first visit; those that the pass never visited
+    `run` performs the pass. `lookups`: the device's kernels can read host memory, so that tables
+    need not move. Layers are numbered in the order of their first visit; those that the pass never visited
     come last. The model is left as it was; what it raises passes through.
 
     Raises: EmptyModelError, MetaModelError.
     """
     tensors = collect(model)
     seen = trace(model, tensors, run, device)
-    units = choose_units(model, tensors, seen)
+    tables = [extent for extent in tensors.extents if lookups and _is_table(extent, seen)]
+    units = choose_units(model, tensors, seen, tables)
     sequence = _visits(units, seen)
     period, repeats = _period(sequence)
     by_index = {unit.index: unit for unit in units}
     first_visits = dict.fromkeys(period)
     ordered = [by_index[index] for index in first_visits] + [unit for unit in units if unit.index not in first_visits]
     number = {unit.index: position for position, unit in enumerate(ordered)}
-    moving = {extent for unit in units for extent in unit.extents}
-    staying = [extent for extent in tensors.extents if extent not in moving]
+    elsewhere = {*tables, *(extent for unit in units for extent in unit.extents)}
+    staying = [extent for extent in tensors.extents if extent not in elsewhere]
     return Partition(
-        layers=tuple(
-            Layer(
-                index=position,
-                name=unit.name,
-                tensors=tuple(item.name for extent in unit.extents for item in extent.tensors),
-                n_bytes=packed_bytes(unit.extents),
-            )
-            for position, unit in enumerate(ordered)
-        ),
+        layers=tuple(_layer(position, unit.name, unit.extents) for position, unit in enumerate(ordered)),
         resident_tensors=tuple(item.name for extent in staying for item in extent.tensors),
         resident_bytes=packed_bytes(staying),
         visits=tuple(number[index] for index in period),
         repeats=repeats,
+        lookups=_layer(len(ordered), "lookup tables", tables) if tables else None,
     )
+
+
+def _layer(index: int, name: str, extents: Sequence[Extent]) -> Layer:
+    names = tuple(item.name for extent in extents for item in extent.tensors)
+    return Layer(index=index, name=name, tensors=names, n_bytes=packed_bytes(extents))
+
+
+def _is_table(extent: Extent, seen: Trace) -> bool:
+    """Whether all that the pass did with it was to look up a few rows of it."""
+    return 0 < seen.looked_up.get(extent, 0) <= extent.n_bytes * LOOKUP_SHARE and extent not in seen.mutated
 
 
 def bind(model: nn.Module, plan: Partition) -> BoundModel:
@@ -88,16 +103,21 @@ def bind(model: nn.Module, plan: Partition) -> BoundModel:
             raise PlanMismatchError(f"{owner}: the model has no tensor {missing!r} that can be streamed")
         return list(dict.fromkeys(extent_of[name] for name in names))
 
-    bound = []
-    for layer in plan.layers:
+    def bound(layer: Layer, path: str) -> BoundLayer:
         parts = extents(layer.tensors, f"layer {layer.index} ({layer.name})")
         if packed_bytes(parts) != layer.n_bytes:
             raise PlanMismatchError(
                 f"layer {layer.index} ({layer.name}) has {packed_bytes(parts)} bytes, the plan says {layer.n_bytes}"
             )
-        bound.append(BoundLayer(layer, model.get_submodule(layer.name), pack(parts)))
-    residents = pack(extents(plan.resident_tensors, "resident tensors"))
-    return BoundModel(model, tuple(bound), residents, tuple(tensors.opaque))
+        return BoundLayer(layer, model.get_submodule(path), pack(parts))
+
+    return BoundModel(
+        model=model,
+        layers=tuple(bound(layer, layer.name) for layer in plan.layers),
+        residents=pack(extents(plan.resident_tensors, "resident tensors")),
+        lookups=bound(plan.lookups, "") if plan.lookups else None,
+        opaque=tuple(tensors.opaque),
+    )
 
 
 def _visits(units: Sequence[Unit], seen: Trace) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import nn
@@ -36,13 +37,15 @@ class Unit:
         return sum(extent.n_bytes for extent in self.extents)
 
 
-def choose_units(model: nn.Module, tensors: ModelTensors, trace: Trace) -> list[Unit]:
-    """Disjoint modules, in module order. What they do not hold stays resident.
+def choose_units(
+    model: nn.Module, tensors: ModelTensors, trace: Trace, elsewhere: Collection[Extent] = ()
+) -> list[Unit]:
+    """Disjoint modules, in module order. What neither they nor `elsewhere` hold stays resident.
 
     A unit holds the extents under its module that the pass used only while that module ran: so a tied weight, one read
     by a parent, or one that the pass changes, belongs to no unit unless all its users are inside.
     """
-    tree = _Tree(model, tensors, trace)
+    tree = _Tree(model, tensors, trace, {*trace.mutated, *elsewhere})
     units = tree.split(model)
     tiny = min(TINY_BYTES, tensors.total_bytes * TINY_SHARE)
     return [unit for unit in units if unit.n_bytes > tiny]
@@ -54,7 +57,7 @@ def _is_small_buffer(extent: Extent) -> bool:
 
 
 class _Tree:
-    def __init__(self, model: nn.Module, tensors: ModelTensors, trace: Trace) -> None:
+    def __init__(self, model: nn.Module, tensors: ModelTensors, trace: Trace, excluded: set[Extent]) -> None:
         total = tensors.total_bytes
         self._limit = max(total * SPLIT_ABOVE, min(total * SMALL_SHARE, SMALL_BYTES))
         self._called = trace.called
@@ -65,7 +68,7 @@ class _Tree:
         modules = dict(model.named_modules(remove_duplicate=False))
         self._owners: dict[Extent, set[nn.Module]] = {}
         for extent in tensors.extents:
-            if extent in trace.mutated or _is_small_buffer(extent):
+            if extent in excluded or _is_small_buffer(extent):
                 continue
             owners = {modules[name.rpartition(".")[0]] for item in extent.tensors for name in item.names}
             self._owners[extent] = owners

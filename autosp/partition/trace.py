@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,13 @@ SNAPSHOT_BYTES = 16 * 2**20
 """Extents with a buffer are compared before and after the pass up to this size: some kernels (batch norm) write to an
 argument without saying so. Larger ones are believed."""
 
+LOOKUPS = {
+    torch.ops.aten.embedding.default,
+    torch.ops.aten._embedding_bag.default,
+    torch.ops.aten._embedding_bag_forward_only.default,
+}
+"""Operations that read a few rows of their first argument."""
+
 
 @dataclass
 class Trace:
@@ -31,6 +39,8 @@ class Trace:
     """Per used extent: the modules that were running at every one of its uses. A caller uses what it is returned."""
     mutated: set[Extent]
     """Extents that the pass wrote to, or whose buffer it replaced."""
+    looked_up: dict[Extent, int]
+    """Extents of which the pass did nothing but look up rows, and the bytes of those."""
 
     @property
     def called(self) -> set[int]:
@@ -69,7 +79,7 @@ def trace(model: nn.Module, tensors: ModelTensors, run: Callable[[], Any], devic
                 mutated.add(extent)
                 with torch.inference_mode(False), torch.no_grad():
                     extent.raw().copy_(snapshot)
-    return Trace(watcher.calls, watcher.holders, mutated)
+    return Trace(watcher.calls, watcher.holders, mutated, watcher.looked_up())
 
 
 def _attributes(model: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
@@ -101,6 +111,8 @@ class _Watcher(TorchDispatchMode):
         self.holders: dict[Extent, frozenset[int]] = {}
         self.overwritten: dict[Extent, torch.Tensor] = {}
         """The bytes of extents before the first operation that said it writes to them."""
+        self._looked_up: Counter[Extent] = Counter()
+        self._read_whole: set[Extent] = set()
         self._stack: list[int] = []
         self._device = device
         self._extents = sorted(tensors.extents, key=_address)
@@ -123,6 +135,7 @@ class _Watcher(TorchDispatchMode):
                 self._stack.pop()
             for tensor in tensors_in(output):
                 self._use(self._extents_of(tensor))
+                self._read_whole.update(self._extents_of(tensor))
             return output
 
         return around
@@ -130,6 +143,7 @@ class _Watcher(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         written = self._written_by(func, args, kwargs)
+        self._note_reads(func, args, kwargs)
 
         def see(tensor: torch.Tensor) -> torch.Tensor:
             extents = self._extents_of(tensor)
@@ -152,6 +166,20 @@ class _Watcher(TorchDispatchMode):
         """Extents of lent tensors whose device copy the pass changed."""
         changed = [extents for extents, tensor, copy in self._lent.values() if not _same(tensor, copy)]
         return {extent for extents in changed for extent in extents}
+
+    def looked_up(self) -> dict[Extent, int]:
+        """Bytes of the rows that were looked up, of the extents that nothing else was done with."""
+        return {extent: count for extent, count in self._looked_up.items() if extent not in self._read_whole}
+
+    def _note_reads(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Tell looking up rows of a table (its first argument; the indices are the second) from reading all of it."""
+        if func in LOOKUPS and len(args) > 1 and type(args[0]) in (torch.Tensor, nn.Parameter):
+            table, indices = args[:2]
+            rows = indices.numel() * table.stride(0) * table.element_size()
+            self._looked_up.update(dict.fromkeys(self._extents_of(table), rows))
+            args = args[1:]
+        for tensor in tensors_in((args, kwargs)):
+            self._read_whole.update(self._extents_of(tensor))
 
     def _written_by(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[Extent]:
         """Extents that an operation says it writes to. Their bytes are kept."""

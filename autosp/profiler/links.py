@@ -35,20 +35,22 @@ def measure_link(
     dtype: torch.dtype,
     progress: Callable[[str], None],
 ) -> LinkProfile:
-    """Sweep transfer sizes up to `largest_bytes` (the memory that this takes), then probe contention.
+    """Sweep transfer sizes up to `largest_bytes` (twice the memory of which this takes), then probe contention.
 
-    Sources rotate through the store, so that no cache of the slow tier answers instead of it.
+    Sources rotate through the store, so that no cache of the slow tier answers instead of it; targets rotate through as
+    much memory as the smallest ring has that overlaps loads, for a processor's cache makes writes to less of it faster.
     """
     largest = min(largest_bytes, store_bytes) // LAYER_ALIGNMENT * LAYER_ALIGNMENT
-    target = device.allocate(largest)
+    target = device.allocate(2 * largest)
     sweep = _Sweep(device, store, store_bytes, target)
+    beside = _Sweep(device, store, store_bytes, target[:largest])
     points = []
     for n_bytes in _sizes(largest):
         progress(f"link, {n_bytes / 1e6:.3g} MB")
         points.append(LinkPoint(n_bytes=n_bytes, seconds=median(sweep.seconds(n_bytes) for _ in range(REPEATS))))
     latency_s, bytes_per_s = fit([(point.n_bytes, point.seconds) for point in points])
     progress("link under compute")
-    compute_slowdown, link_slowdown = _contention(device, sweep, largest, dtype)
+    compute_slowdown, link_slowdown = _contention(device, beside, _compute_step(device, target[largest:], dtype))
     return LinkProfile(
         source=device.info.slow_tier,
         target=Tier.DEVICE,
@@ -89,14 +91,19 @@ class _Sweep:
         self._store_bytes = store_bytes
         self.target = target
         self._next = 0
+        self._place = 0
 
     def start(self, n_bytes: int) -> Copied:
         """Begin one transfer."""
         if self._next + n_bytes > self._store_bytes:
             self._next = 0
+        if self._place + n_bytes > self.target.numel():
+            self._place = 0
         region = self._store.window(self._next, n_bytes)
+        target = self.target[self._place : self._place + n_bytes]
         self._next += n_bytes
-        return self._device.copy([region], self.target[:n_bytes], self._device.record())
+        self._place += n_bytes
+        return self._device.copy([region], target, self._device.record())
 
     def seconds(self, n_bytes: int) -> float:
         """One transfer, alone."""
@@ -108,16 +115,15 @@ class _Sweep:
         return self._device.seconds(begin, end)
 
 
-def _contention(device: Device, sweep: _Sweep, largest: int, dtype: torch.dtype) -> tuple[float, float]:
+def _contention(device: Device, sweep: _Sweep, step: Callable[[], None]) -> tuple[float, float]:
     """How many times longer compute takes during transfers, and transfers during compute.
 
     Compute steps run one by one until a queue of transfers is through; both are compared with running alone.
     """
-    chunk = min(largest // 2 // LAYER_ALIGNMENT * LAYER_ALIGNMENT, CHUNK_BYTES)
+    chunk = min(sweep.target.numel() // 2 // LAYER_ALIGNMENT * LAYER_ALIGNMENT, CHUNK_BYTES)
     if chunk == 0:
         return 1.0, 1.0
     count = max(2, PROBE_BYTES // chunk)
-    step = _compute_step(device, sweep.target[largest // 2 :], dtype)
     queue_alone_s, _ = _until_through(device, sweep, chunk, count, device.synchronize)
     step_alone_s = median(_step_s(device, step) for _ in range(max(8, 4 * REPEATS)))
     queue_s, steps = _until_through(device, sweep, chunk, count, step)

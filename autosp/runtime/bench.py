@@ -24,7 +24,7 @@ class Bench:
         self.partition = partition
         self.device = device
         self._bound = bind(model, partition)
-        self.store = open_store(device, self._bound.layers, cache_dir, Originals.KEPT)
+        self.store = open_store(device, self._bound.stored(), cache_dir, Originals.KEPT)
 
     def __enter__(self) -> Bench:
         return self

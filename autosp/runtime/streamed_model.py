@@ -79,14 +79,16 @@ class StreamedModel(Generic[M]):
         ]
         self._staying += bound.residents
         streamed = [layer for layer in bound.layers if layer.layer.index not in resident_layers]
-        opaque = [(named, named.tensor.data) for named in bound.opaque]
-        self._kept = [*opaque, *((named, named.tensor.data) for named in tensors_of(self._staying))]
-        if originals is Originals.FREED:
-            self._kept = opaque
+        kept = [*bound.opaque, *tensors_of(bound.lookups.placed if bound.lookups else ())]
+        if originals is Originals.KEPT:
+            kept += tensors_of(self._staying)
+        self._kept = [(named, named.tensor.data) for named in kept]
         self._layers: list[StreamedLayer] = []
         device.start_measuring()
         try:
             self._resident_memory = self._take_residents()
+            if bound.lookups is not None:
+                settle(bound.lookups.placed, device.host_view(store.rest(bound.lookups.layer.index)))
             self._layers = [StreamedLayer(layer) for layer in streamed]
             arena = device.allocate(schedule.arena_bytes)
             self._executor = Executor(schedule, self._layers, device, store, arena)
@@ -130,7 +132,7 @@ class StreamedModel(Generic[M]):
     def timeline(self) -> Timeline:
         """When everything happened in the last passes, in seconds from the first one's beginning. Waits for the device.
 
-        Empty before the first pass.
+        Layers that are resident are not watched. Empty before the first pass.
         """
         return self._executor.recorder.timeline()
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from autosp.devices import CpuDevice, Device, VirtualDevice, choose_device
-from autosp.devices.memory import memory_of
+from autosp.devices.memory import anonymous, memory_of
 from autosp.errors import ReadError, SettingError
 from autosp.partition import bind, partition
 from autosp.tiers import Originals, open_store
@@ -158,3 +158,32 @@ def test_paced_link_delivers_the_bytes() -> None:
     assert model.weight.numel() == 16
     device.wait(device.copy([], device.allocate(8)))
     device.close()
+
+
+def test_a_copy_s_span_lies_between_the_stamps_around_it(device: Device, tmp_path: Path) -> None:
+    store, parts, _ = _store(device, tmp_path)
+    layer = max(parts.layers, key=lambda layer: layer.n_bytes)
+    target = device.allocate(layer.n_bytes)
+    before = device.stamp()
+    copied = device.copy(store.regions([layer.index]), target, device.record())
+    device.wait(copied)
+    after = device.stamp()
+    device.synchronize()
+    began, ended = copied.span()
+    assert device.seconds(before, began) >= 0
+    assert device.seconds(began, ended) > 0
+    assert device.seconds(ended, after) >= 0
+    store.close()
+
+
+def test_lookups_read_host_memory_in_place(device: Device) -> None:
+    if not device.reads_host:
+        pytest.skip(f"{device.info.name} does not read host memory: tables stream or stay there")
+    memory = anonymous(4 * MIB)
+    memory.copy_(torch.arange(4 * MIB) % 251)
+    device.pin(memory)
+    table = device.host_view(memory).view(torch.float16).view(-1, 64)
+    assert table.device == device.torch_device or device.torch_device.type == "cpu"
+    rows = torch.tensor([0, 17, 4 * MIB // 128 - 1])
+    found = torch.nn.functional.embedding(rows.to(device.torch_device), table).cpu()
+    assert torch.equal(found.view(torch.uint8), memory.view(torch.float16).view(-1, 64)[rows].view(torch.uint8))

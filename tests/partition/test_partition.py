@@ -183,3 +183,45 @@ def test_a_weight_that_its_parent_reads_too_is_resident() -> None:
     parts = parts_of(Peeking(), vectors())
     assert "body.2.weight" in parts.resident_tensors
     assert "body.1.weight" not in parts.resident_tensors
+
+
+class Lookups(nn.Module):
+    """A large table of which a pass reads a few rows; `peek` reads it in another way too."""
+
+    def __init__(self, *, peek: bool = False, bag: bool = False) -> None:
+        super().__init__()
+        self.table = (nn.EmbeddingBag if bag else nn.Embedding)(5000, 64)
+        self.body = nn.ModuleList(nn.Linear(64, 64) for _ in range(4))
+        self.peek = peek
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.table(tokens)
+        for layer in self.body:
+            x = layer(x)
+        return x @ self.table.weight.T if self.peek else x
+
+
+FEW, MANY = torch.randint(0, 5000, (2, 8)), torch.randint(0, 5000, (2, 2000))
+
+
+@pytest.mark.parametrize("bag", [False, True])
+def test_a_table_of_which_few_rows_are_read_is_no_layer(bag: bool) -> None:
+    parts = parted(Lookups(bag=bag), FEW, lookups=True)
+    assert parts.lookups is not None
+    assert parts.lookups.tensors == ("table.weight",)
+    assert parts.lookups.index == len(parts.layers)
+    assert "table.weight" not in {name for layer in parts.layers for name in layer.tensors}
+    assert parts.total_bytes >= 5000 * 64 * 4
+
+
+@pytest.mark.parametrize(
+    "model, batch, lookups",
+    [(Lookups(), FEW, False), (Lookups(), MANY, True), (Lookups(peek=True), FEW, True)],
+    ids=["the device cannot", "most rows are read", "it is also multiplied with"],
+)
+def test_other_tables_are_not_looked_up_in_place(model: nn.Module, batch: torch.Tensor, lookups: bool) -> None:
+    assert parted(model, batch, lookups=lookups).lookups is None
+
+
+def parted(model: nn.Module, batch: torch.Tensor, *, lookups: bool) -> Partition:
+    return partition(model, lambda: model(batch), torch.device("cpu"), lookups=lookups)

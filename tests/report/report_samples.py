@@ -1,6 +1,11 @@
-"""Records of a model with unlike layers, made without torch: predicted by the real cost model."""
+"""Records of a model with unlike layers, predicted by the real cost model, without torch; and tables as text."""
 
 from __future__ import annotations
+
+import re
+
+from rich.console import Console
+from rich.table import Table
 
 from autosp.cost_model.predict import predict
 from autosp.spec import (
@@ -152,3 +157,16 @@ def summary(name: str = "net", best_latency_s: float | None = 0.4) -> StudySumma
         peak_bytes=None if best_latency_s is None else 3_200_000_000,
         finished=best_latency_s is not None,
     )
+
+
+def lines(table: Table, width: int = 200) -> list[str]:
+    """The table as a terminal without colours shows it, blanks folded."""
+    console = Console(width=width, color_system=None)
+    with console.capture() as capture:
+        console.print(table)
+    return [re.sub(r"\s+", " ", line).strip() for line in capture.get().splitlines() if line.strip()]
+
+
+def line_with(table: Table, start: str) -> str:
+    """The first line that begins so."""
+    return next(line for line in lines(table) if line.startswith(start))

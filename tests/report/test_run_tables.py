@@ -2,11 +2,10 @@ from __future__ import annotations
 
 import re
 
-from test_tables import line_with, lines
-
 import report_samples as samples
 from autosp.report import run_tables
 from autosp.report.traffic import Traffic
+from report_samples import line_with, lines
 
 
 def test_passes_and_what_was_promised_of_them() -> None:
@@ -59,13 +58,13 @@ def test_traffic_without_a_prediction_a_floor_or_a_transfer() -> None:
 
 
 def test_the_longest_stalls_come_first() -> None:
-    measured = found({layer: layer / 1000 for layer in range(12)})
+    measured = found({layer: layer / 500 for layer in range(12)})
     said = Traffic(pass_s=0.4, moved_bytes=0, link_busy_s=0, stall_s=0.5, layer_stalls_s={11: 0.5})
     table = run_tables.stalls_table(samples.plan(), said, measured)
     assert lines(table)[0] == "Stalls, the longest 8 of 12 streamed layers"
     body = [line for line in lines(table) if re.match(r"\d+ blocks", line)]
     assert [line.split()[0] for line in body] == ["11", "10", "9", "8", "7", "6", "5", "4"]
-    assert body[0] == "11 blocks.11 1.00 GB 500 ms 11.0 ms 2.8%"
-    assert body[1] == "10 blocks.10 400 MB 0 s 10.0 ms 2.5%"
+    assert body[0] == "11 blocks.11 1.00 GB 500 ms 22.0 ms 5.5%"
+    assert body[1] == "10 blocks.10 400 MB 0 s 20.0 ms 5.0%"
     unpredicted = run_tables.stalls_table(samples.plan(), None, measured)
-    assert line_with(unpredicted, "11 ") == "11 blocks.11 1.00 GB – 11.0 ms 2.8%"
+    assert line_with(unpredicted, "11 ") == "11 blocks.11 1.00 GB – 22.0 ms 5.5%"

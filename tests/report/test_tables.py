@@ -3,26 +3,13 @@ from __future__ import annotations
 import re
 
 import pytest
-from rich.console import Console
-from rich.table import Table
 
 import report_samples as samples
 from autosp.cost_model.floor import floor_s
 from autosp.cost_model.predict import predict
 from autosp.report import tables, units
 from autosp.spec import Candidate, Partition
-
-
-def lines(table: Table, width: int = 200) -> list[str]:
-    """The table as a terminal without colours shows it, blanks folded."""
-    console = Console(width=width, color_system=None)
-    with console.capture() as capture:
-        console.print(table)
-    return [re.sub(r"\s+", " ", line).strip() for line in capture.get().splitlines() if line.strip()]
-
-
-def line_with(table: Table, start: str) -> str:
-    return next(line for line in lines(table) if line.startswith(start))
+from report_samples import line_with, lines
 
 
 @pytest.mark.parametrize(

@@ -20,11 +20,14 @@ from autosp.devices import CpuDevice, Device, VirtualDevice
 from autosp.errors import ModelChangedError, ReadError
 from autosp.intercept import Intercepted
 from autosp.partition import bind, partition
+from autosp.runtime.recorder import KEPT_PASSES
 from autosp.runtime.streamed_model import StreamedModel
+from autosp.schedule.actions import Kind
 from autosp.schedule.streaming import lower
+from autosp.schedule.timeline import Timeline
 from autosp.spec import Candidate, Tier
 from autosp.tiers import Originals, open_store
-from models import MAKERS, EarlyExit, make, tokens, vectors
+from models import MAKERS, EarlyExit, Stack, make, tokens, vectors
 
 ON_CPU = pytest.mark.parametrize("device", ["cpu-disk", "cpu-host"], indirect=True)
 
@@ -480,6 +483,7 @@ def test_the_executor_keeps_the_simulated_time_exactly(tmp_path: Path) -> None:
         for _ in range(4):
             model(batch)
             ends.append(device.now_s)
+        measured = streamed.timeline()
         streamed.remove()
         costs = Costs(
             before_s=[0.0] * len(compute),
@@ -489,7 +493,98 @@ def test_the_executor_keeps_the_simulated_time_exactly(tmp_path: Path) -> None:
             link_latency_s=0.01,
             link_bytes_per_s=1e5,
         )
-        assert ends == pytest.approx(list(simulate(schedule, costs, 4).period_ends_s), rel=1e-9), candidate.label()
+        predicted = simulate(schedule, costs, 4)
+        assert ends == pytest.approx(list(predicted.period_ends_s), rel=1e-9), candidate.label()
+        assert measured.period_ends_s == pytest.approx(predicted.period_ends_s, rel=1e-9)
+        for kind in (Kind.FORWARD, Kind.LOAD):
+            seen = sorted(measured.of_kind(kind), key=lambda span: span.end_s)
+            expected = sorted(predicted.of_kind(kind), key=lambda span: span.end_s)
+            expected = [span for span in expected if not set(span.action.layers) & set(residents)]
+            assert len(seen) >= len(expected)
+            for left, right in zip(seen, expected, strict=False):  # the executor has begun to load for a fifth pass
+                assert left.action.layers == right.action.layers
+                assert left.action.offset == right.action.offset
+                assert (left.start_s, left.end_s) == pytest.approx((right.start_s, right.end_s), rel=1e-9)
+                assert left.stall_s == pytest.approx(right.stall_s, abs=1e-9)
+
+
+def test_stats_say_what_moved_where_compute_stood_still_and_how_far_the_floor_is(tmp_path: Path) -> None:
+    model, batch = make("stack")
+    parts = partition(model, lambda: model(batch), torch.device("cpu"))
+    device = VirtualDevice(bytes_per_s=1e5)
+    bound = bind(model, parts)
+    schedule = lower(Candidate(k=1, k_prime=1), [layer.n_bytes for layer in parts.layers], parts.visits)
+    store = open_store(device, bound.layers, tmp_path, Originals.KEPT)
+    streamed = StreamedModel(bound, schedule, device, store, Originals.KEPT, floor_s=2.0)
+    assert (streamed.stats().pass_s, streamed.stats().over_floor) == ((), None)
+    for _ in range(3):
+        model(batch)
+    stats = streamed.stats()
+    moving_s = [layer.n_bytes / 1e5 for layer in parts.layers]
+    prefetched = parts.layers[0].n_bytes  # for a fourth pass
+    assert stats.link_bytes == {"host->device": 3 * sum(layer.n_bytes for layer in parts.layers) + prefetched}
+    assert stats.pass_s == pytest.approx([sum(moving_s)] * 3)
+    assert stats.stall_s == pytest.approx(
+        {layer.name: seconds for layer, seconds in zip(parts.layers, moving_s, strict=True)}
+    )
+    assert stats.over_floor == pytest.approx(sum(moving_s) / 2.0)
+    streamed.remove()
+    assert streamed.stats() == stats
+
+
+def test_only_whole_passes_are_in_the_timeline(apply: Apply, device: Device) -> None:
+    model, batch = make("stack")
+    streamed = apply(model, batch, Candidate(k=2, k_prime=1))
+    assert streamed.timeline() == Timeline((), ())
+    broken = streamed._bound.layers[3].module
+    wrapper = Intercepted(broken, _raise)
+    with pytest.raises(Bomb):
+        model(on(device, batch))
+    wrapper.remove()
+    assert streamed.timeline() == Timeline((), ())
+    for _ in range(KEPT_PASSES + 2):
+        model(on(device, batch))
+    measured = streamed.timeline()
+    assert len(measured.period_ends_s) == len(streamed.stats().pass_s) == KEPT_PASSES
+    assert all(span.end_s >= span.start_s for span in measured.spans)
+    loads, forwards = measured.of_kind(Kind.LOAD), measured.of_kind(Kind.FORWARD)
+    for span in forwards[len(forwards) // 2 :]:  # the weights that a layer runs with had arrived when it started
+        before = [load.end_s for load in loads if load.action.layers == span.action.layers]
+        assert min(before) <= span.start_s + 1e-9
+
+
+def _raise(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    raise Bomb
+
+
+@pytest.mark.parametrize("originals", Originals)
+def test_lookup_tables_rest_on_the_slow_tier_and_are_read_there(
+    device: Device, originals: Originals, tmp_path: Path
+) -> None:
+    if not device.reads_host:
+        pytest.skip(f"{device.info.name} does not read host memory: it has no lookup tables")
+    torch.manual_seed(0)
+    model = Stack(vocabulary=20_000)
+    few, many = torch.randint(0, 20_000, (2, 5)), torch.randint(0, 20_000, (4, 6000))
+    expected = [plain(model, batch, device) for batch in (few, many)]
+    address = model.embed.weight.data_ptr()
+    parts = partition(model, lambda: model(on(device, few)), device.torch_device, lookups=True)
+    assert parts.lookups is not None
+    schedule = lower(Candidate(k=2, k_prime=1), [layer.n_bytes for layer in parts.layers], parts.visits)
+    bound = bind(model, parts)
+    store = open_store(device, bound.stored(), tmp_path, originals)
+    streamed = StreamedModel(bound, schedule, device, store, originals, store.close)
+    for batch, output in zip((few, many, few), (*expected, expected[0]), strict=True):
+        assert equal(model(on(device, batch)), output)
+    assert model.embed.weight.device == device.torch_device or device.torch_device.type == "cpu"
+    moved = 3 * sum(layer.n_bytes for layer in parts.layers)
+    assert streamed.stats().moved_bytes <= moved + 2 * max(layer.n_bytes for layer in parts.layers)
+    streamed.remove()
+    assert model.embed.weight.device.type == "cpu"
+    if originals is Originals.KEPT and device.info.slow_tier is Tier.DISK:
+        assert model.embed.weight.data_ptr() == address
+    with torch.no_grad():
+        assert equal(model(few), plain(model, few, CpuDevice()))
 
 
 def _spender(device: VirtualDevice, seconds: float) -> Any:
