@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from autosp.devices.accelerator import AcceleratorDevice
-from autosp.devices.base import Copied, Device, Event, Region, Stamp
+from autosp.devices.base import Copied, CopyTimes, Device, Event, Region, Stamp
 from autosp.devices.cpu import CpuDevice
 from autosp.devices.virtual import VirtualDevice
 from autosp.errors import SettingError
@@ -13,6 +13,7 @@ from autosp.errors import SettingError
 __all__ = [
     "AcceleratorDevice",
     "Copied",
+    "CopyTimes",
     "CpuDevice",
     "Device",
     "Event",

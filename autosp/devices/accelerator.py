@@ -37,9 +37,10 @@ class StreamCopy:
     began: Any
     ended: Any
 
-    def span(self) -> tuple[Any, Any]:
+    @property
+    def times(self) -> StreamCopy:
         """Stamps of the device's clock."""
-        return self.began, self.ended
+        return self
 
 
 class AcceleratorDevice:

@@ -2,6 +2,10 @@
 
 [Note: two orders] A device has a compute order (what the model runs) and a copy order (what `copy` starts). Nothing
 relates the two but events: a copy starts after `after`, compute that follows `wait(event)` starts after that copy.
+
+[Note: nothing small on the heap] A lock or another small piece of the C heap that is kept over passes pins the free
+memory below it, so that activations cannot be laid where earlier ones were: eight passes' events once doubled the peak
+of a small model on a CPU. Python objects have arenas of their own and do no harm.
 """
 
 from __future__ import annotations
@@ -37,11 +41,24 @@ class Region(Protocol):
         """Fill `target` (as many bytes). Called off the main thread. Raises ReadError."""
 
 
+class CopyTimes(Protocol):
+    """When a copy began and when it ended, once it is over."""
+
+    @property
+    def began(self) -> Stamp:
+        """Its first byte was asked for."""
+
+    @property
+    def ended(self) -> Stamp:
+        """Its last byte was there."""
+
+
 class Copied(Protocol):
     """A copy that was started."""
 
-    def span(self) -> tuple[Stamp, Stamp]:
-        """When it began and when it ended; once it is over."""
+    @property
+    def times(self) -> CopyTimes:
+        """What may be kept of it for long: [Note: nothing small on the heap]."""
 
 
 class Device(Protocol):

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -21,28 +22,32 @@ from autosp.devices.memory import anonymous, memory_of, status_bytes, trim_heap
 from autosp.spec import DeviceInfo, Tier
 
 
+@dataclass(slots=True)
+class ReadTimes:
+    """Seconds of `time.perf_counter`."""
+
+    began: float = 0.0
+    ended: float = 0.0
+
+
 class CopyEvent:
     """The end of one job of the reader thread, with the exception it ended in."""
 
-    __slots__ = ("_began_s", "_done", "_ended_s", "error")
+    __slots__ = ("_done", "error", "times")
 
     def __init__(self) -> None:
         self._done = threading.Event()
-        self._began_s = self._ended_s = 0.0
+        self.times = ReadTimes()
         self.error: BaseException | None = None
 
     def begin(self) -> None:
         """The reader took the job."""
-        self._began_s = time.perf_counter()
+        self.times.began = time.perf_counter()
 
     def set(self) -> None:
         """The job is over."""
-        self._ended_s = time.perf_counter()
+        self.times.ended = time.perf_counter()
         self._done.set()
-
-    def span(self) -> tuple[float, float]:
-        """When it was taken, and when it was over."""
-        return self._began_s, self._ended_s
 
     def over(self) -> bool:
         """Whether it is."""

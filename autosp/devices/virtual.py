@@ -17,12 +17,13 @@ from autosp.spec import DeviceInfo, Tier
 class VirtualCopy:
     """Start and end on the virtual clock."""
 
-    start_s: float
-    end_s: float
+    began: float
+    ended: float
 
-    def span(self) -> tuple[float, float]:
+    @property
+    def times(self) -> VirtualCopy:
         """Known as soon as it is issued."""
-        return self.start_s, self.end_s
+        return self
 
 
 class VirtualDevice:
@@ -84,11 +85,11 @@ class VirtualDevice:
     def wait(self, copied: VirtualCopy | None) -> None:
         """Compute stands still until its end."""
         if copied is not None:
-            self.now_s = max(self.now_s, copied.end_s)
+            self.now_s = max(self.now_s, copied.ended)
 
     def finished(self, copied: VirtualCopy | None) -> bool:
         """Whether the clock has passed its end."""
-        return copied is None or copied.end_s <= self.now_s
+        return copied is None or copied.ended <= self.now_s
 
     def finish_compute(self) -> None:
         """The clock of the host is the clock of compute."""

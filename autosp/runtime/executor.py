@@ -59,6 +59,7 @@ class Executor:
         self.counters = Counters()
         self.recorder = Recorder(device)
         self.observer: Observer | None = None
+        self.before_pass: Callable[[], None] = lambda: None
         self._device = device
         self._store = store
         self._arena = arena
@@ -144,6 +145,7 @@ class Executor:
     # -- the cursor -----------------------------------------------------------------------------------------------
 
     def _begin_pass(self) -> None:
+        self.before_pass()
         self.counters.passes += 1
         self.recorder.begin_pass()
         if not self._primed:

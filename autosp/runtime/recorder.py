@@ -6,7 +6,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from autosp.devices import Copied, Device, Stamp
+from autosp.devices import Copied, CopyTimes, Device, Stamp
 from autosp.schedule.actions import Action, Kind
 from autosp.schedule.timeline import Span, Timeline
 
@@ -30,7 +30,7 @@ class Load:
 
     layers: tuple[int, ...]
     offset: int
-    copied: Copied
+    times: CopyTimes
     evicted: tuple[tuple[int, ...], ...]
 
 
@@ -89,7 +89,7 @@ class Recorder:
     ) -> None:
         """A transfer was issued."""
         if self._now is not None:
-            self._now.loads.append(Load(layers, offset, copied, evicted))
+            self._now.loads.append(Load(layers, offset, copied.times, evicted))
 
     # -- what is read from it: waits for the device, so not for use within a pass ------------------------------------
 
@@ -129,7 +129,7 @@ class Recorder:
                 return Action(kind, layers, numbers[kind, layers] - 1, (), offset)
 
             for load in one.loads:
-                begin, end = map(at, load.copied.span())
+                begin, end = at(load.times.began), at(load.times.ended)
                 spans += (Span(action(Kind.EVICT, gone), period, begin, begin) for gone in load.evicted)
                 spans.append(Span(action(Kind.LOAD, load.layers, load.offset), period, begin, end))
             for visit in one.visits:

@@ -14,10 +14,11 @@ from torch import nn
 from autosp.batch import call_on
 from autosp.devices import Device
 from autosp.intercept import Intercepted
-from autosp.partition import BoundModel
+from autosp.partition import BoundModel, NamedTensor
 from autosp.partition.placed import Placed, move_out, settle, tensors_of
 from autosp.partition.tensors import EXTENT_ALIGNMENT, align
 from autosp.runtime.executor import Executor, Observer
+from autosp.runtime.guests import Guests
 from autosp.runtime.streamed_layer import StreamedLayer
 from autosp.schedule.actions import Schedule
 from autosp.schedule.timeline import Timeline
@@ -72,6 +73,7 @@ class StreamedModel(Generic[M]):
         self._on_close = on_close
         self._floor_s = floor_s
         self._wrappers: list[Intercepted] = []
+        self._guests: Guests | None = None
         self._removed = False
         resident_layers = set(schedule.residents)
         self._staying = [
@@ -94,6 +96,10 @@ class StreamedModel(Generic[M]):
             self._executor = Executor(schedule, self._layers, device, store, arena)
             del arena
             self._intercept()
+            if device.torch_device.type != "cpu":
+                known = [named.tensor for named in _all_tensors(bound)]
+                self._guests = Guests(bound.model, known, lambda data: data.to(device.torch_device))
+                self._executor.before_pass = self._guests.move_in
         except BaseException:
             self.remove()
             raise
@@ -146,6 +152,8 @@ class StreamedModel(Generic[M]):
             wrapper.remove()
         if hasattr(self, "_executor"):
             self._executor.close()
+        if self._guests is not None:
+            self._guests.close()
         for named, data in self._kept:
             named.tensor.data = data
         self._kept = []
@@ -207,3 +215,9 @@ class StreamedModel(Generic[M]):
             return run_layer(layer, forward, args, kwargs)
 
         return around
+
+
+def _all_tensors(bound: BoundModel) -> list[NamedTensor]:
+    """Everything that the plan places."""
+    placed = [place for layer in bound.stored() for place in layer.placed]
+    return [*tensors_of(placed), *tensors_of(bound.residents), *bound.opaque]

@@ -131,7 +131,7 @@ def test_virtual_clock_is_exact(tmp_path: Path) -> None:
     device.spend(5.0)
     first = device.copy([Bytes()], target, device.record())  # 5 + 1 + 2
     second = device.copy([Bytes()], target, device.record())  # 8 + 1 + 2
-    assert (first.span(), second.span()) == ((5.0, 8.0), (8.0, 11.0))
+    assert ((first.began, first.ended), (second.began, second.ended)) == ((5.0, 8.0), (8.0, 11.0))
     device.wait(first)
     assert device.now_s == 8.0
     assert device.finished(first) and not device.finished(second)
@@ -169,7 +169,7 @@ def test_a_copy_s_span_lies_between_the_stamps_around_it(device: Device, tmp_pat
     device.wait(copied)
     after = device.stamp()
     device.synchronize()
-    began, ended = copied.span()
+    began, ended = copied.times.began, copied.times.ended
     assert device.seconds(before, began) >= 0
     assert device.seconds(began, ended) > 0
     assert device.seconds(ended, after) >= 0
