@@ -36,7 +36,8 @@ class CopyEvent:
     __slots__ = ("_done", "error", "times")
 
     def __init__(self) -> None:
-        self._done = threading.Event()
+        self._done = threading.Lock()
+        self._done.acquire()
         self.times = ReadTimes()
         self.error: BaseException | None = None
 
@@ -47,15 +48,20 @@ class CopyEvent:
     def set(self) -> None:
         """The job is over."""
         self.times.ended = time.perf_counter()
-        self._done.set()
+        self._done.release()
 
     def over(self) -> bool:
         """Whether it is."""
-        return self._done.is_set()
+        return not self._done.locked()
+
+    def settle(self) -> None:
+        """Block until it is over, however it ended."""
+        with self._done:  # held until then
+            pass
 
     def wait(self) -> None:
         """Block until it is over. Raises what the reader raised."""
-        self._done.wait()
+        self.settle()
         if self.error is not None:
             raise self.error
 
@@ -122,7 +128,7 @@ class CpuDevice:
     def synchronize(self) -> None:
         """Block until the last copy is over; its error, if any, is its waiter's to raise."""
         if self._last is not None:
-            self._last._done.wait()
+            self._last.settle()
 
     def stamp(self) -> float:
         """Seconds of the monotonic clock."""

@@ -92,7 +92,7 @@ class Extent:
 
 @dataclass
 class ModelTensors:
-    """All tensors of a model: in extents, or opaque (sparse, empty, subclasses of unknown make …: never streamed)."""
+    """All tensors of a model: in extents, or opaque (sparse, empty, an unknown subclass …: never streamed)."""
 
     extents: list[Extent]
     opaque: list[NamedTensor]
@@ -107,9 +107,16 @@ def collect(model: nn.Module) -> ModelTensors:
     """Find every parameter and buffer, and which of them share memory.
 
     Raises: MetaModelError if a tensor has no data (a meta tensor, or a lazy module's), EmptyModelError if there is no
-    tensor at all, ModelError if one is on an accelerator already.
+    tensor at all, ModelError if one is on an accelerator already or a parameter was made under torch.inference_mode().
     """
     named = _named_tensors(model)
+    _refuse_unusable(model, named)
+    plain = [item for item in named if _is_plain(item.tensor)]
+    opaque = [item for item in named if not _is_plain(item.tensor)]
+    return ModelTensors(_extents(plain), opaque)
+
+
+def _refuse_unusable(model: nn.Module, named: list[NamedTensor]) -> None:
     lazy = next((item.name for item in named if is_lazy(item.tensor)), None)
     if lazy is not None:
         raise MetaModelError(f"{lazy} has no shape yet: call the model once, so that its lazy modules are initialised")
@@ -126,9 +133,12 @@ def collect(model: nn.Module) -> ModelTensors:
         raise ModelError(
             f"{elsewhere.name} is on {elsewhere.tensor.device}: autosp moves weights itself; call model.to('cpu') first"
         )
-    plain = [item for item in named if _is_plain(item.tensor)]
-    opaque = [item for item in named if not _is_plain(item.tensor)]
-    return ModelTensors(_extents(plain), opaque)
+    uncounted = next((item.name for item in named if item.tensor.is_inference() and not item.is_buffer), None)
+    if uncounted is not None:
+        raise ModelError(
+            f"{uncounted} was made under torch.inference_mode(), where torch does not count writes to a tensor; "
+            "load the model outside of it (calling it there is fine)"
+        )
 
 
 def held_by(tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
@@ -165,6 +175,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
         and not tensor.is_quantized
         and not tensor.is_conj()
         and not tensor.is_neg()
+        and not tensor.is_inference()
         and tensor.numel() > 0
     )
 

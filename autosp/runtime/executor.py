@@ -65,6 +65,7 @@ class Executor:
         self._arena = arena
         self._by_index = {layer.layer.index: layer for layer in layers}
         self._group_of: dict[int, TransferGroup] = {}
+        self._present: list[TransferGroup] = []
         groups = self._build_groups(schedule)
         self._visits = [a.layers[0] for a in schedule.forwards if a.layers[0] in self._group_of]
         self._start, self._after = prefetches(schedule, groups, self._visits)
@@ -134,10 +135,9 @@ class Executor:
         self._abort()
         for layer in self._by_index.values():
             layer.leave()
-        for group in self._group_of.values():
-            group.rivals.clear()  # groups name each other: a cycle would keep the arena until the next collection
         self._by_index.clear()
         self._group_of.clear()
+        self._present.clear()
         self._start.clear()
         self._after.clear()
         self._arena = torch.empty(0, dtype=torch.uint8)
@@ -152,9 +152,8 @@ class Executor:
             self._primed = True
             for group in self._start:
                 self._load(group)
-        for group in set(self._group_of.values()):
-            # Weights written at rest since they were prefetched.
-            if group.state is not State.ABSENT and group.version != _version(group):
+        for group in tuple(self._present):
+            if group.version != _version(group):  # written at rest since they were prefetched
                 self._evict(group)
 
     def _advance(self, index: int) -> int | None:
@@ -202,7 +201,7 @@ class Executor:
             try:
                 self._device.wait(group.ready)
             except BaseException:
-                group.state = State.ABSENT
+                self._evict(group)
                 raise
             group.state = State.READY
             group.ready = None
@@ -225,16 +224,17 @@ class Executor:
         """Start the group's copy if it is not there. False if a layer that is running needs the place."""
         if group.state is not State.ABSENT:
             return True
-        if any(rival.running for rival in group.rivals):
+        rivals = [other for other in self._present if other.begin < group.end and group.begin < other.end]
+        if any(rival.running for rival in rivals):
             return False
-        evicted = [rival for rival in group.rivals if rival.state is not State.ABSENT]
-        for rival in evicted:
+        for rival in rivals:
             self._evict(rival)
         group.version = _version(group)
         # All compute that can read the old bytes was launched before this point of the compute order.
         group.ready = self._device.copy(group.regions, group.target, self._device.record())
         group.state = State.LOADING
-        self.recorder.loaded(group.indices, group.begin, group.ready, tuple(rival.indices for rival in evicted))
+        self._present.append(group)
+        self.recorder.loaded(group.indices, group.begin, group.ready, tuple(rival.indices for rival in rivals))
         self.counters.loads += 1
         self.counters.moved_bytes += group.end - group.begin
         return True
@@ -250,11 +250,11 @@ class Executor:
         layer.bind_device()
         layer.running = 1
 
-    @staticmethod
-    def _evict(group: TransferGroup) -> None:
+    def _evict(self, group: TransferGroup) -> None:
         """Unmodified weights are dropped: there is nothing to copy back. A copy on its way is overtaken in order."""
         group.state = State.ABSENT
         group.ready = None
+        self._present.remove(group)
 
     def _abort(self) -> None:
         for layer in self._by_index.values():
@@ -283,11 +283,6 @@ class Executor:
             for layer in layers:
                 self._group_of[layer.layer.index] = group
         for group in groups.values():
-            group.rivals = [
-                other
-                for other in groups.values()
-                if other is not group and other.begin < group.end and group.begin < other.end
-            ]
             for layer in group.layers:
                 layer.place(self._place_of(layer))
         return groups

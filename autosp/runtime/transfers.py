@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum, auto
 
 import torch
@@ -38,13 +38,11 @@ class TransferGroup:
     running: int = 0
     """Layers of the group that are in a forward right now."""
     version: int = 0
-    rivals: list[TransferGroup] = field(default_factory=list)
-    """Groups whose range overlaps this one's."""
+    indices: tuple[int, ...] = ()
+    """Of its layers."""
 
-    @property
-    def indices(self) -> tuple[int, ...]:
-        """Of its layers."""
-        return tuple(layer.layer.index for layer in self.layers)
+    def __post_init__(self) -> None:
+        self.indices = tuple(layer.layer.index for layer in self.layers)
 
 
 @dataclass(frozen=True)
