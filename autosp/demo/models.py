@@ -33,7 +33,7 @@ def load(name: str) -> Example:
     try:
         return makers[name]()
     except ImportError as error:
-        raise SettingError(f"the demo of {name} needs {error.name}: pip install 'autosp[demo]'") from error
+        raise SettingError(f"the demo of {name} needs {error.name or error}: pip install 'autosp[demo]'") from error
 
 
 def embed(model: nn.Module, batch: Any) -> torch.Tensor:
