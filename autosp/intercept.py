@@ -4,10 +4,9 @@ The wrapper stands in the module's own `__dict__`, so class, identity, `print(mo
 they were. Unlike forward hooks it also runs its `finally` on KeyboardInterrupt, and sees `module.forward(...)`.
 A copy or a pickle of the module gets its plain `forward` back.
 
-[Note: compiled models] torch.compile cannot look into `around`, and must not try: it would compile the runtime's own
-bookkeeping, again for every value of a counter. So a wrapper is a graph break, `around` runs uncompiled, and inside it
-the module's forward is compiled as it would have been. A module compiled in place (`module.compile()`) is wrapped
-outside what was compiled, so that its graph stays whole and `fullgraph=True` works.
+[Note: compiled models] torch.compile must not look into `around`: it would compile the runtime's own bookkeeping, and
+again for every value of a counter. So a wrapper is a graph break: `around` runs uncompiled, and inside it the module's
+forward is compiled as it would have been, in one graph if nothing below it is wrapped.
 """
 
 from __future__ import annotations
@@ -28,13 +27,12 @@ class Intercepted:
     def __init__(self, module: nn.Module, around: Around) -> None:
         _hide_from_compiler()
         self._module = module
-        self._name = "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
-        self._own = module.__dict__.get(self._name)  # another tool's wrapper, say
-        self._forward = getattr(module, self._name)
+        self._own = module.__dict__.get("forward")  # another tool's wrapper, say
+        self._forward = module.forward
         self._around = around
         self._removed = False
         self.__wrapped__ = self._forward
-        module.__dict__[self._name] = self
+        module.__dict__["forward"] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._removed:  # somebody's wrapper, put around this one, still calls it
@@ -49,30 +47,26 @@ class Intercepted:
     def remove(self) -> None:
         """Give the module its own `forward` back; where another wrapper is around this one, do nothing from now on."""
         self._removed = True
-        if self._module.__dict__.get(self._name) is not self:
+        if self._module.__dict__.get("forward") is not self:
             return
         own = self._own
         while isinstance(own, Intercepted) and own._removed:
             own = own._own
         if own is None:
-            del self._module.__dict__[self._name]
+            del self._module.__dict__["forward"]
         else:
-            self._module.__dict__[self._name] = own
+            self._module.__dict__["forward"] = own
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._own is not None:
             return _same, (self._own,)
         # A module under construction has its class's forward only: that is the one the copy gets.
-        return getattr, (self._module, self._name)
+        return getattr, (self._module, "forward")
 
 
 def is_intercepted(model: nn.Module) -> bool:
     """Whether any module of the model has its forward wrapped right now."""
-    return any(
-        isinstance(module.__dict__.get(name), Intercepted)
-        for module in model.modules()
-        for name in ("forward", "_compiled_call_impl")
-    )
+    return any(isinstance(module.__dict__.get("forward"), Intercepted) for module in model.modules())
 
 
 @cache

@@ -174,7 +174,9 @@ def test_not_a_plan(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize("newer", [PLAN_SCHEMA_VERSION + 1, 99])
 def test_newer_schema(tmp_path: Path, newer: int) -> None:
     text = changed(lambda data: data.update(schema_version=newer, invented_later=True))
-    assert_refused(tmp_path / "plan.json", text, f"plan schema {newer}", f"reads up to {PLAN_SCHEMA_VERSION}", "upgrade autosp")
+    assert_refused(
+        tmp_path / "plan.json", text, f"plan schema {newer}", f"reads up to {PLAN_SCHEMA_VERSION}", "upgrade autosp"
+    )
 
 
 @pytest.mark.parametrize("version", [0, -3, True])

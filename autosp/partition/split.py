@@ -18,6 +18,9 @@ SMALL_BYTES = 4 * 2**20
 SMALL_SHARE = 1 / 32
 """A module within both of these is left whole: below that a transfer's and a call's fixed cost outweigh the memory."""
 
+COMPILED_SHARE = 1 / 8
+"""A module that torch.compile compiles is left whole up to here: every layer inside it would break its graph."""
+
 TINY_SHARE = 1 / 1000
 TINY_BYTES = 64 * 2**10
 """Modules below both of these (norms, biases) stay on the device: they are not worth a transfer."""
@@ -56,9 +59,14 @@ def _is_small_buffer(extent: Extent) -> bool:
     return extent.n_bytes <= TINY_BYTES and all(item.is_buffer for item in extent.tensors)
 
 
+def _is_compiled(module: nn.Module) -> bool:
+    """In place by `module.compile()`, or as the wrapper that `torch.compile(module)` returns."""
+    return module._compiled_call_impl is not None or isinstance(getattr(module, "_orig_mod", None), nn.Module)
+
+
 class _Tree:
     def __init__(self, model: nn.Module, tensors: ModelTensors, trace: Trace, excluded: set[Extent]) -> None:
-        total = tensors.total_bytes
+        self._total = total = tensors.total_bytes
         self._limit = max(total * SPLIT_ABOVE, min(total * SMALL_SHARE, SMALL_BYTES))
         self._called = trace.called
         self._index = {module: index for index, module in enumerate(model.modules())}
@@ -84,7 +92,8 @@ class _Tree:
         self._seen.add(module)
         whole = self._unit(module)
         children = list(module.children())
-        if whole is not None and (whole.n_bytes <= self._limit or not children):
+        limit = max(self._limit, self._total * COMPILED_SHARE) if _is_compiled(module) else self._limit
+        if whole is not None and (whole.n_bytes <= limit or not children):
             self._seen.update(module.modules())
             return [whole]
         parts = [unit for child in children for unit in self.split(child)]

@@ -8,12 +8,14 @@ is loaded on the spot (a miss) if it is not there.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
+from autosp.batch import map_tensors, tensors_in
 from autosp.devices import Device
 from autosp.runtime.recorder import Recorder
 from autosp.runtime.streamed_layer import StreamedLayer
@@ -86,7 +88,7 @@ class Executor:
         with self._lock:
             self._owner = threading.get_ident()
             try:
-                with torch.no_grad():
+                with torch.no_grad(), _uncached_autocast(self._device.torch_device.type):
                     self._begin_pass()
                     output = forward(*args, **kwargs)
                     self.recorder.end_pass()
@@ -95,6 +97,7 @@ class Executor:
                 self._abort()
                 raise
             finally:
+                self._end_pass()
                 self._owner = None
 
     def run_layer(
@@ -114,7 +117,7 @@ class Executor:
             recorder.start()
             if observer is not None:
                 observer.start(index)
-            output = forward(*args, **kwargs)
+            output = self._own(forward(*args, **kwargs))
             recorder.finish()
             if observer is not None:
                 observer.finish(index, output)
@@ -153,8 +156,14 @@ class Executor:
             for group in self._start:
                 self._load(group)
         for group in tuple(self._present):
-            if group.version != _version(group):  # written at rest since they were prefetched
+            # Written at rest since they were prefetched.
+            if group.version != _version(group) or group.sample not in (None, _sample(group)):
                 self._evict(group)
+
+    def _end_pass(self) -> None:
+        """Until the next pass anybody may write to the weights, also where no version counter sees it (`.data`)."""
+        for group in self._present:
+            group.sample = _sample(group)
 
     def _advance(self, index: int) -> int | None:
         """Move the cursor past this visit and return its position; None if the schedule has no such visit."""
@@ -250,10 +259,22 @@ class Executor:
         layer.bind_device()
         layer.running = 1
 
+    def _own(self, output: Any) -> Any:
+        """The output, in memory of its own where a layer handed out a view of its weights: those are overwritten."""
+        arena = self._arena.untyped_storage().data_ptr()
+
+        def is_lent(tensor: torch.Tensor) -> bool:
+            return tensor.layout is torch.strided and tensor.untyped_storage().data_ptr() == arena
+
+        if not any(is_lent(tensor) for tensor in tensors_in(output)):
+            return output
+        return map_tensors(lambda tensor: tensor.clone() if is_lent(tensor) else tensor, output)
+
     def _evict(self, group: TransferGroup) -> None:
         """Unmodified weights are dropped: there is nothing to copy back. A copy on its way is overtaken in order."""
         group.state = State.ABSENT
         group.ready = None
+        group.sample = None
         self._present.remove(group)
 
     def _abort(self) -> None:
@@ -295,6 +316,24 @@ class Executor:
                 break
             begin += member.layer.n_bytes
         return self._arena[begin : begin + layer.layer.n_bytes]
+
+
+@contextmanager
+def _uncached_autocast(kind: str) -> Iterator[None]:
+    """Autocast keeps its copy of every weight until its context ends: all of them, whatever the budget."""
+    if not torch.is_autocast_enabled(kind):
+        yield
+        return
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+
+
+def _sample(group: TransferGroup) -> int:
+    return hash(tuple(layer.sample() for layer in group.layers))
 
 
 def _version(group: TransferGroup) -> int:

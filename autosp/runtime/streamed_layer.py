@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 
 import torch
 
+from autosp.devices.memory import memory_of
 from autosp.errors import ModelChangedError
 from autosp.partition import BoundLayer, NamedTensor
 from autosp.partition.placed import tensors_of, views_on
+
+SAMPLE_BYTES = 4096
+"""Of a tensor's beginning and middle: enough to show a merged adapter, which rounding may hide in most elements."""
 
 
 @dataclass(slots=True)
@@ -20,15 +25,17 @@ class Binding:
     device: torch.Tensor
     rest_address: int
 
-    def to_device(self) -> None:
-        """Compute sees the device's bytes."""
-        tensor = self.named.tensor
-        if tensor.data_ptr() != self.rest_address:
+    def check(self) -> None:
+        """Raises: ModelChangedError if the tensor's data at rest is not the data that was streamed."""
+        if self.named.tensor.data_ptr() != self.rest_address:
             raise ModelChangedError(
                 f"the data of {self.named.name} was replaced while a plan was applied; "
                 "call remove() on the streamed model, change the weights, then apply the plan again"
             )
-        tensor.data = self.device
+
+    def to_device(self) -> None:
+        """Compute sees the device's bytes."""
+        self.named.tensor.data = self.device
 
     def to_rest(self) -> None:
         """Everybody sees the bytes at rest."""
@@ -46,7 +53,7 @@ class StreamedLayer:
         self._tensors = tensors_of(bound.placed)
         self._rest = [named.tensor.data for named in self._tensors]
         self._bindings: list[Binding] = []
-        self._buffers: list[tuple[Binding, int]] = []
+        self._versions: list[int] = []
         self.running = 0
         """Calls of the layer that are under way: more than one only if it calls itself."""
 
@@ -67,21 +74,29 @@ class StreamedLayer:
 
         Raises: ModelChangedError if a tensor's data at rest is not the data that was streamed.
         """
+        for binding in self._bindings:  # all of them first: one that is refused leaves the others where they are
+            binding.check()
         for binding in self._bindings:
             binding.to_device()
-        self._buffers = [
-            (binding, binding.named.tensor._version) for binding in self._bindings if binding.named.is_buffer
-        ]
+        self._versions = [binding.named.tensor._version for binding in self._bindings]
 
     def bind_rest(self) -> None:
-        """Everybody sees the bytes at rest. Buffers that the layer wrote to are copied back; parameters never are."""
-        for binding, version in self._buffers:
+        """Everybody sees the bytes at rest. What the layer wrote to is copied back."""
+        for binding, version in zip(self._bindings, self._versions, strict=True):
             if binding.named.tensor._version != version:
                 binding.rest.copy_(binding.device)
         for binding in self._bindings:
             binding.to_rest()
-        self._buffers = []
 
     def version(self) -> int:
         """Sum of the tensors' version counters: grows with every in-place write that autograd knows of."""
         return sum(named.tensor._version for named in self._tensors)
+
+    def sample(self) -> int:
+        """A checksum of some of each tensor's bytes at rest: it tells of writes that no version counter sees."""
+        checksum = 0
+        for place in self._placed:
+            data = memory_of(place.current_bytes())
+            for begin in (0, len(data) // 2):
+                checksum = zlib.crc32(data[begin : begin + SAMPLE_BYTES], checksum)
+        return checksum

@@ -85,12 +85,14 @@ class StreamedModel(Generic[M]):
         if originals is Originals.KEPT:
             kept += tensors_of(self._staying)
         self._kept = [(named, named.tensor.data) for named in kept]
+        self._addresses: list[int | None] = []
         self._layers: list[StreamedLayer] = []
         device.start_measuring()
         try:
             self._resident_memory = self._take_residents()
             if bound.lookups is not None:
                 settle(bound.lookups.placed, device.host_view(store.rest(bound.lookups.layer.index)))
+            self._addresses = [_address(named.tensor) for named in kept]
             self._layers = [StreamedLayer(layer) for layer in streamed]
             arena = device.allocate(schedule.arena_bytes)
             self._executor = Executor(schedule, self._layers, device, store, arena)
@@ -154,8 +156,9 @@ class StreamedModel(Generic[M]):
             self._executor.close()
         if self._guests is not None:
             self._guests.close()
-        for named, data in self._kept:
-            named.tensor.data = data
+        for (named, data), address in zip(self._kept, self._addresses or [None] * len(self._kept), strict=True):
+            if address is None or _address(named.tensor) == address:  # else somebody replaced it: theirs stays
+                named.tensor.data = data
         self._kept = []
         if self._originals is Originals.FREED:
             move_out(self._staying)
@@ -221,3 +224,7 @@ def _all_tensors(bound: BoundModel) -> list[NamedTensor]:
     """Everything that the plan places."""
     placed = [place for layer in bound.stored() for place in layer.placed]
     return [*tensors_of(placed), *tensors_of(bound.residents), *bound.opaque]
+
+
+def _address(tensor: torch.Tensor) -> int | None:
+    return tensor.data_ptr() if tensor.layout is torch.strided else None

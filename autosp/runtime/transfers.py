@@ -38,6 +38,8 @@ class TransferGroup:
     running: int = 0
     """Layers of the group that are in a forward right now."""
     version: int = 0
+    sample: int | None = None
+    """Checksum of its weights at rest at the end of the last pass, if it was on the device then."""
     indices: tuple[int, ...] = ()
     """Of its layers."""
 

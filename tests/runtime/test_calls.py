@@ -10,12 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 import autosp
 from autosp.batch import call, equal
-from autosp.errors import ModelChangedError
-from models import Block, EarlyExit, Stack, make, tokens, vectors
+from models import Block, make, tokens, vectors
 
 SETTINGS = [
     pytest.param({"k": 1, "k_prime": 1}, id="k=1 k'=1"),
@@ -103,7 +101,7 @@ def test_experts_that_the_profiled_batch_did_not_choose(stream: Stream) -> None:
     model = Experts()
     twin = copy.deepcopy(model)
     stream(model, vectors(1))
-    for seed in range(6):
+    for seed in range(3):
         x = torch.randn(5, 64, generator=torch.Generator().manual_seed(seed))
         assert equal(model(x), plain(twin, x))
 
@@ -155,126 +153,6 @@ def test_one_layer_object_in_two_places(stream: Stream) -> None:
         assert equal(model(vectors()), expected)
     streamed.remove()
     assert model[1] is model[3][1] is model[5] is shared
-
-
-# -- who reads a weight ---------------------------------------------------------------------------------------------
-
-
-class Peeks(nn.Module):
-    """Reads the weights of its layers itself: before their call, after it, or without calling them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(6))
-
-    def forward(self, x: torch.Tensor, before: int = -1, after: int = -1, instead: int = -1) -> torch.Tensor:
-        for index, layer in enumerate(self.layers):
-            if index == before:
-                x = x + layer.weight.sum(0)
-            x = F.linear(x, layer.weight) if index == instead else layer(x)
-            if index == after:
-                x = x * layer.weight.mean() + layer.bias
-        return x
-
-
-@pytest.mark.parametrize("profiled", [{}, {"before": 2, "after": 3, "instead": 4}], ids=["not profiled", "profiled"])
-def test_a_parent_reads_weights_at_any_time(profiled: dict[str, int], stream: Stream) -> None:
-    torch.manual_seed(0)
-    model = Peeks()
-    twin = copy.deepcopy(model)
-    stream(model, {"x": vectors(), **profiled})
-    for how in ({"before": 2}, {"after": 2}, {"instead": 2}, {"before": 5, "after": 5}, {"instead": 0, "after": 0}, {}):
-        for _ in range(2):
-            assert equal(model(vectors(), **how), plain(twin, {"x": vectors(), **how}))
-
-
-class Hands(nn.Module):
-    """Layers that hand out their weights, or views of them, as outputs: a table of positions, a learned query."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.Linear(64, 64) for _ in range(6))
-        self.table = _Table()
-
-    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        rows = self.table(len(x))
-        for block in self.blocks:
-            x = block(x)
-        return {"sum": x + rows, "rows": rows}
-
-
-class _Table(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(64, 64))
-
-    def forward(self, rows: int) -> torch.Tensor:
-        return self.weight[:rows]
-
-
-@pytest.mark.parametrize("used_again", [True, False])
-def test_an_output_that_is_a_weight_outlives_the_pass(used_again: bool, stream: Stream) -> None:
-    torch.manual_seed(0)
-    model: nn.Module = Hands()
-    if not used_again:
-        model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6)), _Indexed())
-    expected = copy.deepcopy(plain(model, vectors()))
-    stream(model, vectors())
-    outputs = [model(vectors()) for _ in range(3)]
-    assert all(equal(output, expected) for output in outputs)
-
-
-class _Indexed(_Table):
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
-        return x @ self.weight, super().forward(len(x))
-
-
-class Sometimes(nn.Module):
-    """Its layers hand out their weights only when asked to."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(_Asked() for _ in range(6))
-
-    def forward(self, x: torch.Tensor, ask: bool = False) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        handed = []
-        for layer in self.layers:
-            x, weight = layer(x, ask)
-            handed.append(weight)
-        return x, handed
-
-
-class _Asked(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(64, 64) / 8)
-
-    def forward(self, x: torch.Tensor, ask: bool) -> tuple[torch.Tensor, Any]:
-        return x @ self.weight, self.weight[3:5] if ask else None
-
-
-def test_a_weight_handed_out_in_a_pass_unlike_the_profiled_one(stream: Stream) -> None:
-    torch.manual_seed(0)
-    model = Sometimes()
-    expected = copy.deepcopy(plain(model, (vectors(), True)))
-    stream(model, vectors())
-    outputs = [model(vectors(), True) for _ in range(3)]
-    assert all(equal(output, expected) for output in outputs)
-
-
-def test_hooks_read_weights(stream: Stream) -> None:
-    model, batch = make("stack")
-    seen: list[torch.Tensor] = []
-    for block in model.blocks:
-        block.up.register_forward_pre_hook(lambda module, args: seen.append(module.weight.sum().detach()))
-        block.up.register_forward_hook(lambda module, args, output: output * module.weight.mean().detach())
-    expected, count = plain(model, batch), len(seen)
-    stream(model, batch)
-    seen_plain = seen[:count]
-    seen.clear()
-    for _ in range(2):
-        assert equal(model(batch), expected)
-    assert equal(seen, seen_plain * 2)
 
 
 # -- how the model is called ----------------------------------------------------------------------------------------
@@ -354,6 +232,17 @@ def test_autocast(profiled: bool, stream: Stream) -> None:
             assert equal(model(batch), expected)
 
 
+def test_autocast_keeps_no_copies_of_the_weights(stream: Stream) -> None:
+    model, batch = make("stack")
+    cached: list[bool] = []
+    stream(model, batch)
+    model.head.register_forward_pre_hook(lambda *_: cached.append(torch.is_autocast_cache_enabled()))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(batch)
+        assert torch.is_autocast_cache_enabled()
+    assert cached == [False]  # or the copies of all weights would stay until the context ends, whatever the budget
+
+
 class Gated(nn.Module):
     """Raises after a layer when it is told to."""
 
@@ -398,108 +287,3 @@ def test_a_part_of_the_model_called_by_itself(stream: Stream) -> None:
             model.blocks[2].down(model.blocks[2].up(x)), plain(nn.Sequential(twin.blocks[2].up, twin.blocks[2].down), x)
         )
         assert equal(model(batch), plain(twin, batch))
-
-
-# -- what is done to it between calls -------------------------------------------------------------------------------
-
-
-def test_new_weights_at_rest_are_used(stream: Stream) -> None:
-    model, batch = make("stack")
-    other, _ = Stack(), None
-    stream(model, batch)
-    for state in (other.state_dict(), {name: tensor * 2 for name, tensor in other.state_dict().items()}):
-        model(batch)
-        model.load_state_dict(state)
-        other.load_state_dict(state)
-        for _ in range(2):
-            assert equal(model(batch), plain(other, batch))
-
-
-@pytest.mark.parametrize(
-    "write", [lambda tensor: tensor.data.mul_(2), lambda tensor: tensor.detach().numpy().fill(0.01)]
-)
-def test_writes_that_no_version_counter_sees(write: Callable[[torch.Tensor], Any], stream: Stream) -> None:
-    model, batch = make("stack")
-    twin = copy.deepcopy(model)
-    stream(model, batch)
-    for _ in range(2):
-        model(batch)
-        for changed in (model, twin):
-            for parameter in changed.parameters():
-                write(parameter)
-        for _ in range(2):
-            assert equal(model(batch), plain(twin, batch))
-
-
-def test_train_and_eval(stream: Stream) -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.Dropout(0.5), nn.BatchNorm1d(64)) for _ in range(5)))
-    model.eval()
-    twin = copy.deepcopy(model)
-    stream(model, vectors())
-    for training in (False, True, False, True, True, False):
-        assert model.train(training) is model
-        twin.train(training)
-        torch.manual_seed(1)
-        output = model(vectors())
-        torch.manual_seed(1)
-        assert equal(output, plain(twin, vectors()))
-        assert equal(dict(model.state_dict()), dict(twin.state_dict()))
-
-
-@pytest.mark.parametrize(
-    "replace",
-    [
-        lambda model: model.to(torch.bfloat16),
-        lambda model: model.half(),
-        lambda model: setattr(model.blocks[3].up.weight, "data", torch.zeros(256, 64)),
-        lambda model: setattr(model.blocks[3].up.bias, "data", torch.zeros(256)),
-    ],
-    ids=["to(bfloat16)", "half()", "weight.data =", "bias.data ="],
-)
-def test_replaced_weights_are_refused_and_remove_keeps_them(replace: Callable[..., Any], stream: Stream) -> None:
-    model, batch = make("stack")
-    twin = copy.deepcopy(model)
-    streamed = stream(model, batch)
-    model(batch)
-    replace(model)
-    replace(twin)
-    for _ in range(2):
-        with pytest.raises(ModelChangedError, match=r"remove\(\)"):
-            model(batch)
-    streamed.remove()
-    assert equal(dict(model.state_dict()), dict(twin.state_dict()))
-    assert equal(plain(model, batch), plain(twin, batch))
-
-
-@pytest.mark.parametrize("how", ["assign", "new parameter", "new module"])
-def test_a_replaced_object_is_what_the_next_pass_uses(how: str, stream: Stream) -> None:
-    model, batch = make("stack")
-    twin = copy.deepcopy(model)
-    streamed = stream(model, batch)
-    model(batch)
-    torch.manual_seed(1)
-    new = Stack()
-    for changed in (model, twin):
-        if how == "assign":
-            changed.load_state_dict(copy.deepcopy(new.state_dict()), assign=True)
-        elif how == "new parameter":
-            changed.blocks[3].up.weight = nn.Parameter(new.blocks[3].up.weight.detach().clone())
-        else:
-            changed.blocks[3] = copy.deepcopy(new.blocks[3])
-    for _ in range(2):
-        assert equal(model(batch), plain(twin, batch))
-    streamed.remove()
-    assert equal(dict(model.state_dict()), dict(twin.state_dict()))
-    assert equal(plain(model, batch), plain(twin, batch))
-
-
-def test_a_copy_can_be_streamed_too(stream: Stream) -> None:
-    model = EarlyExit()
-    expected = plain(model, vectors())
-    stream(model, (vectors(),))
-    twin = copy.deepcopy(model)
-    stream(twin, (vectors(),))
-    for _ in range(2):
-        assert equal(model(vectors()), expected)
-        assert equal(twin(vectors()), expected)
