@@ -57,7 +57,7 @@ def _minilm() -> Example:
     model = AutoModel.from_pretrained(path).eval()
     batch = {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
     title = f"all-MiniLM-L6-v2, trained weights, {len(sentences)} sentences"
-    return Example(title, model, batch, embed, 0.08, sentences)
+    return Example(title, model, batch, embed, 0.045, sentences)
 
 
 def _llama_1b() -> Example:
