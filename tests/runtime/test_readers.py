@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,27 +15,7 @@ import autosp
 from autosp.batch import call, equal
 from models import make, vectors
 
-SETTINGS = [
-    pytest.param({"k": 1, "k_prime": 1}, id="k=1 k'=1"),
-    pytest.param({"k": 4, "k_prime": 1, "residents": 2}, id="ring and residents"),
-]
-
 Stream = Callable[..., autosp.StreamedModel[nn.Module]]
-
-
-@pytest.fixture(params=SETTINGS)
-def stream(request: pytest.FixtureRequest) -> Iterator[Stream]:
-    """Plans for a batch and applies, on a CPU; removed at the end."""
-    applied: list[autosp.StreamedModel[nn.Module]] = []
-
-    def make_it(model: nn.Module, batch: Any) -> autosp.StreamedModel[nn.Module]:
-        plan = autosp.plan(model, batch, device="cpu", **request.param)
-        applied.append(autosp.apply(model, plan))
-        return applied[-1]
-
-    yield make_it
-    for streamed in applied:
-        streamed.remove()
 
 
 def plain(model: nn.Module, batch: Any) -> Any:
