@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import uuid
 from enum import StrEnum
 from pathlib import Path
 from typing import Literal
@@ -16,6 +15,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from autosp.errors import PlanFormatError
+from autosp.files import write_atomically
 
 PLAN_SCHEMA_VERSION = 2
 """1: before lookup tables; still read."""
@@ -261,17 +261,7 @@ class Plan(Record):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, atomically: the file is either the old one or the whole new one."""
-        target = Path(path)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
-        try:
-            with temporary.open("x", encoding="utf-8") as file:
-                file.write(self.model_dump_json(indent=2) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        write_atomically(path, self.model_dump_json(indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:

@@ -10,13 +10,12 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from autosp.cost_model.memory import occupancy
+from autosp.files import write_atomically
 from autosp.schedule.actions import Kind
 from autosp.schedule.timeline import Span, Timeline
 from autosp.spec import Partition, Plan
@@ -78,17 +77,8 @@ def save_trace(path: str | os.PathLike[str], plan: Plan, predicted: Timeline | N
 
     Raises: OSError if it cannot be written.
     """
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
-    try:
-        with temporary.open("x", encoding="utf-8") as file:
-            json.dump(chrome_trace(plan, predicted, measured), file, separators=(",", ":"), allow_nan=False)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    trace = chrome_trace(plan, predicted, measured)
+    write_atomically(path, json.dumps(trace, separators=(",", ":"), allow_nan=False))
 
 
 def _process(process: int, name: str, timeline: Timeline, plan: Plan, flows: Iterator[int]) -> list[Event]:
