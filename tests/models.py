@@ -156,3 +156,20 @@ def make(name: str) -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     model, batch = MAKERS[name]()
     return model.eval(), batch
+
+
+def llama(**changes: Any) -> nn.Module:
+    """A Llama of four small layers. Needs transformers."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=500,
+        pad_token_id=0,
+        **changes,
+    )
+    return LlamaForCausalLM(config)

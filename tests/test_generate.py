@@ -16,7 +16,7 @@ from torch import nn
 import autosp
 from autosp.batch import equal
 from autosp.errors import ModelChangedError
-from models import tokens
+from models import llama, tokens
 
 transformers = pytest.importorskip("transformers")
 
@@ -27,20 +27,10 @@ SETTINGS = [
 PROMPT = tokens(2, 6) + 3
 
 
-def llama(seed: int = 0) -> Any:
-    """A small Llama, the same for the same seed."""
+def seeded(seed: int = 0) -> Any:
+    """A small Llama that never stops by itself, the same for the same seed."""
     torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=500,
-        pad_token_id=0,
-        eos_token_id=None,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
+    return llama(eos_token_id=None).eval()
 
 
 def generate(model: Any, **settings: Any) -> torch.Tensor:
@@ -76,7 +66,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_generate_in_every_way(setting: dict[str, int]) -> None:
-    model = llama()
+    model = seeded()
     expected = {name: generate(model, **way) for name, way in WAYS.items()}
     with autosp.apply(model, planned(model, **setting)):
         found = {name: generate(model, **way) for name, way in WAYS.items()}
@@ -85,7 +75,7 @@ def test_generate_in_every_way(setting: dict[str, int]) -> None:
 
 
 def test_planned_by_a_beam_search() -> None:
-    model = llama()
+    model = seeded()
     expected = generate(model, **WAYS["beams"])
     plan = autosp.plan(model, PROMPT, k=3, k_prime=1, device="cpu", step=lambda m, _: generate(m, **WAYS["beams"]))
     assert plan.partition.repeats == 8
@@ -99,7 +89,7 @@ def test_a_pipeline() -> None:
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", unk_token="<unk>")
-    model = llama()
+    model = seeded()
 
     def answers() -> list[str]:
         pipe = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
@@ -113,7 +103,7 @@ def test_a_pipeline() -> None:
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_saved_and_loaded_at_rest(setting: dict[str, int], tmp_path: Path) -> None:
-    model, other = llama(), llama(seed=1)
+    model, other = seeded(), seeded(seed=1)
     expected, new = logits(model), logits(other)
     assert not equal(expected, new)
     with autosp.apply(model, planned(model, **setting)):
@@ -145,7 +135,7 @@ def through_a_file(model: nn.Module) -> Any:
 
 @pytest.mark.parametrize("way", [copy.deepcopy, through_pickle, through_a_file])
 def test_copies_are_plain_and_stay_when_the_original_goes(way: Callable[[Any], Any]) -> None:
-    model = llama()
+    model = seeded()
     expected, continued = logits(model), generate(model, **WAYS["greedy"])
     streamed = autosp.apply(model, planned(model, k=4, k_prime=1, residents=2))
     logits(model)
@@ -160,8 +150,8 @@ def test_copies_are_plain_and_stay_when_the_original_goes(way: Callable[[Any], A
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_cast_under_a_plan_is_refused_and_kept(setting: dict[str, int]) -> None:
-    model = llama()
-    expected = logits(llama().to(torch.bfloat16))
+    model = seeded()
+    expected = logits(seeded().to(torch.bfloat16))
     with autosp.apply(model, planned(model, **setting)):
         logits(model)
         model.to(torch.bfloat16)
@@ -173,7 +163,7 @@ def test_a_cast_under_a_plan_is_refused_and_kept(setting: dict[str, int]) -> Non
 
 
 def test_resized_embeddings_are_what_the_next_pass_uses() -> None:
-    model, twin = llama(), llama()
+    model, twin = seeded(), seeded()
     with autosp.apply(model, planned(model, k=4, k_prime=1, residents=2)):
         logits(model)
         for changed in (model, twin):
@@ -184,7 +174,7 @@ def test_resized_embeddings_are_what_the_next_pass_uses() -> None:
 
 
 def test_an_optimiser_steps_at_rest() -> None:
-    model, twin = llama(), llama()
+    model, twin = seeded(), seeded()
     with autosp.apply(model, planned(model, k=4, k_prime=1, residents=2)):
         logits(model)
         for changed in (model, twin):

@@ -12,23 +12,9 @@ from torch import nn
 import autosp
 from autosp.batch import call, equal, map_tensors
 from autosp.devices import Device
-from models import tokens
+from models import llama, tokens
 
 transformers = pytest.importorskip("transformers")
-
-
-def llama(**changes: Any) -> nn.Module:
-    config = transformers.LlamaConfig(
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=500,
-        pad_token_id=0,
-        **changes,
-    )
-    return transformers.LlamaForCausalLM(config)
 
 
 def t5() -> nn.Module:
