@@ -27,7 +27,7 @@ from autosp.workload import Workload
 from builders import profile
 
 BLOCKS = 16
-WIDTH = 512
+WIDTH = 1024
 TOY_BYTES = BLOCKS * WIDTH * WIDTH * 4
 BUDGET_BYTES = TOY_BYTES * 3 // 4
 PACE = 2e9
