@@ -19,7 +19,8 @@ from autosp.partition import partition
 from autosp.profiler import measure
 from autosp.runtime.bench import Bench
 from autosp.search.limits import Limits
-from autosp.search.space import evenly_spread, rank, suggested_gb
+from autosp.search.residents import evenly_spread
+from autosp.search.space import rank, suggested_gb
 from autosp.search.validate import Reference, validate
 from autosp.settings import settings
 from autosp.spec import Candidate, Outcome, Partition, Plan, Prediction, Profile, StudyKey, Trial

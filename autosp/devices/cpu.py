@@ -18,7 +18,7 @@ import psutil
 import torch
 
 from autosp.devices.base import Region
-from autosp.devices.memory import anonymous, memory_of, status_bytes, trim_heap
+from autosp.devices.memory import anonymous, free_kernel_buffers, memory_of, settle_heap, status_bytes, trim_heap
 from autosp.spec import DeviceInfo, Tier
 
 
@@ -141,6 +141,8 @@ class CpuDevice:
     def start_measuring(self) -> None:
         """Return freed heap to the kernel, so that what comes next is seen. Pages of files do not count."""
         _start_thread_pools()
+        settle_heap()
+        free_kernel_buffers()
         trim_heap()
         self.restart_peak()
         self._baseline = status_bytes("RssAnon")

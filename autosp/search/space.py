@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from autosp.cost_model.predict import predict
 from autosp.errors import BudgetTooSmallError
-from autosp.schedule.streaming import arena_bytes
+from autosp.search.residents import Filling, evenly_spread
 from autosp.spec import Candidate, Prediction, Profile
 
 DEPTHS = (1, 2, 3, 4)
@@ -18,26 +17,29 @@ residents."""
 EVERY_K_PRIME = 12
 """Up to here each k' is tried; beyond, neighbouring ones differ too little in copy size to matter."""
 
-PINNED_FIRST = 3
-"""How many of the largest layer sizes may be made resident first, so that the ring is cut for the smaller ones."""
-
-
-HEAP_NOISE_OF_WORKSPACE = 0.25
+HEAP_NOISE_OF_WORKSPACE = 0.45
+HEAP_GROWTH_OF_WORKSPACE = 0.3
 HEAP_NOISE_OF_BUDGET = 0.01
-"""On a CPU the heap fragments differently in every run: repeated peaks of one plan were seen to differ by up to these
-shares together, which are left free. An accelerator's caching allocator has no such noise, and a cap that holds."""
+"""On a CPU the heap fragments differently in every run. A plan's first passes in a new process were seen to take up to
+0.4 of the workspace more than its validation did, where earlier plans had left holes to use: so the growth is left
+free of what was measured, and the noise, which has a validation's own scatter in it, of what is predicted. An
+accelerator's caching allocator has no such noise, and a cap that holds."""
 
 
 def usable_bytes(profile: Profile, budget_bytes: int) -> int:
-    """What may be predicted to be in use: the budget less what repeated runs of one plan differ by."""
-    if profile.device.kind != "cpu":
-        return budget_bytes
-    return budget_bytes - int(HEAP_NOISE_OF_WORKSPACE * profile.workspace_bytes + HEAP_NOISE_OF_BUDGET * budget_bytes)
+    """What may be predicted to be in use."""
+    return budget_bytes - _left_free(profile, budget_bytes, HEAP_NOISE_OF_WORKSPACE)
 
 
 def acceptable_bytes(profile: Profile, budget_bytes: int) -> int:
     """What may have been measured to be in use, for a plan to be returned."""
-    return budget_bytes - (int(HEAP_NOISE_OF_BUDGET * budget_bytes) if profile.device.kind == "cpu" else 0)
+    return budget_bytes - _left_free(profile, budget_bytes, HEAP_GROWTH_OF_WORKSPACE)
+
+
+def _left_free(profile: Profile, budget_bytes: int, share_of_workspace: float) -> int:
+    if profile.device.kind != "cpu":
+        return 0
+    return int(share_of_workspace * profile.workspace_bytes + HEAP_NOISE_OF_BUDGET * budget_bytes)
 
 
 def rank(profile: Profile, budget_bytes: int) -> list[Prediction]:
@@ -126,11 +128,6 @@ def too_small(profile: Profile, budget_bytes: int) -> BudgetTooSmallError:
     )
 
 
-def evenly_spread(pool: Sequence[int], count: int) -> tuple[int, ...]:
-    """`count` of the pool at even distances, so that streamed layers have compute between them to hide behind."""
-    return tuple(pool[int((position + 0.5) * len(pool) / count)] for position in range(count))
-
-
 def suggested_gb(least_bytes: int) -> str:
     """A budget a little above the least, in GB with four digits."""
     return f"{least_bytes * 1.05 / 1e9:.4g}"
@@ -145,44 +142,10 @@ def _filled(profile: Profile, budget_bytes: int) -> Iterator[Candidate]:
     partition = profile.partition
     free = budget_bytes - partition.resident_bytes - profile.workspace_bytes
     visited = list(dict.fromkeys(partition.visits))
-    sizes = sorted({partition.layers[index].n_bytes for index in visited}, reverse=True)
-    limits = [sizes[0], *(size for size in sizes[1 : PINNED_FIRST + 1])]
     for k_prime in rungs(len(visited)):
         for depth in DEPTHS:
             if depth * k_prime > len(visited):
                 break
-            for limit in limits:
-                residents = _fill(profile, visited, k_prime, depth, limit, free)
-                if residents is not None and len(visited) - len(residents) >= depth * k_prime:
+            for residents in Filling(profile, visited, k_prime, depth, free).resident_sets():
+                if len(visited) - len(residents) >= depth * k_prime:
                     yield Candidate(k=len(residents) + depth * k_prime, k_prime=k_prime, residents=residents)
-
-
-def _fill(
-    profile: Profile, visited: Sequence[int], k_prime: int, depth: int, limit: int, free: int
-) -> tuple[int, ...] | None:
-    """Residents for a ring of `depth` groups: layers above `limit` bytes, then as many others as fit, spread evenly.
-
-    Layers visited more often in a pass come first: each visit saves a transfer. None if the ring itself does not fit.
-    """
-    layers = profile.partition.layers
-    counts = Counter(profile.partition.visits)
-    chosen = {index for index in visited if layers[index].n_bytes > limit}
-
-    def fits(residents: set[int]) -> bool:
-        streamed = [layers[index].n_bytes for index in visited if index not in residents]
-        groups = [sum(streamed[start : start + k_prime]) for start in range(0, len(streamed), k_prime)]
-        return sum(layers[index].n_bytes for index in residents) + arena_bytes(groups, depth) <= free
-
-    if not fits(chosen):
-        return None
-    for times in sorted(set(counts.values()), reverse=True):
-        pool = [index for index in visited if counts[index] == times and index not in chosen]
-        low, high = 0, len(pool)
-        while low < high:
-            middle = (low + high + 1) // 2
-            if fits(chosen.union(evenly_spread(pool, middle))):
-                low = middle
-            else:
-                high = middle - 1
-        chosen.update(evenly_spread(pool, low))
-    return tuple(sorted(chosen))
