@@ -16,7 +16,7 @@ from autosp.apply import apply
 from autosp.checkpoint.cache import Conversion, converted, remove_unreferenced
 from autosp.checkpoint.convert import CASTABLE
 from autosp.checkpoint.pretrained import Pretrained, pretrained_folder
-from autosp.checkpoint.skeleton import build, cast_buffers, fill, refuse_misfits, tell_dtypes
+from autosp.checkpoint.skeleton import build, cast_buffers, fill, parameters_left_alone, refuse_misfits, tell_dtypes
 from autosp.checkpoint.source import Checkpoint, Format, SavedTensors, find_checkpoint, open_tensors
 from autosp.errors import CheckpointError, SettingError
 from autosp.factory import find_factory, names_factory
@@ -75,12 +75,13 @@ def load(
         known = ", ".join(map(str, CASTABLE))
         raise SettingError(f"dtype={dtype!r}: pass one of {known}")
     remove_unreferenced()
-    factory = _factory(source)
-    if factory is not None:
-        model = _built(factory, source, weights, dtype)
-    else:
-        assert not callable(source)
-        model = _pretrained(Path(source), weights, dtype)
+    with torch.inference_mode(False), parameters_left_alone():
+        factory = _factory(source)
+        if factory is not None:
+            model = _built(factory, source, weights, dtype)
+        else:
+            assert not callable(source)
+            model = _pretrained(Path(source), weights, dtype)
     return model if plan is None else apply(model, plan)
 
 

@@ -67,17 +67,17 @@ class Pretrained:
         Raises: CheckpointError if tensors are missing or have another shape. A warning tells of what is not mapped.
         """
         try:
-            with torch.inference_mode(False):
-                model, info = self._class.from_pretrained(
-                    weights,
-                    config=self._config,
-                    dtype=dtype or "auto",
-                    generation_config=self._generation_config(),
-                    local_files_only=True,
-                    use_safetensors=True,
-                    ignore_mismatched_sizes=True,  # named below, with both sizes
-                    output_loading_info=True,
-                )
+            model, info = self._class.from_pretrained(
+                weights,
+                config=self._config,
+                dtype=dtype or "auto",
+                generation_config=self._generation_config(),
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # named below, with both sizes
+                output_loading_info=True,
+            )
         except (OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"transformers cannot load {self.folder}: {error}") from error
         self._refuse_differences(info)
@@ -86,11 +86,16 @@ class Pretrained:
         return model.eval()
 
     def _generation_config(self) -> Any:
+        """As transformers finds it in the directory; None for a model that does not generate."""
         from transformers import GenerationConfig
 
-        if not (self.folder / "generation_config.json").exists():
+        if not self._class.can_generate():
             return None
-        return GenerationConfig.from_pretrained(self.folder, local_files_only=True)
+        if (self.folder / "generation_config.json").is_file():
+            return GenerationConfig.from_pretrained(self.folder, local_files_only=True)
+        return GenerationConfig.from_pretrained(
+            self.folder, config_file_name=CONFIG, local_files_only=True, _from_model_config=True
+        )
 
     def _refuse_differences(self, info: dict[str, Any]) -> None:
         for name, saved, built in sorted(info["mismatched_keys"]):

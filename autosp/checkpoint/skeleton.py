@@ -6,7 +6,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ def build(factory: Callable[[], Any], name: str) -> nn.Module:
 
     Raises: SettingError if it made something else, ModelError for a parameter that cannot be put in later.
     """
-    with torch.inference_mode(False), parameters_on_meta():
+    with parameters_on_meta():
         made = factory()
     model = made[0] if isinstance(made, tuple) and made else made
     if not isinstance(model, nn.Module):
@@ -44,28 +44,51 @@ def build(factory: Callable[[], Any], name: str) -> nn.Module:
     return model
 
 
+class _Building(threading.local):
+    """What this thread's innermost `parameters_on_meta` moved, by what it was; None outside of any."""
+
+    moved: WeakTensorKeyDictionary | None = None
+
+
+_building = _Building()
+
+
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
     """Every plain parameter that this thread registers in a module goes to meta at once, and is tied as it was.
 
     Memory for it is taken between its making and its registration only, and by `torch.empty` not really.
     """
-    owner = threading.get_ident()
-    moved = WeakTensorKeyDictionary()
+    handle = register_module_parameter_registration_hook(_move)
+    try:
+        with _moving(WeakTensorKeyDictionary()):
+            yield
+    finally:
+        handle.remove()
 
-    def move(_module: nn.Module, _name: str, parameter: nn.Parameter) -> Any:
-        plain = not is_lazy(parameter) and not is_traceable_wrapper_subclass(parameter)
-        if threading.get_ident() != owner or parameter.is_meta or not plain:
-            return None
-        if parameter not in moved:
-            moved[parameter] = _with_data(parameter, parameter.data.to("meta"))
-        return moved[parameter]
 
-    handle = register_module_parameter_registration_hook(move)
+def parameters_left_alone() -> AbstractContextManager[None]:
+    """Undoes `parameters_on_meta` around it: for a model that is loaded while another one is built."""
+    return _moving(None)
+
+
+@contextmanager
+def _moving(moved: WeakTensorKeyDictionary | None) -> Iterator[None]:
+    outer, _building.moved = _building.moved, moved
     try:
         yield
     finally:
-        handle.remove()
+        _building.moved = outer
+
+
+def _move(_module: nn.Module, _name: str, parameter: nn.Parameter) -> Any:
+    """torch's hook: what it returns is registered instead."""
+    moved = _building.moved
+    if moved is None or parameter.is_meta or is_lazy(parameter) or is_traceable_wrapper_subclass(parameter):
+        return None
+    if parameter not in moved:
+        moved[parameter] = _with_data(parameter, parameter.data.to("meta"))
+    return moved[parameter]
 
 
 def _with_data(parameter: nn.Parameter, data: torch.Tensor) -> nn.Parameter:

@@ -137,8 +137,7 @@ def open_tensors(checkpoint: Checkpoint) -> SavedTensors:
     """
     opened = SavedTensors({}, {})
     for file in checkpoint.files:
-        with torch.inference_mode(False):
-            found = _map_safetensors(file) if checkpoint.format is Format.SAFETENSORS else _map_torch(file)
+        found = _map_safetensors(file) if checkpoint.format is Format.SAFETENSORS else _map_torch(file)
         for name, tensor in found.items():
             if name in opened.tensors:
                 other = opened.files[name]
