@@ -168,7 +168,7 @@ def _convert(
     """Under the exclusive lock."""
     partial, journal = folder / "partial", folder / "journal"
     if (folder / WEIGHTS).exists():
-        warnings.warn(f"{folder / WEIGHTS} was damaged since it was written: it is converted again", stacklevel=3)
+        warnings.warn(f"{folder / WEIGHTS} was damaged since it was written: it is converted again", stacklevel=6)
         (folder / WEIGHTS).unlink()
     write_atomically(folder / "source.json", json.dumps(sources))
     try:

@@ -184,7 +184,7 @@ def _tell_unmapped(model: nn.Module, folder: Path) -> None:
         warnings.warn(
             f"{len(unmapped)} parameters of {type(model).__name__}, {sum(unmapped.values()) / 1e9:.3g} GB, are in RAM: "
             f"{some(unmapped)}. While loading {folder}, transformers merged or cast the tensors that they come from",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

@@ -16,6 +16,24 @@ from autosp.devices.memory import anonymous_bytes
 BIG_BYTES = 200 * 2**20
 
 
+class Rotary(nn.Module):
+    """A buffer that is in no checkpoint, one that is, a frozen parameter, and one with an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.linear.bias.requires_grad_(False)
+        self.linear.weight.is_special = True
+        one = nn.Parameter(torch.rand(8))
+        self.first, self.second = one, one
+        self.register_buffer("frequencies", torch.arange(8.0) / 7, persistent=False)
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("count", torch.tensor(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x * self.frequencies + self.mean) * self.first
+
+
 def is_mapped(tensor: torch.Tensor, file: Path) -> bool:
     """Whether the tensor's bytes are a private map of the file."""
     for line in Path("/proc/self/maps").read_text().splitlines():

@@ -14,7 +14,7 @@ from torch import nn
 import autosp
 from autosp.batch import call, equal
 from autosp.errors import CheckpointError, SettingError
-from checkpoint_samples import big_state, files_of, is_mapped, run
+from checkpoint_samples import Rotary, big_state, files_of, is_mapped, run
 from models import Stack, Tied, make
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -87,23 +87,6 @@ def test_tied_parameters_stay_tied(left_out: tuple[str, ...], tmp_path: Path) ->
         loaded = autosp.load(Tied, weights=save(plain, tmp_path / "weights.safetensors", *left_out))
     assert loaded.head.weight is loaded.embed.weight
     assert equal(output(loaded, batch), output(plain, batch))
-
-
-class Rotary(nn.Module):
-    """A buffer that is in no checkpoint, one that is, a frozen parameter, and one with an attribute."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(8, 8)
-        self.linear.bias.requires_grad_(False)
-        self.linear.weight.is_special = True
-        one = nn.Parameter(torch.rand(8))
-        self.first, self.second = one, one
-        self.register_buffer("frequencies", torch.arange(8.0) / 7, persistent=False)
-        self.register_buffer("mean", torch.zeros(8))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear(x * self.frequencies + self.mean) * self.first
 
 
 def test_buffers_and_what_parameters_have_besides_data(tmp_path: Path) -> None:
