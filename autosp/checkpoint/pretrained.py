@@ -29,6 +29,9 @@ CONFIG = "config.json"
 CAST_SHARE = 0.05
 """Of a checkpoint's bytes: few enough to be cast in RAM rather than to write all of it again."""
 
+UNMAPPED_BYTES = 2**20
+"""What lives in RAM is told from here on."""
+
 
 class Pretrained:
     """A directory with a config that transformers knows. Nothing in it is executed: see `trust_remote_code`."""
@@ -180,7 +183,7 @@ def _architecture(config: Path) -> str:
 
 def _tell_unmapped(model: nn.Module, folder: Path) -> None:
     unmapped = dict(_unmapped(model))
-    if unmapped:
+    if sum(unmapped.values()) >= UNMAPPED_BYTES:
         warnings.warn(
             f"{len(unmapped)} parameters of {type(model).__name__}, {sum(unmapped.values()) / 1e9:.3g} GB, are in RAM: "
             f"{some(unmapped)}. While loading {folder}, transformers merged or cast the tensors that they come from",
