@@ -76,33 +76,36 @@ def load(
         raise SettingError(f"dtype={dtype!r}: pass one of {known}")
     remove_unreferenced()
     with torch.inference_mode(False), parameters_left_alone():
-        factory = _factory(source)
-        if factory is not None:
-            model = _built(factory, source, weights, dtype)
+        found = _find(source)
+        if isinstance(found, Path):
+            model = _pretrained(found, weights, dtype)
         else:
-            assert not callable(source)
-            model = _pretrained(Path(source), weights, dtype)
+            name = source if isinstance(source, str) else getattr(source, "__qualname__", repr(source))
+            model = _built(found, name, weights, dtype)
     return model if plan is None else apply(model, plan)
 
 
-def _factory(source: PathLike | Factory) -> Factory | None:
+def _find(source: PathLike | Factory) -> Path | Factory:
+    """Where the model is, or what builds it. What exists as a file is not taken for module:factory."""
     if isinstance(source, nn.Module):
         raise SettingError(f"pass what builds the {type(source).__name__}, not the module itself")
-    if callable(source):
+    if not isinstance(source, str | os.PathLike):
         return source
+    path = Path(source)
+    if path.exists():
+        return path
     name = os.fspath(source)
-    return find_factory(name) if names_factory(name) and not Path(name).exists() else None
+    if names_factory(name):
+        return find_factory(name)
+    raise CheckpointError(f"there is no {path}: pass a Hugging Face directory, or module:factory and weights=")
 
 
-def _built(
-    factory: Factory, source: PathLike | Factory, weights: PathLike | None, dtype: torch.dtype | None
-) -> nn.Module:
-    name = source if isinstance(source, str) else getattr(source, "__qualname__", repr(source))
+def _built(factory: Factory, name: str, weights: PathLike | None, dtype: torch.dtype | None) -> nn.Module:
     if weights is None:
         raise SettingError(f"{name} builds a model without weights: pass weights= with its checkpoint")
     checkpoint = find_checkpoint(Path(weights))
     saved = open_tensors(checkpoint)
-    model = build(factory, str(name))
+    model = build(factory, name)
     refuse_misfits(model, saved)
     if dtype is None:
         tell_dtypes(model, checkpoint, saved)
@@ -124,8 +127,6 @@ def _built(
 
 
 def _pretrained(path: Path, weights: PathLike | None, dtype: torch.dtype | None) -> nn.Module:
-    if not path.exists():
-        raise CheckpointError(f"there is no {path}: pass a Hugging Face directory, or module:factory and weights=")
     folder = pretrained_folder(path)
     if folder is None:
         checkpoint = find_checkpoint(path)

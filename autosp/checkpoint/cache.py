@@ -82,7 +82,7 @@ def converted(checkpoint: Checkpoint, saved: SavedTensors, dtypes: Mapping[str, 
                 if not _is_sound(folder, layout):
                     lock.take(fcntl.LOCK_EX)
                     if lock.is_of(folder) and not _is_sound(folder, layout):
-                        _convert(folder, layout, sources, dtypes, show)
+                        _convert(folder, layout, sources, show)
                     lock.take(fcntl.LOCK_SH)  # let go of for a moment: another process may have removed it
                 if lock.is_of(folder) and (folder / WEIGHTS).exists():
                     return Conversion(folder, lock)
@@ -162,9 +162,7 @@ def _open_lock(folder: Path) -> int:
             return os.open(folder / "lock", os.O_RDONLY | os.O_CLOEXEC)  # a finished conversion can be used as it is
 
 
-def _convert(
-    folder: Path, layout: Layout, sources: list[list[Any]], dtypes: Mapping[str, torch.dtype], show: Show
-) -> None:
+def _convert(folder: Path, layout: Layout, sources: list[list[Any]], show: Show) -> None:
     """Under the exclusive lock."""
     partial, journal = folder / "partial", folder / "journal"
     if (folder / WEIGHTS).exists():
@@ -172,7 +170,7 @@ def _convert(
         (folder / WEIGHTS).unlink()
     write_atomically(folder / "source.json", json.dumps(sources))
     try:
-        crc32 = write(layout, partial, journal, dtypes, show)
+        crc32 = write(layout, partial, journal, show)
     except OSError as error:
         if error.errno in _NO_ROOM:
             _discard(folder)

@@ -35,6 +35,8 @@ class Layout:
 
     tensors: dict[str, torch.Tensor]
     """Sources, in the order of the file."""
+    dtypes: dict[str, torch.dtype]
+    """What each is written as."""
     entries: dict[str, Entry]
     header: bytes
 
@@ -59,13 +61,13 @@ def lay_out(tensors: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtyp
 
     Raises: CheckpointError for a dtype that safetensors does not have.
     """
-    targets = {name: dtypes.get(name, tensor.dtype) for name, tensor in tensors.items()}
-    order = sorted(tensors, key=lambda name: -targets[name].itemsize)
-    header, entries = make_header((name, targets[name], tensors[name].shape) for name in order)
-    return Layout({name: tensors[name] for name in order}, entries, header)
+    written = {name: dtypes.get(name, tensor.dtype) for name, tensor in tensors.items()}
+    order = sorted(tensors, key=lambda name: -written[name].itemsize)
+    header, entries = make_header((name, written[name], tensors[name].shape) for name in order)
+    return Layout({name: tensors[name] for name in order}, written, entries, header)
 
 
-def write(layout: Layout, path: Path, journal: Path, targets: Mapping[str, torch.dtype], show: Show) -> dict[str, int]:
+def write(layout: Layout, path: Path, journal: Path, show: Show) -> dict[str, int]:
     """Write the file, or what is missing of it, and give the CRC-32 of every tensor. `path` is not yet to be trusted
     before this returns; if anything stops it, `path` and `journal` stay, to go on from.
 
@@ -81,7 +83,7 @@ def write(layout: Layout, path: Path, journal: Path, targets: Mapping[str, torch
                 os.fsync(descriptor)
                 print(json.dumps({"header_crc32": zlib.crc32(layout.header)}), file=lines, flush=True)
             show(progress.done_bytes)
-            _write_data(layout, descriptor, progress, lambda line: print(line, file=lines, flush=True), targets, show)
+            _write_data(layout, descriptor, progress, lambda line: print(line, file=lines, flush=True), show)
         os.ftruncate(descriptor, layout.n_bytes)
         os.fsync(descriptor)
     finally:
@@ -94,7 +96,6 @@ def _write_data(
     descriptor: int,
     progress: Progress,
     note: Callable[[str], None],
-    targets: Mapping[str, torch.dtype],
     show: Show,
 ) -> None:
     fresh: dict[str, int] = {}
@@ -105,7 +106,7 @@ def _write_data(
         progress.crc32.setdefault(name, 0)
         if progress.done_bytes >= entry.end:
             continue
-        for chunk in _chunks(tensor, targets.get(name, tensor.dtype), progress.done_bytes - entry.begin):
+        for chunk in _chunks(tensor, layout.dtypes[name], progress.done_bytes - entry.begin):
             memory = memory_of(chunk)
             _pwrite(descriptor, memory, len(layout.header) + progress.done_bytes)
             progress.crc32[name] = fresh[name] = zlib.crc32(memory, progress.crc32[name])

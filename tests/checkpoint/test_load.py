@@ -283,3 +283,20 @@ def test_arguments_that_do_not_go_together(tmp_path: Path) -> None:
         autosp.load(Stack, weights=path, dtype=torch.int8)
     with pytest.raises(SettingError, match="no 'mak' in module models .*; did you mean 'make'"):
         autosp.load("models:mak", weights=path)
+
+
+@pytest.mark.parametrize("package", ["safetensors", "transformers"])
+def test_without_the_extra_it_is_named(package: str, tmp_path: Path) -> None:
+    save(Stack(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    code = f"""
+import sys
+sys.modules[{package!r}] = None
+import autosp
+from models import Stack
+try:
+    autosp.load({str(tmp_path)!r}) if {package!r} == "transformers" else autosp.load(Stack, weights={str(tmp_path)!r})
+except autosp.errors.SettingError as error:
+    print(error)
+"""
+    assert f"needs {package}: pip install 'autosp[hf]'" in run(code).stdout
