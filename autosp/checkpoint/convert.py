@@ -116,6 +116,7 @@ def _write_data(
                 os.fdatasync(descriptor)
                 note(json.dumps({"done_bytes": progress.done_bytes, "crc32": fresh}))
                 fresh, noted_bytes = {}, progress.done_bytes
+            del chunk, memory  # before the next one is made
 
 
 def _chunks(tensor: torch.Tensor, dtype: torch.dtype, skip_bytes: int) -> Iterator[torch.Tensor]:

@@ -184,4 +184,4 @@ def _map_torch(file: Path) -> dict[str, torch.Tensor]:
             )
         if value.layout is not torch.strided or value.is_quantized:
             raise CheckpointError(f"{file}: tensor {name} is sparse or quantised; only plain tensors can be mapped")
-    return {name: value.detach() for name, value in found.items()}
+    return {name: value.detach().resolve_conj().resolve_neg() for name, value in found.items()}

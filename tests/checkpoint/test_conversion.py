@@ -113,13 +113,15 @@ def test_torch_files_of_any_layout(chunk_bytes: int, tmp_path: Path, monkeypatch
         "empty": torch.empty(0, 4),
         "scalar": torch.tensor(7),
         "half": base.half(),
+        "conjugate": torch.complex(base, base).conj(),
         "parameter": nn.Parameter(base.double()),
     }
     torch.save(state, tmp_path / "weights.pt")
     checkpoint = find_checkpoint(tmp_path / "weights.pt")
     written: list[int] = []
     conversion = converted(checkpoint, open_tensors(checkpoint), {}, written.append)
-    assert equal(safetensors.load_file(conversion.weights), {name: value.detach() for name, value in state.items()})
+    expected = {name: value.detach().resolve_conj() for name, value in state.items()}
+    assert equal(safetensors.load_file(conversion.weights), expected)
     assert sum(written) == sum(value.nbytes for value in state.values())
     conversion.close()
 
