@@ -6,6 +6,7 @@ with autosp.apply(model, plan):
 """
 
 from autosp.apply import apply
+from autosp.load import load
 from autosp.runtime.streamed_model import Stats, StreamedModel
 from autosp.spec import Plan, Prediction, Profile
 from autosp.studies import list_studies, load_plan
@@ -21,6 +22,7 @@ __all__ = [
     "estimate",
     "floor",
     "list_studies",
+    "load",
     "load_plan",
     "plan",
     "profile",

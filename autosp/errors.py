@@ -6,7 +6,8 @@
     ├── ModelError                  the model cannot be streamed as it is
     │   ├── EmptyModelError         no parameter and no buffer
     │   ├── MetaModelError          some tensors have no data (device "meta")
-    │   └── ModelChangedError       tensors were replaced while a plan was applied
+    │   ├── ModelChangedError       tensors were replaced while a plan was applied
+    │   └── CheckpointError         weights on disk that are missing, damaged or of another model
     ├── PlanError                   a plan file or object that cannot be used
     │   ├── PlanFormatError         corrupt, or written by a newer autosp
     │   ├── PlanMismatchError       made for another model, batch or mode
@@ -63,6 +64,10 @@ class MetaModelError(ModelError, ValueError):
 
 class ModelChangedError(ModelError, RuntimeError):
     """A parameter's data was replaced while a plan was applied."""
+
+
+class CheckpointError(ModelError, ValueError):
+    """A checkpoint cannot be loaded: its files are missing or damaged, or their tensors are not the model's."""
 
 
 class PlanError(AutospError):

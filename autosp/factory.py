@@ -39,13 +39,25 @@ def make_subject(name: str) -> Subject:
 
     Raises: SettingError naming what was not found, and the close name; or what is wrong with the factory's answer.
     """
-    if not _NAME.fullmatch(name):
+    return _subject(name, find_factory(name)())
+
+
+def names_factory(name: str) -> bool:
+    """Whether a text is written as module:factory."""
+    return _NAME.fullmatch(name) is not None
+
+
+def find_factory(name: str) -> Callable[[], Any]:
+    """The factory that `module:factory` names. Its module is imported, from the current directory too.
+
+    Raises: SettingError naming what was not found, and the close name.
+    """
+    if not names_factory(name):
         path = Path(name.partition(":")[0])
         hint = f", as in {path.stem}:make" if path.suffix == ".py" else ", as in my_models:make"
         raise SettingError(f"{name!r} does not name a factory: write module:factory{hint}")
     module_name, _, factory_name = name.partition(":")
-    factory = _factory(_module(module_name), factory_name)
-    return _subject(name, factory())
+    return _factory(_module(module_name), factory_name)
 
 
 def _module(name: str) -> ModuleType:

@@ -173,3 +173,36 @@ def llama(**changes: Any) -> nn.Module:
         **changes,
     )
     return LlamaForCausalLM(config)
+
+
+def t5() -> nn.Module:
+    """A T5 of three small layers a side. Needs transformers."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        d_model=64, d_kv=16, d_ff=128, num_layers=3, num_heads=4, vocab_size=500, decoder_start_token_id=0
+    )
+    return T5ForConditionalGeneration(config)
+
+
+def mixtral(intermediate_size: int = 96) -> nn.Module:
+    """A Mixtral of three small layers of four experts. Needs transformers."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        hidden_size=64,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        vocab_size=500,
+    )
+    return MixtralForCausalLM(config)
+
+
+def mamba() -> nn.Module:
+    """A Mamba of three small layers. Needs transformers."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    return MambaForCausalLM(MambaConfig(hidden_size=64, num_hidden_layers=3, vocab_size=500, state_size=8))

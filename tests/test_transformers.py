@@ -12,16 +12,9 @@ from torch import nn
 import autosp
 from autosp.batch import call, equal, map_tensors
 from autosp.devices import Device
-from models import llama, tokens
+from models import llama, mamba, mixtral, t5, tokens
 
 transformers = pytest.importorskip("transformers")
-
-
-def t5() -> nn.Module:
-    config = transformers.T5Config(
-        d_model=64, d_kv=16, d_ff=128, num_layers=3, num_heads=4, vocab_size=500, decoder_start_token_id=0
-    )
-    return transformers.T5ForConditionalGeneration(config)
 
 
 def clip() -> nn.Module:
@@ -47,24 +40,6 @@ def albert() -> nn.Module:
         intermediate_size=128,
     )
     return transformers.AlbertModel(config)
-
-
-def mixtral() -> nn.Module:
-    config = transformers.MixtralConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        vocab_size=500,
-    )
-    return transformers.MixtralForCausalLM(config)
-
-
-def mamba() -> nn.Module:
-    config = transformers.MambaConfig(hidden_size=64, num_hidden_layers=3, vocab_size=500, state_size=8)
-    return transformers.MambaForCausalLM(config)
 
 
 def resnet() -> nn.Module:
