@@ -131,7 +131,9 @@ def plan(
     """
     chosen = choose_device(device)
     workload = Workload.of(model, sample_batch, step, mode, chosen)
-    parts = partition(model, workload.run, chosen.torch_device, lookups=chosen.reads_host)
+    parts = partition(
+        model, workload.run, chosen.torch_device, lookups=chosen.reads_host, slow_tier=chosen.info.slow_tier
+    )
     candidate = _candidate(k, k_prime, residents, list(dict.fromkeys(parts.visits)))
     return Plan(
         **_identity(workload, chosen),
@@ -155,7 +157,9 @@ def profile(
     workload = Workload.of(model, sample_batch, step, mode, chosen)
     with _progress(progress) as show:
         show("order of the layers")
-        parts = partition(model, workload.run, chosen.torch_device, lookups=chosen.reads_host)
+        parts = partition(
+            model, workload.run, chosen.torch_device, lookups=chosen.reads_host, slow_tier=chosen.info.slow_tier
+        )
         show("packing")
         with Bench(model, parts, chosen, settings().cache_dir) as bench:
             return measure(bench, workload, show)
@@ -245,6 +249,7 @@ def _plain_pass(workload: Workload, device: Device) -> tuple[Partition, Any]:
         lambda: outputs.append(workload.run_seeded()),
         device.torch_device,
         lookups=device.reads_host,
+        slow_tier=device.info.slow_tier,
     )
     return parts, outputs[0]
 
