@@ -68,6 +68,7 @@ class WeightFile:
                     f"({needed - done - count} bytes are missing): the file was truncated"
                 )
             done += whole
+            failures = 0
 
     def check(self, name: str) -> None:
         """Raises: ReadError if the file is not what it was when it was opened.
