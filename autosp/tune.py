@@ -160,7 +160,7 @@ def profile(
         parts = partition(
             model, workload.run, chosen.torch_device, lookups=chosen.reads_host, slow_tier=chosen.info.slow_tier
         )
-        show("packing")
+        show("weights to the slow tier")
         with Bench(model, parts, chosen, settings().cache_dir) as bench:
             return measure(bench, workload, show)
 
@@ -198,7 +198,7 @@ def _continue(
     with _progress(progress) as show:
         show("order of the layers")
         parts, output = _plain_pass(workload, device)
-        show("packing")
+        show("weights to the slow tier")
         reference = Reference(output, lambda: _plain_pass(workload, device)[1])
         measured = repository.profile(name) if entered else None
         with Bench(workload.model, measured.partition if measured else parts, device, settings().cache_dir) as bench:

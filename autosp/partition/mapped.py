@@ -13,7 +13,7 @@ import os
 import stat
 from bisect import bisect_right
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,7 +33,7 @@ FILE_BIT = 61
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Where an extent lies in a file, and where that is mapped."""
+    """Where an extent, or a run of them, lies in a file, and where that is mapped."""
 
     path: Path
     device: int
@@ -42,16 +42,23 @@ class Source:
     """In the file."""
     address: int
     n_bytes: int
-    storage: torch.UntypedStorage
-    """Keeps the map."""
+    storages: tuple[torch.UntypedStorage, ...]
+    """They keep the map."""
 
     @property
     def file(self) -> tuple[Path, int, int]:
         """Path, device and inode: the same for all extents of one file."""
         return self.path, self.device, self.inode
 
+    def joined(self, other: Source) -> Source | None:
+        """Both and what is between them, if a map has them as the file has: one question to the kernel for all."""
+        if other.file != self.file or other.address - self.address != other.offset - self.offset:
+            return None
+        n_bytes = other.offset + other.n_bytes - self.offset
+        return replace(self, n_bytes=n_bytes, storages=(*self.storages, *other.storages))
+
     def written(self) -> list[tuple[int, int]]:
-        """What lies on pages that were written to: runs of the extent's bytes as (begin, end), in order.
+        """What lies on pages that were written to: runs of these bytes as (begin, end), in order.
 
         Raises: ReadError if the kernel does not tell any more.
         """
@@ -142,7 +149,7 @@ def _source(extent: Extent, address: int, known: _Map) -> Source | None:
     except OSError:
         return None
     found = known.found
-    return Source(known.path, found.st_dev, found.st_ino, offset, address, extent.n_bytes, extent.storage)
+    return Source(known.path, found.st_dev, found.st_ino, offset, address, extent.n_bytes, (extent.storage,))
 
 
 def _written_pages(address: int, n_bytes: int) -> np.ndarray:

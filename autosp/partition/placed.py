@@ -46,6 +46,7 @@ class FileRun:
     needed_bytes: int
     """From its beginning to the end of the last extent."""
     sources: tuple[Source, ...]
+    """All its extents; those in one map as one."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def lay_out(extents: Sequence[Extent]) -> Layout:
     runs: list[FileRun] = []
     begin = 0
     for members in _neighbours(extents):
-        sources = tuple(source for _, source in members)
+        sources = _joined([source for _, source in members])
         offset = sources[0].offset // LAYER_ALIGNMENT * LAYER_ALIGNMENT
         needed = sources[-1].offset + sources[-1].n_bytes - offset
         runs.append(FileRun(offset, align(needed, LAYER_ALIGNMENT), needed, sources))
@@ -107,6 +108,14 @@ def _neighbours(extents: Sequence[Extent]) -> list[list[tuple[Extent, Source]]]:
             runs.append([(extent, source)])
         end = source.offset + source.n_bytes
     return runs
+
+
+def _joined(sources: Sequence[Source]) -> tuple[Source, ...]:
+    joined = [sources[0]]
+    for source in sources[1:]:
+        both = joined[-1].joined(source)
+        joined[-1:] = [both] if both else [joined[-1], source]
+    return tuple(joined)
 
 
 def packed_bytes(extents: Sequence[Extent]) -> int:

@@ -140,9 +140,10 @@ def test_a_layer_is_laid_out_as_its_file_with_the_rest_behind(tmp_path: Path) ->
                 assert (place.offset - source.address) % 4096 == 0
                 assert (place.offset - source.offset) % 4096 == 0
         assert ends[-1] <= bound.layer.n_bytes == layout.n_bytes
-        gaps = sum(len(run.sources) - 1 for run in layout.runs)
         weights = sum(place.extent.n_bytes for place in bound.placed)
-        assert layout.run_bytes <= weights + 8192 * (len(layout.runs) + gaps)
+        assert layout.run_bytes <= weights + 8192 * len(bound.placed)
+        assert len(layout.runs) <= 3
+        assert all(len(run.sources) == 1 for run in layout.runs)
         assert all(run.offset % 4096 == run.n_bytes % 4096 == 0 for run in layout.runs)
     assert sum(len(bound.layout.packed) for bound in layers) == 1
 
