@@ -54,7 +54,9 @@ class Layout:
     """How extents lie in the memory that they travel in: runs of files first, then what is in no file, packed.
 
     [Note: in place] In a run an extent keeps its address modulo 4096, so kernels that ask for alignment take the path
-    that they take on the mapped original.
+    that they take on the mapped original. How many blocks runs touch depends on where in a file they lie, and in how
+    many files. Padding makes layers alike that have tensors alike: a ring of places of one size holds them, while sizes
+    that differ by a block would take a place more.
     """
 
     placed: tuple[Placed, ...]
@@ -62,6 +64,7 @@ class Layout:
     packed: tuple[Placed, ...]
     """Those of `placed` that are in no run; offsets from the end of the runs."""
     packed_bytes: int
+    padding_bytes: int
 
     @property
     def run_bytes(self) -> int:
@@ -71,7 +74,7 @@ class Layout:
     @property
     def n_bytes(self) -> int:
         """Bytes of the whole, a multiple of LAYER_ALIGNMENT."""
-        return self.run_bytes + self.packed_bytes
+        return self.run_bytes + self.packed_bytes + self.padding_bytes
 
 
 def lay_out(extents: Sequence[Extent]) -> Layout:
@@ -89,7 +92,11 @@ def lay_out(extents: Sequence[Extent]) -> Layout:
     others = [extent for extent in extents if extent.source is None]
     packed = pack(others)
     placed += [Placed(place.extent, begin + place.offset) for place in packed]
-    return Layout(tuple(placed), tuple(runs), packed, packed_bytes(others))
+    # What the runs would take at most: every extent one of its own, as far apart as runs are joined.
+    most = sum(
+        align(extent.n_bytes, LAYER_ALIGNMENT) + JOIN_WITHIN_BYTES for extent in extents if extent.source is not None
+    )
+    return Layout(tuple(placed), tuple(runs), packed, packed_bytes(others), most - begin)
 
 
 def _neighbours(extents: Sequence[Extent]) -> list[list[tuple[Extent, Source]]]:

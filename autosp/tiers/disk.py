@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -28,7 +29,18 @@ class Originals(Enum):
     """It is freed: outside a pass the weights rest in the packed file, until the store is closed."""
 
 
-DiskRegion = InPlaceRegion | PackedRegion
+@dataclass(frozen=True)
+class Padding:
+    """Bytes that nobody uses: see [Note: in place]."""
+
+    n_bytes: int
+    host: None = None
+
+    def read_into(self, target: memoryview) -> None:
+        """Leave them as they are."""
+
+
+DiskRegion = InPlaceRegion | PackedRegion | Padding
 
 
 @dataclass(frozen=True)
@@ -68,10 +80,10 @@ class DiskStore:
                 self._originals.close()
                 raise
         self._regions = {bound.layer.index: self._regions_of(bound) for bound in layers}
-        self._all = [region for regions in self._regions.values() for region in regions]
-        self._begins = [0]
-        for region in self._all:
-            self._begins.append(self._begins[-1] + region.n_bytes)
+        self._all: list[InPlaceRegion | PackedRegion] = [
+            r for regions in self._regions.values() for r in regions if not isinstance(r, Padding)
+        ]
+        self._begins = [0, *accumulate(region.n_bytes for region in self._all)]
         self._moved = packed if originals is Originals.FREED else []
         for bound in self._moved:
             settle(bound.layout.packed, self.rest(bound.layer.index))
@@ -88,21 +100,20 @@ class DiskStore:
         return tuple(regions)
 
     def window(self, offset: int, n_bytes: int) -> Window:
-        """A run of all regions' bytes, as if they were one file."""
-        begin = offset // LAYER_ALIGNMENT * LAYER_ALIGNMENT
-        end = begin + n_bytes
+        """A run of all regions' bytes, as if they were one file that begins anew where it ends."""
+        at = offset // LAYER_ALIGNMENT * LAYER_ALIGNMENT % self._begins[-1]
         pieces = []
-        for index in range(bisect_right(self._begins, begin) - 1, len(self._all)):
-            region, start = self._all[index], self._begins[index]
-            if start >= end:
-                break
-            skip = max(0, begin - start)
-            count = min(end - start, region.n_bytes) - skip
-            if isinstance(region, PackedRegion):
-                pieces.append((region.pack.file, region.offset + skip, count, count))
-            else:
+        while n_bytes > 0:
+            index = bisect_right(self._begins, at) - 1
+            region, skip = self._all[index], at - self._begins[index]
+            count = min(n_bytes, region.n_bytes - skip)
+            if isinstance(region, InPlaceRegion):
                 needed = min(count, region.run.needed_bytes - skip)
                 pieces.append((region.file, region.run.offset + skip, count, needed))
+            else:
+                pieces.append((region.pack.file, region.offset + skip, count, count))
+            n_bytes -= count
+            at = (at + count) % self._begins[-1]
         return Window(tuple(pieces))
 
     def rest(self, layer: int) -> torch.Tensor:
@@ -127,6 +138,7 @@ class DiskStore:
     def _regions_of(self, bound: BoundLayer) -> tuple[DiskRegion, ...]:
         """In the order of its layout."""
         in_place = [self._originals.region(run, bound.layer.name) for run in bound.layout.runs]
+        padding = [Padding(bound.layout.padding_bytes)] if bound.layout.padding_bytes else []
         if self._packed is None or not bound.layout.packed:
-            return tuple(in_place)
-        return *in_place, self._packed.region(bound.layer.index)
+            return *in_place, *padding
+        return *in_place, self._packed.region(bound.layer.index), *padding

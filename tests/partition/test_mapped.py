@@ -142,10 +142,26 @@ def test_a_layer_is_laid_out_as_its_file_with_the_rest_behind(tmp_path: Path) ->
         assert ends[-1] <= bound.layer.n_bytes == layout.n_bytes
         weights = sum(place.extent.n_bytes for place in bound.placed)
         assert layout.run_bytes <= weights + 8192 * len(bound.placed)
+        assert 0 <= layout.padding_bytes <= 12288 * len(bound.placed)
         assert len(layout.runs) <= 3
         assert all(len(run.sources) == 1 for run in layout.runs)
         assert all(run.offset % 4096 == run.n_bytes % 4096 == 0 for run in layout.runs)
     assert sum(len(bound.layout.packed) for bound in layers) == 1
+
+
+def test_layers_with_tensors_alike_are_alike_wherever_their_files_have_them(tmp_path: Path) -> None:
+    model = nn.Sequential(*(nn.Linear(65, 65) for _ in range(12)))
+    map_weights(model[:6], tmp_path / "in one")
+    for index in range(6, 12):
+        map_weights(model[index], tmp_path / f"weights {index}")
+    other = nn.Linear(65, 65)
+    map_weights(other, tmp_path / "bias")
+    model[3].bias = other.bias
+    by_name = located(model)
+    layouts = [lay_out([by_name[f"{index}.weight"], by_name[f"{index}.bias"]]) for index in range(12)]
+    assert len({len(layout.runs) for layout in layouts}) == 2
+    assert len({layout.run_bytes for layout in layouts}) > 1
+    assert len({layout.n_bytes for layout in layouts}) == 1
 
 
 def test_two_maps_of_the_same_bytes_do_not_share_memory(tmp_path: Path) -> None:
