@@ -26,10 +26,15 @@ def apply(model: M, plan: Plan) -> StreamedModel[M]:
     CPU, to a packed file. Outside a pass the model is an ordinary CPU model whose streamed parameters are views of
     that memory. `remove()`, or leaving the context, makes it an ordinary model in RAM again.
 
+    On a CPU, weights that are mapped from a file, as `from_pretrained` and `safetensors` load them, are read from that
+    file: nothing is packed, and their parameters stay the maps that they are. The file must stay as it is meanwhile;
+    one that is written or truncated makes the next pass raise ReadError.
+
     Passes run without autograd. Calls from other threads wait for the running pass.
 
     Raises: PlanMismatchError if the plan was made for another model, SettingError if its device is not here,
-    DiskFullError or HostMemoryError if there is no room for the streamed weights (the model is unchanged then).
+    DiskFullError or HostMemoryError if there is no room for the streamed weights, ReadError if a file that weights are
+    mapped from was truncated or replaced (the model is unchanged then).
     """
     if not isinstance(plan, Plan):
         raise SettingError(f"plan is a {type(plan).__name__}; use autosp.tune, autosp.plan or Plan.load")
@@ -42,8 +47,8 @@ def apply(model: M, plan: Plan) -> StreamedModel[M]:
             f"{type(model).__name__} has {found}: other module classes, tensor names, shapes, dtypes or ties"
         )
     device = choose_device(plan.device.kind)
-    bound = bind(model, plan.partition)
-    schedule = lower(plan.candidate, [layer.n_bytes for layer in plan.partition.layers], plan.partition.visits)
+    bound = bind(model, plan.partition, device.info.slow_tier)
+    schedule = lower(plan.candidate, [layer.n_bytes for layer in bound.partition.layers], plan.partition.visits)
     stored = bound.stored(plan.candidate.residents)
     store = open_store(device, stored, settings().cache_dir, Originals.FREED)
 

@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from autosp.errors import PlanFormatError
 from autosp.files import write_atomically
 
-PLAN_SCHEMA_VERSION = 2
-"""1: before lookup tables; still read."""
+PLAN_SCHEMA_VERSION = 3
+"""1: before lookup tables; 2: before `Layer.weight_bytes`; both still read."""
 
 Mode = Literal["inference"]
 
@@ -49,12 +49,15 @@ class DeviceInfo(Record):
 
 
 class Layer(Record):
-    """The unit that moves: the tensors of one module, packed one after another."""
+    """The unit that moves: the tensors of one module, in one piece of memory."""
 
     index: int
     name: str = Field(description="dotted path of the module")
     tensors: tuple[str, ...] = Field(description="canonical names of the parameters and buffers that travel")
-    n_bytes: int = Field(description="bytes of one transfer, alignment included")
+    n_bytes: int = Field(description="bytes of one transfer, alignment included, where the plan was made")
+    weight_bytes: int | None = Field(
+        default=None, description="bytes of the tensors themselves; None in a plan older than schema 3"
+    )
 
 
 class Partition(Record):

@@ -132,7 +132,9 @@ def plan(
     """
     chosen = choose_device(device)
     workload = Workload.of(model, sample_batch, step, mode, chosen)
-    parts = partition(model, workload.run, chosen.torch_device, lookups=chosen.reads_host)
+    parts = partition(
+        model, workload.run, chosen.torch_device, lookups=chosen.reads_host, slow_tier=chosen.info.slow_tier
+    )
     candidate = _candidate(k, k_prime, residents, list(dict.fromkeys(parts.visits)))
     return Plan(
         **_identity(workload, chosen),
@@ -156,8 +158,10 @@ def profile(
     workload = Workload.of(model, sample_batch, step, mode, chosen)
     with _progress(progress) as show:
         show("order of the layers")
-        parts = partition(model, workload.run, chosen.torch_device, lookups=chosen.reads_host)
-        show("packing")
+        parts = partition(
+            model, workload.run, chosen.torch_device, lookups=chosen.reads_host, slow_tier=chosen.info.slow_tier
+        )
+        show("weights to the slow tier")
         with Bench(model, parts, chosen, settings().cache_dir) as bench:
             return measure(bench, workload, show)
 
@@ -195,7 +199,7 @@ def _continue(
     with _progress(progress) as show:
         show("order of the layers")
         parts, output = _plain_pass(workload, device)
-        show("packing")
+        show("weights to the slow tier")
         reference = Reference(output, lambda: _plain_pass(workload, device)[1])
         measured = repository.profile(name) if entered else None
         with Bench(workload.model, measured.partition if measured else parts, device, settings().cache_dir) as bench:
@@ -246,6 +250,7 @@ def _plain_pass(workload: Workload, device: Device) -> tuple[Partition, Any]:
         lambda: outputs.append(workload.run_seeded()),
         device.torch_device,
         lookups=device.reads_host,
+        slow_tier=device.info.slow_tier,
     )
     return parts, outputs[0]
 

@@ -57,10 +57,14 @@ def anonymous(n_bytes: int) -> torch.Tensor:
 
 def memory_of(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, writable. The caller keeps the tensor alive."""
-    n_bytes = tensor.numel() * tensor.element_size()
+    return memory_at(tensor.data_ptr(), tensor.numel() * tensor.element_size())
+
+
+def memory_at(address: int, n_bytes: int) -> memoryview:
+    """Bytes of the process, writable. The caller keeps alive what they belong to."""
     if n_bytes == 0:
         return memoryview(b"")
-    return memoryview((ctypes.c_char * n_bytes).from_address(tensor.data_ptr())).cast("B")
+    return memoryview((ctypes.c_char * n_bytes).from_address(address)).cast("B")
 
 
 def pin(memory: torch.Tensor, device: torch.device) -> bool:
@@ -100,11 +104,15 @@ def part(memory: torch.Tensor, begin: int, n_bytes: int) -> torch.Tensor:
         if n_bytes == 0:
             return torch.empty(0, dtype=torch.uint8)
         run = (ctypes.c_char * n_bytes).from_buffer(_PAGES[memory.data_ptr()], begin)
-        finalize(run, _drop_pages, memory.data_ptr() + begin, n_bytes).atexit = False
+        finalize(run, drop_pages, memory.data_ptr() + begin, n_bytes).atexit = False
         return torch.frombuffer(run, dtype=torch.uint8)
 
 
-def _drop_pages(address: int, n_bytes: int) -> None:
+def drop_pages(address: int, n_bytes: int) -> None:
+    """Give back the whole pages of a run of memory: they read as zeros then, or as the file that they are mapped from.
+
+    What was written to them is lost.
+    """
     begin = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
     whole = (address + n_bytes - begin) // mmap.PAGESIZE * mmap.PAGESIZE
     if whole > 0:

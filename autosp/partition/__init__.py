@@ -10,22 +10,28 @@ import torch
 from torch import nn
 
 from autosp.errors import PlanMismatchError
-from autosp.partition.placed import Placed, pack, packed_bytes
+from autosp.partition.mapped import locate
+from autosp.partition.placed import Layout, Placed, lay_out, pack, packed_bytes
 from autosp.partition.split import Unit, choose_units
-from autosp.partition.tensors import Extent, NamedTensor, collect, model_fingerprint
+from autosp.partition.tensors import Extent, ModelTensors, NamedTensor, collect, model_fingerprint
 from autosp.partition.trace import Trace, trace
-from autosp.spec import Layer, Partition
+from autosp.spec import Layer, Partition, Tier
 
 __all__ = ["BoundLayer", "BoundModel", "NamedTensor", "Placed", "bind", "model_fingerprint", "partition"]
 
 
 @dataclass(frozen=True)
 class BoundLayer:
-    """A layer found in a model: its module, and its extents packed one after another."""
+    """A layer found in a model, with the size that it has there: its module, and how its extents travel."""
 
     layer: Layer
     module: nn.Module
-    placed: tuple[Placed, ...]
+    layout: Layout
+
+    @property
+    def placed(self) -> tuple[Placed, ...]:
+        """All its extents."""
+        return self.layout.placed
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,8 @@ class BoundModel:
     """A partition found in a model."""
 
     model: nn.Module
+    partition: Partition
+    """With the sizes that the layers have here: a plan's may differ, made where the weights were elsewhere."""
     layers: tuple[BoundLayer, ...]
     residents: tuple[Placed, ...]
     lookups: BoundLayer | None
@@ -48,16 +56,24 @@ LOOKUP_SHARE = 1 / 8
 """A table of which lookups read at most this share per pass is read where it rests: moving all of it costs more."""
 
 
-def partition(model: nn.Module, run: Callable[[], Any], device: torch.device, *, lookups: bool = False) -> Partition:
+def partition(
+    model: nn.Module,
+    run: Callable[[], Any],
+    device: torch.device,
+    *,
+    lookups: bool = False,
+    slow_tier: Tier = Tier.HOST,
+) -> Partition:
     """Ordered layers of any module, by one observed pass.
 
     `run` performs the pass. `lookups`: the device's kernels can read host memory, so that tables
-    need not move. Layers are numbered in the order of their first visit; those that the pass never visited
-    come last. The model is left as it was; what it raises passes through.
+    need not move. `slow_tier` decides how layers travel, and so how many bytes. Layers are numbered in the order of
+    their first visit; those that the pass never visited come last. The model is left as it was; what it raises passes
+    through.
 
-    Raises: EmptyModelError, MetaModelError.
+    Raises: EmptyModelError, MetaModelError, ReadError if a file that weights are mapped from was truncated.
     """
-    tensors = collect(model)
+    tensors = _collect(model, slow_tier)
     seen = trace(model, tensors, run, device)
     tables = [extent for extent in tensors.extents if lookups and _is_table(extent, seen)]
     units = choose_units(model, tensors, seen, tables)
@@ -81,7 +97,21 @@ def partition(model: nn.Module, run: Callable[[], Any], device: torch.device, *,
 
 def _layer(index: int, name: str, extents: Sequence[Extent]) -> Layer:
     names = tuple(item.name for extent in extents for item in extent.tensors)
-    return Layer(index=index, name=name, tensors=names, n_bytes=packed_bytes(extents))
+    return Layer(
+        index=index,
+        name=name,
+        tensors=names,
+        n_bytes=lay_out(extents).n_bytes,
+        weight_bytes=sum(extent.weight_bytes for extent in extents),
+    )
+
+
+def _collect(model: nn.Module, slow_tier: Tier) -> ModelTensors:
+    """The model's tensors. A disk tier reads those mapped from a file in place; RAM takes all of them packed."""
+    tensors = collect(model)
+    if slow_tier is Tier.DISK:
+        locate(tensors.extents)
+    return tensors
 
 
 def _is_table(extent: Extent, seen: Trace) -> bool:
@@ -89,12 +119,15 @@ def _is_table(extent: Extent, seen: Trace) -> bool:
     return 0 < seen.looked_up.get(extent, 0) <= extent.n_bytes * LOOKUP_SHARE and extent not in seen.mutated
 
 
-def bind(model: nn.Module, plan: Partition) -> BoundModel:
-    """Find a partition's modules and tensors in `model`.
+def bind(model: nn.Module, plan: Partition, slow_tier: Tier = Tier.HOST) -> BoundModel:
+    """Find a partition's modules and tensors in `model`, and lay them out for the tier that they will rest on.
 
-    Raises: PlanMismatchError naming the first layer that is not there, or not of the planned size.
+    A plan made from weights in RAM holds for the same weights mapped from a file, and the reverse.
+
+    Raises: PlanMismatchError naming the first layer that is not there, or not of the planned size; ReadError if a file
+    that weights are mapped from was truncated.
     """
-    tensors = collect(model)
+    tensors = _collect(model, slow_tier)
     extent_of = {item.name: extent for extent in tensors.extents for item in extent.tensors}
 
     def extents(names: Sequence[str], owner: str) -> list[Extent]:
@@ -105,19 +138,31 @@ def bind(model: nn.Module, plan: Partition) -> BoundModel:
 
     def bound(layer: Layer, path: str) -> BoundLayer:
         parts = extents(layer.tensors, f"layer {layer.index} ({layer.name})")
-        if packed_bytes(parts) != layer.n_bytes:
-            raise PlanMismatchError(
-                f"layer {layer.index} ({layer.name}) has {packed_bytes(parts)} bytes, the plan says {layer.n_bytes}"
-            )
-        return BoundLayer(layer, model.get_submodule(path), pack(parts))
+        _check_size(layer, parts)
+        layout = lay_out(parts)
+        return BoundLayer(layer.model_copy(update={"n_bytes": layout.n_bytes}), model.get_submodule(path), layout)
 
+    layers = tuple(bound(layer, layer.name) for layer in plan.layers)
+    lookups = bound(plan.lookups, "") if plan.lookups else None
+    sizes = {"layers": tuple(found.layer for found in layers), "lookups": lookups.layer if lookups else None}
     return BoundModel(
         model=model,
-        layers=tuple(bound(layer, layer.name) for layer in plan.layers),
+        partition=plan.model_copy(update=sizes),
+        layers=layers,
         residents=pack(extents(plan.resident_tensors, "resident tensors")),
-        lookups=bound(plan.lookups, "") if plan.lookups else None,
+        lookups=lookups,
         opaque=tuple(tensors.opaque),
     )
+
+
+def _check_size(layer: Layer, parts: Sequence[Extent]) -> None:
+    """Raises: PlanMismatchError if the layer's tensors are not of the planned size."""
+    planned = layer.weight_bytes
+    found = sum(extent.weight_bytes for extent in parts)
+    if planned is None:  # of a version in which every layer travelled packed
+        planned, found = layer.n_bytes, packed_bytes(parts)
+    if found != planned:
+        raise PlanMismatchError(f"layer {layer.index} ({layer.name}) has {found} bytes, the plan says {planned}")
 
 
 def _visits(units: Sequence[Unit], seen: Trace) -> list[int]:

@@ -1,4 +1,4 @@
-"""Extents packed one after another, and their tensors wherever the packed bytes are."""
+"""How extents lie in the memory they travel in, and their tensors wherever those bytes are."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from dataclasses import dataclass
 
 import torch
 
+from autosp.partition.mapped import Source
 from autosp.partition.tensors import EXTENT_ALIGNMENT, LAYER_ALIGNMENT, Extent, NamedTensor, align
+
+JOIN_WITHIN_BYTES = 2 * LAYER_ALIGNMENT
+"""Extents this near in a file are read as one run: two runs would read as much beyond their extents."""
 
 
 @dataclass(frozen=True)
 class Placed:
-    """An extent's place in the packed bytes it travels in."""
+    """An extent's place in the bytes it travels in."""
 
     extent: Extent
     offset: int
@@ -31,6 +35,96 @@ class Placed:
         return self.extent.tensors[0].tensor.data.untyped_storage().data_ptr() == base.untyped_storage().data_ptr()
 
 
+@dataclass(frozen=True)
+class FileRun:
+    """Neighbouring extents of one file, which travel as they lie in it: in whole blocks, as O_DIRECT asks."""
+
+    offset: int
+    """In the file, a multiple of LAYER_ALIGNMENT."""
+    n_bytes: int
+    """Another multiple; the last block may be one that the file's end cuts short."""
+    needed_bytes: int
+    """From its beginning to the end of the last extent."""
+    sources: tuple[Source, ...]
+    """All its extents; those in one map as one."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How extents lie in the memory that they travel in: runs of files first, then what is in no file, packed.
+
+    [Note: in place] In a run an extent keeps its address modulo 4096, so kernels that ask for alignment take the path
+    that they take on the mapped original. How many blocks runs touch depends on where in a file they lie, and in how
+    many files. Padding makes layers alike that have tensors alike: a ring of places of one size holds them, while sizes
+    that differ by a block would take a place more.
+    """
+
+    placed: tuple[Placed, ...]
+    runs: tuple[FileRun, ...]
+    packed: tuple[Placed, ...]
+    """Those of `placed` that are in no run; offsets from the end of the runs."""
+    packed_bytes: int
+    padding_bytes: int
+
+    @property
+    def run_bytes(self) -> int:
+        """Bytes of all runs: where the packed extents begin."""
+        return sum(run.n_bytes for run in self.runs)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the whole, a multiple of LAYER_ALIGNMENT."""
+        return self.run_bytes + self.packed_bytes + self.padding_bytes
+
+
+def lay_out(extents: Sequence[Extent]) -> Layout:
+    """Extents that have a source in runs of its file, the others packed."""
+    placed: list[Placed] = []
+    runs: list[FileRun] = []
+    begin = 0
+    for members in _neighbours(extents):
+        sources = _joined([source for _, source in members])
+        offset = sources[0].offset // LAYER_ALIGNMENT * LAYER_ALIGNMENT
+        needed = sources[-1].offset + sources[-1].n_bytes - offset
+        runs.append(FileRun(offset, align(needed, LAYER_ALIGNMENT), needed, sources))
+        placed += [Placed(extent, begin + source.offset - offset) for extent, source in members]
+        begin += runs[-1].n_bytes
+    others = [extent for extent in extents if extent.source is None]
+    packed = pack(others)
+    placed += [Placed(place.extent, begin + place.offset) for place in packed]
+    # What the runs would take at most: every extent one of its own, as far apart as runs are joined.
+    most = sum(
+        align(extent.n_bytes, LAYER_ALIGNMENT) + JOIN_WITHIN_BYTES for extent in extents if extent.source is not None
+    )
+    return Layout(tuple(placed), tuple(runs), packed, packed_bytes(others), most - begin)
+
+
+def _neighbours(extents: Sequence[Extent]) -> list[list[tuple[Extent, Source]]]:
+    """Extents of files, in the order of their bytes, parted where reading on would cost more than beginning anew.
+
+    Two maps of the same bytes stay apart: one of them may be written to.
+    """
+    located = [(extent, extent.source) for extent in extents if extent.source is not None]
+    located.sort(key=lambda item: (item[1].file, item[1].offset))
+    runs: list[list[tuple[Extent, Source]]] = []
+    end = 0
+    for extent, source in located:
+        if runs and runs[-1][0][1].file == source.file and 0 <= source.offset - end <= JOIN_WITHIN_BYTES:
+            runs[-1].append((extent, source))
+        else:
+            runs.append([(extent, source)])
+        end = source.offset + source.n_bytes
+    return runs
+
+
+def _joined(sources: Sequence[Source]) -> tuple[Source, ...]:
+    joined = [sources[0]]
+    for source in sources[1:]:
+        both = joined[-1].joined(source)
+        joined[-1:] = [both] if both else [joined[-1], source]
+    return tuple(joined)
+
+
 def packed_bytes(extents: Sequence[Extent]) -> int:
     """Bytes of the extents packed together, alignment included."""
     return align(sum(align(extent.n_bytes, EXTENT_ALIGNMENT) for extent in extents), LAYER_ALIGNMENT)
@@ -47,12 +141,12 @@ def pack(extents: Sequence[Extent]) -> tuple[Placed, ...]:
 
 
 def tensors_of(placed: Sequence[Placed]) -> list[NamedTensor]:
-    """The tensors of packed extents, in packed order."""
+    """The tensors of placed extents, in their order."""
     return [named for place in placed for named in place.extent.tensors]
 
 
 def views_on(placed: Sequence[Placed], base: torch.Tensor) -> list[torch.Tensor]:
-    """Each tensor of `tensors_of(placed)` as a view of the packed bytes in `base`."""
+    """Each tensor of `tensors_of(placed)` as a view of the bytes in `base`."""
     with torch.inference_mode(False):
         return [named.on(base, place.offset + named.offset) for place in placed for named in place.extent.tensors]
 
@@ -65,7 +159,7 @@ def copy_to(placed: Sequence[Placed], base: torch.Tensor) -> None:
 
 
 def settle(placed: Sequence[Placed], base: torch.Tensor) -> None:
-    """Point the tensors of packed extents at the packed bytes in `base`, and let go of the memory they were in."""
+    """Point the tensors of placed extents at their bytes in `base`, and let go of the memory they were in."""
     for named, view in zip(tensors_of(placed), views_on(placed, base), strict=True):
         named.tensor.data = view
     for place in placed:

@@ -21,6 +21,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from autosp.errors import EmptyModelError, MetaModelError, ModelError
+from autosp.partition.mapped import Source
 
 EXTENT_ALIGNMENT = 64
 """Bytes. As torch's own CPU allocator aligns, so that kernels take the same path on a streamed tensor."""
@@ -70,11 +71,18 @@ class Extent:
     begin: int
     end: int
     tensors: list[NamedTensor] = field(default_factory=list)
+    source: Source | None = None
+    """The file that it can be read from, if it was looked for and found: `mapped.locate`."""
 
     @property
     def n_bytes(self) -> int:
         """Bytes of the run."""
         return self.end - self.begin
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of its tensors, wherever they are: without what precedes the first."""
+        return self.n_bytes - self.tensors[0].offset
 
     @property
     def name(self) -> str:

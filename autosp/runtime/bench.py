@@ -1,4 +1,4 @@
-"""A model packed once, on which any candidate can be tried."""
+"""A model put on the slow tier once, on which any candidate can be tried."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ class Bench:
     """Holds all layers on the slow tier. After each trial the model is at rest again; at the end it is as it was."""
 
     def __init__(self, model: nn.Module, partition: Partition, device: Device, cache_dir: Path) -> None:
-        """Raises: DiskFullError if the slow tier has no room; PlanMismatchError if the partition is another model's."""
+        """Raises: DiskFullError if the slow tier has no room; PlanMismatchError if the partition is another model's;
+        ReadError if a file that weights are mapped from was truncated or replaced.
+        """
         self.model = model
-        self.partition = partition
         self.device = device
-        self._bound = bind(model, partition)
+        self._bound = bind(model, partition, device.info.slow_tier)
+        self.partition = self._bound.partition
         self.store = open_store(device, self._bound.stored(), cache_dir, Originals.KEPT)
 
     def __enter__(self) -> Bench:

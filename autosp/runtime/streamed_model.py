@@ -15,15 +15,15 @@ from autosp.batch import call_on
 from autosp.devices import Device
 from autosp.intercept import Intercepted
 from autosp.partition import BoundModel, NamedTensor
-from autosp.partition.placed import Placed, move_out, settle, tensors_of
-from autosp.partition.tensors import EXTENT_ALIGNMENT, align
+from autosp.partition.placed import Placed, settle, tensors_of
 from autosp.runtime.executor import Executor, Observer
 from autosp.runtime.guests import Guests
+from autosp.runtime.residents import Residents
 from autosp.runtime.streamed_layer import StreamedLayer
 from autosp.schedule.actions import Schedule
 from autosp.schedule.timeline import Timeline
 from autosp.spec import Tier
-from autosp.tiers import Originals, Store
+from autosp.tiers import Originals, Store, forget_pages
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -76,27 +76,31 @@ class StreamedModel(Generic[M]):
         self._guests: Guests | None = None
         self._removed = False
         resident_layers = set(schedule.residents)
-        self._staying = [
-            place for layer in bound.layers if layer.layer.index in resident_layers for place in layer.placed
-        ]
-        self._staying += bound.residents
+        staying = [place for layer in bound.layers if layer.layer.index in resident_layers for place in layer.placed]
+        staying += bound.residents
         streamed = [layer for layer in bound.layers if layer.layer.index not in resident_layers]
         kept = [*bound.opaque, *tensors_of(bound.lookups.placed if bound.lookups else ())]
         if originals is Originals.KEPT:
-            kept += tensors_of(self._staying)
+            kept += tensors_of(staying)
         self._kept = [(named, named.tensor.data) for named in kept]
         self._addresses: list[int | None] = []
         self._layers: list[StreamedLayer] = []
+        forget_pages(source for place in _all_placed(bound) if (source := place.extent.source) is not None)
         device.start_measuring()
         try:
-            self._resident_memory = self._take_residents()
-            if bound.lookups is not None:
-                settle(bound.lookups.placed, device.host_view(store.rest(bound.lookups.layer.index)))
+            self._residents = Residents(staying, device)
+            self._residents.move_in()
+            self._move_opaque()
+            if originals is Originals.FREED:
+                device.originals_freed(self._residents.n_bytes)
+            if bound.lookups is not None and bound.lookups.layout.packed:
+                settle(bound.lookups.layout.packed, device.host_view(store.rest(bound.lookups.layer.index)))
             self._addresses = [_address(named.tensor) for named in kept]
             self._layers = [StreamedLayer(layer) for layer in streamed]
             arena = device.allocate(schedule.arena_bytes)
             self._executor = Executor(schedule, self._layers, device, store, arena)
             del arena
+            self._executor.before_pass = store.check
             self._intercept()
             if device.torch_device.type != "cpu":
                 known = [named.tensor for named in _all_tensors(bound)]
@@ -160,32 +164,19 @@ class StreamedModel(Generic[M]):
             if address is None or _address(named.tensor) == address:  # else somebody replaced it: theirs stays
                 named.tensor.data = data
         self._kept = []
-        if self._originals is Originals.FREED:
-            move_out(self._staying)
+        if hasattr(self, "_residents"):
+            if self._originals is Originals.FREED:
+                self._residents.give_back()
+            self._residents.forget()
         self._layers = []
         self._wrappers = []
-        self._resident_memory = torch.empty(0, dtype=torch.uint8)
         self._on_close()
 
-    def _take_residents(self) -> torch.Tensor:
-        """Move what never leaves into one piece of device memory, and bind it there for good."""
-        offsets = []
-        size = 0
-        for place in self._staying:
-            offsets.append(size)
-            size += align(place.extent.n_bytes, EXTENT_ALIGNMENT)
-        memory = self._device.allocate(size)
-        for place, offset in zip(self._staying, offsets, strict=True):
-            target = memory[offset : offset + place.extent.n_bytes]
-            with torch.no_grad():
-                target.copy_(place.current_bytes())
-            settle([Placed(place.extent, 0)], target)
-        if self._originals is Originals.FREED:
-            self._device.originals_freed(size)
+    def _move_opaque(self) -> None:
+        """What cannot be packed goes to the device as it is."""
         for named in self._bound.opaque:
             if self._device.torch_device.type != "cpu":
                 named.tensor.data = named.tensor.data.to(self._device.torch_device)
-        return memory
 
     def _intercept(self) -> None:
         """Streamed layers load themselves; whatever contains one begins a pass when it is called from outside."""
@@ -220,10 +211,14 @@ class StreamedModel(Generic[M]):
         return around
 
 
+def _all_placed(bound: BoundModel) -> list[Placed]:
+    """Every extent that the plan places."""
+    return [*(place for layer in bound.stored() for place in layer.placed), *bound.residents]
+
+
 def _all_tensors(bound: BoundModel) -> list[NamedTensor]:
     """Everything that the plan places."""
-    placed = [place for layer in bound.stored() for place in layer.placed]
-    return [*tensors_of(placed), *tensors_of(bound.residents), *bound.opaque]
+    return [*tensors_of(_all_placed(bound)), *bound.opaque]
 
 
 def _address(tensor: torch.Tensor) -> int | None:

@@ -1,4 +1,4 @@
-"""Where streamed weights rest: pinned host memory, or a packed file."""
+"""Where streamed weights rest: pinned host memory, the files they are mapped from, or a packed file."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from autosp.partition import BoundLayer
 from autosp.spec import Tier
 from autosp.tiers.disk import DiskStore, Originals
 from autosp.tiers.host import HostStore
+from autosp.tiers.inplace import forget_pages, read_extent, shows
 
-__all__ = ["DiskStore", "HostStore", "Originals", "Store", "open_store"]
+__all__ = ["DiskStore", "HostStore", "Originals", "Store", "forget_pages", "open_store", "read_extent", "shows"]
 
 
 class Store(Protocol):
-    """Packed layers on the slow tier. Neighbours in `layers` are neighbours in the store."""
+    """Layers on the slow tier. Neighbours in `layers` are neighbours in the store, but for what is read in place."""
 
     def regions(self, layers: Sequence[int]) -> tuple[Region, ...]:
         """What to fetch, in order, to have these layers one after another; adjacent layers are one region."""
@@ -27,18 +28,22 @@ class Store(Protocol):
         """Any run of the store's bytes, for measuring the link. `offset` is rounded down to 4096 bytes."""
 
     def rest(self, layer: int) -> torch.Tensor:
-        """The layer's bytes where they rest, as a uint8 CPU tensor: readable, writable, and seen by later loads."""
+        """Where the bytes of `layout.packed` rest, as a uint8 CPU tensor: readable, writable, seen by later loads."""
+
+    def check(self) -> None:
+        """Before a pass that may read weights where they rest. Raises: ReadError if they are not what they were."""
 
     def close(self) -> None:
         """Give moved layers memory of their own again, then free the store's. Views from `rest` end with it."""
 
 
 def open_store(device: Device, layers: Sequence[BoundLayer], cache_dir: Path, originals: Originals) -> Store:
-    """Put the layers' bytes on the device's slow tier, in this order.
+    """Put the layers' bytes on the device's slow tier, in this order, unless they can be read where they are.
 
     In host memory they are moved whatever `originals` says: a second copy of the weights is what RAM has no room for.
 
-    Raises: DiskFullError or HostMemoryError if there is no room for them; the model is as before then.
+    Raises: DiskFullError or HostMemoryError if there is no room for them, ReadError if a file that they are mapped from
+    was replaced; the model is as before then.
     """
     if device.info.slow_tier is Tier.DISK:
         return DiskStore(layers, cache_dir, originals)

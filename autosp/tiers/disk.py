@@ -1,34 +1,27 @@
-"""Layers in one packed file: 4 KiB-aligned, in execution order, read with O_DIRECT where the filesystem takes it."""
+"""Layers on disk: in the file that their tensors are mapped from, or, what is in none, in one packed file."""
 
 from __future__ import annotations
 
-import errno
-import mmap
 import os
-import shutil
-import tempfile
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 
-from autosp.devices.memory import memory_of
-from autosp.errors import DiskFullError, ReadError, TierError
 from autosp.partition import BoundLayer
 from autosp.partition.placed import move_out, settle
 from autosp.partition.tensors import LAYER_ALIGNMENT
-
-CHUNK_BYTES = 32 * 2**20
-"""Bytes per read: large enough for the disk's full speed, small enough to share it."""
-
-RETRIES = 2
-"""Times that a read which failed with EIO is repeated before it is an error."""
+from autosp.tiers.inplace import InPlaceRegion, OriginalFiles
+from autosp.tiers.packed import PackedFile, PackedRegion
+from autosp.tiers.reader import Read, WeightFile
 
 
 class Originals(Enum):
-    """What happens to the memory that weights were in when they were packed."""
+    """What happens to the memory that weights were in when they were packed. What is read in place is not packed."""
 
     KEPT = auto()
     """It stays, and the model goes on using it outside a pass: for trials, which end soon."""
@@ -37,149 +30,115 @@ class Originals(Enum):
 
 
 @dataclass(frozen=True)
-class FileRegion:
-    """A run of bytes in a file."""
+class Padding:
+    """Bytes that nobody uses: see [Note: in place]."""
 
-    path: Path
-    descriptor: int
-    offset: int
     n_bytes: int
-    name: str
     host: None = None
 
     def read_into(self, target: memoryview) -> None:
-        """Read all of it, in chunks. Short reads are continued.
+        """Leave them as they are."""
 
-        Raises: ReadError naming the file and the layer if the file ends too early or cannot be read.
-        """
+
+DiskRegion = InPlaceRegion | PackedRegion | Padding
+
+
+@dataclass(frozen=True)
+class Window:
+    """Bytes of the store's files, whatever they are: (file, offset, bytes, how many of them the file must have)."""
+
+    pieces: tuple[tuple[WeightFile, int, int, int], ...]
+    host: None = None
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all pieces."""
+        return sum(n_bytes for _, _, n_bytes, _ in self.pieces)
+
+    def read_into(self, target: memoryview) -> None:
+        """Read them as layers are read, and look at nothing. Raises: ReadError."""
         done = 0
-        failures = 0
-        while done < self.n_bytes:
-            stop = min(done + CHUNK_BYTES, self.n_bytes)
-            try:
-                count = os.preadv(self.descriptor, [target[done:stop]], self.offset + done)
-            except OSError as error:
-                failures += 1
-                if error.errno == errno.EIO and failures <= RETRIES:
-                    continue
-                raise ReadError(
-                    f"{self.path}: reading layer {self.name} failed at byte {self.offset + done}: {error.strerror}"
-                ) from error
-            whole = count if done + count == self.n_bytes else count // LAYER_ALIGNMENT * LAYER_ALIGNMENT
-            if whole == 0:  # the file's end; O_DIRECT cannot continue within a block
-                raise ReadError(
-                    f"{self.path} ends at byte {self.offset + done}, inside layer {self.name} "
-                    f"({self.n_bytes - done} bytes are missing): the file was truncated"
-                )
-            done += whole
+        for file, offset, n_bytes, needed_bytes in self.pieces:
+            file.read_into(target[done : done + n_bytes], offset, "(link measurement)", needed_bytes)
+            done += n_bytes
 
 
 class DiskStore:
-    """One file in `cache_dir`, of this process alone, gone when closed or when the process ends.
+    """Reads in place what can be; writes the rest to a packed file, of which there is none if there is no rest."""
 
-    The file is unlinked as soon as it is open, so that no crash leaves it behind.
-    """
-
-    def __init__(self, layers: Sequence[BoundLayer], cache_dir: Path, originals: Originals) -> None:
-        self._places: dict[int, tuple[int, int, str]] = {}
-        size = 0
-        for bound in layers:
-            self._places[bound.layer.index] = (size, bound.layer.n_bytes, bound.layer.name)
-            size += bound.layer.n_bytes
-        size = max(size, LAYER_ALIGNMENT)  # an empty file cannot be mapped
-        self._path, self._descriptor = _create(cache_dir, size)
-        try:
-            _pack(self._descriptor, layers, self._places)
-            self._map = mmap.mmap(self._descriptor, size, mmap.MAP_SHARED)
-            self._reader = _open_direct(self._path)
-        except OSError as error:
-            os.close(self._descriptor)
-            raise _translate(error, cache_dir, size) from error
-        finally:
-            self._path.unlink(missing_ok=True)
-        with torch.inference_mode(False):
-            self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
-        self._moved = layers if originals is Originals.FREED else ()
+    def __init__(
+        self, layers: Sequence[BoundLayer], cache_dir: Path, originals: Originals, read: Read = os.preadv
+    ) -> None:
+        """`read` reads the files. Raises: DiskFullError, TierError; ReadError if a mapped file was replaced."""
+        packed = [bound for bound in layers if bound.layout.packed]
+        self._originals = OriginalFiles((run for bound in layers for run in bound.layout.runs), read)
+        self._packed: PackedFile | None = None
+        if packed:
+            try:
+                self._packed = PackedFile(layers, cache_dir, read)
+            except BaseException:
+                self._originals.close()
+                raise
+        self._regions = {bound.layer.index: self._regions_of(bound) for bound in layers}
+        self._all: list[InPlaceRegion | PackedRegion] = [
+            r for regions in self._regions.values() for r in regions if not isinstance(r, Padding)
+        ]
+        self._begins = [0, *accumulate(region.n_bytes for region in self._all)]
+        self._moved = packed if originals is Originals.FREED else []
         for bound in self._moved:
-            settle(bound.placed, self.rest(bound.layer.index))
+            settle(bound.layout.packed, self.rest(bound.layer.index))
 
-    def regions(self, layers: Sequence[int]) -> tuple[FileRegion, ...]:
-        """Adjacent layers are one region."""
-        runs: list[tuple[int, int, str]] = []
-        for layer in layers:
-            offset, n_bytes, name = self._places[layer]
-            if runs and runs[-1][0] + runs[-1][1] == offset:
-                runs[-1] = (runs[-1][0], runs[-1][1] + n_bytes, f"{runs[-1][2]}, {name}")
+    def regions(self, layers: Sequence[int]) -> tuple[DiskRegion, ...]:
+        """Adjacent packed layers are one region."""
+        regions: list[DiskRegion] = []
+        for region in (region for layer in layers for region in self._regions[layer]):
+            last = regions[-1] if regions else None
+            if isinstance(region, PackedRegion) and isinstance(last, PackedRegion) and region.follows(last):
+                regions[-1] = PackedRegion(region.pack, (*last.layers, *region.layers))
             else:
-                runs.append((offset, n_bytes, name))
-        return tuple(FileRegion(self._path, self._reader, offset, n_bytes, name) for offset, n_bytes, name in runs)
+                regions.append(region)
+        return tuple(regions)
 
-    def window(self, offset: int, n_bytes: int) -> FileRegion:
-        """A run of the file."""
-        offset = offset // LAYER_ALIGNMENT * LAYER_ALIGNMENT
-        return FileRegion(self._path, self._reader, offset, n_bytes, "(link measurement)")
+    def window(self, offset: int, n_bytes: int) -> Window:
+        """A run of all regions' bytes, as if they were one file that begins anew where it ends."""
+        at = offset // LAYER_ALIGNMENT * LAYER_ALIGNMENT % self._begins[-1]
+        pieces = []
+        while n_bytes > 0:
+            index = bisect_right(self._begins, at) - 1
+            region, skip = self._all[index], at - self._begins[index]
+            count = min(n_bytes, region.n_bytes - skip)
+            if isinstance(region, InPlaceRegion):
+                needed = min(count, region.run.needed_bytes - skip)
+                pieces.append((region.file, region.run.offset + skip, count, needed))
+            else:
+                pieces.append((region.pack.file, region.offset + skip, count, count))
+            n_bytes -= count
+            at = (at + count) % self._begins[-1]
+        return Window(tuple(pieces))
 
     def rest(self, layer: int) -> torch.Tensor:
-        """A view of the memory-mapped file. Writes reach the file, and so every later load."""
-        offset, n_bytes, _ = self._places[layer]
-        return self._bytes[offset : offset + n_bytes]
+        """The packed part of a layer, as a view of the memory-mapped packed file."""
+        return self._packed.rest(layer) if self._packed else torch.empty(0, dtype=torch.uint8)
+
+    def check(self) -> None:
+        """Raises: ReadError if a file that weights are mapped from has changed."""
+        self._originals.check()
 
     def close(self) -> None:
-        """Give layers that moved in memory of their own again, and the disk space back once the last view is gone."""
-        for bound in self._moved:
-            move_out([place for place in bound.placed if place.is_in(self._bytes)])
-        self._moved = ()
-        os.close(self._reader)
-        os.close(self._descriptor)
-        self._bytes = torch.empty(0, dtype=torch.uint8)
-        del self._map
+        """Give what moved into the packed file memory of its own again. What is in place is where it always was."""
+        if self._packed is not None:
+            for bound in self._moved:
+                move_out([place for place in bound.layout.packed if place.is_in(self._packed.bytes)])
+            self._packed.close()
+        self._moved = []
+        self._originals.close()
+        self._regions = {}
+        self._all = []
 
-
-def _create(cache_dir: Path, size: int) -> tuple[Path, int]:
-    """A new file with all its blocks reserved, so that a full disk is known before anything is written."""
-    try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=cache_dir, prefix="packed-", suffix=".autosp")
-    except OSError as error:
-        raise _translate(error, cache_dir, size) from error
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except OSError as error:
-        os.close(descriptor)
-        Path(name).unlink(missing_ok=True)
-        raise _translate(error, cache_dir, size) from error
-    return Path(name), descriptor
-
-
-def _pack(descriptor: int, layers: Sequence[BoundLayer], places: dict[int, tuple[int, int, str]]) -> None:
-    """Write every extent at its place, then empty the page cache of it: what was packed is not RAM any more."""
-    for bound in layers:
-        start = places[bound.layer.index][0]
-        for placed in bound.placed:
-            source = memory_of(placed.current_bytes())
-            done = 0
-            while done < len(source):
-                done += os.pwrite(descriptor, source[done : done + CHUNK_BYTES], start + placed.offset + done)
-    os.fsync(descriptor)
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _open_direct(path: Path) -> int:
-    """A descriptor that bypasses the page cache, or an ordinary one where the filesystem refuses."""
-    try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_DIRECT", 0))
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-
-def _translate(error: OSError, cache_dir: Path, size: int) -> TierError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        free = shutil.disk_usage(cache_dir).free
-        return DiskFullError(
-            error.errno,
-            f"packing the weights takes {size / 1e9:.2f} GB in {cache_dir}, which has {free / 1e9:.2f} GB free; "
-            "set AUTOSP_CACHE_DIR to a larger disk",
-        )
-    return TierError(error.errno, f"cannot write packed weights to {cache_dir}: {error.strerror}; set AUTOSP_CACHE_DIR")
+    def _regions_of(self, bound: BoundLayer) -> tuple[DiskRegion, ...]:
+        """In the order of its layout."""
+        in_place = [self._originals.region(run, bound.layer.name) for run in bound.layout.runs]
+        padding = [Padding(bound.layout.padding_bytes)] if bound.layout.padding_bytes else []
+        if self._packed is None or not bound.layout.packed:
+            return *in_place, *padding
+        return *in_place, self._packed.region(bound.layer.index), *padding

@@ -85,6 +85,9 @@ class HostStore:
         """A part of the buffer, with a storage of its own."""
         return self._rests[layer]
 
+    def check(self) -> None:
+        """Nobody but the model changes it."""
+
     def close(self) -> None:
         """Give every layer memory of its own again, one by one; the buffer's part goes with its last view."""
         unpin(self._buffer)

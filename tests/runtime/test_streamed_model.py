@@ -457,7 +457,7 @@ def test_peak_counts_arena_and_residents_but_not_freed_weights(device: Device, a
     streamed = apply(model, (vectors(2, 512),), Candidate(k=3, k_prime=1, residents=(0,)))
     for _ in range(3):
         model(on(device, vectors(2, 512)))
-    plan_bytes = len(streamed._resident_memory) + streamed._executor._arena.numel()
+    plan_bytes = streamed._residents.n_bytes + streamed._executor._arena.numel()
     assert plan_bytes > 8e6
     assert plan_bytes * 0.9 <= streamed.stats().peak_bytes <= plan_bytes + 30e6
 

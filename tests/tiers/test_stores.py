@@ -105,26 +105,25 @@ def test_a_truncated_file_names_the_layer(tmp_path: Path) -> None:
     store = DiskStore(layers, tmp_path, Originals.KEPT)
     (region,) = store.regions([layers[-1].layer.index])
     memory = CpuDevice().allocate(region.n_bytes)
-    os.ftruncate(store._descriptor, region.offset + 5000)
+    os.truncate(f"/proc/self/fd/{region.pack.file.descriptor}", region.offset + 5000)
     with pytest.raises(ReadError, match=f"inside layer {layers[-1].layer.name} .* truncated"):
         region.read_into(memory_of(memory))
 
 
-def test_io_errors_are_retried_then_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_io_errors_are_retried_then_reported(tmp_path: Path) -> None:
     _, layers = _layers()
-    store = DiskStore(layers, tmp_path, Originals.KEPT)
-    (region,) = store.regions([0])
-    device = CpuDevice()
-    memory = device.allocate(region.n_bytes)
-    real, failures = os.preadv, [2]
+    failures = [2]
 
-    def flaky(*args: object) -> int:
+    def flaky(descriptor: int, buffers: list[memoryview], offset: int) -> int:
         if failures[0]:
             failures[0] -= 1
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return real(*args)  # type: ignore[arg-type]
+        return os.preadv(descriptor, buffers, offset)
 
-    monkeypatch.setattr(os, "preadv", flaky)
+    store = DiskStore(layers, tmp_path, Originals.KEPT, flaky)
+    (region,) = store.regions([0])
+    device = CpuDevice()
+    memory = device.allocate(region.n_bytes)
     device.wait(device.copy([region], memory))
     assert torch.equal(memory, store.rest(0))
     failures[0] = 100

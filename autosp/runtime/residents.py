@@ -1,0 +1,71 @@
+"""What never leaves the device: its weights in one piece of device memory, given back at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from autosp.devices import Device
+from autosp.devices.memory import memory_of
+from autosp.partition.placed import Placed, move_out, settle
+from autosp.partition.tensors import EXTENT_ALIGNMENT, align
+from autosp.tiers import read_extent, shows
+
+
+class Residents:
+    """Extents that stay on the device from `move_in` until `give_back`."""
+
+    def __init__(self, places: Sequence[Placed], device: Device) -> None:
+        """Take the memory for them.
+
+        An extent of a file keeps its address modulo 64: kernels that ask for alignment then give bitwise the output
+        that they give on the map.
+        """
+        self._moved: list[Placed] = []
+        self._mapped: list[tuple[Placed, list[torch.Tensor]]] = []
+        self._targets: list[Placed] = []
+        size = 0
+        for place in places:
+            source = place.extent.source
+            offset = size + (source.address % EXTENT_ALIGNMENT if source else 0)
+            self._targets.append(Placed(place.extent, offset))
+            size = align(offset + place.extent.n_bytes, EXTENT_ALIGNMENT)
+        self.memory = device.allocate(size)
+
+    def move_in(self) -> None:
+        """Fill it, and bind the tensors there. Raises: ReadError if one cannot be read from its file."""
+        for place in self._targets:
+            self._move_in(place, self.memory[place.offset : place.offset + place.extent.n_bytes])
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of their memory."""
+        return self.memory.numel()
+
+    def give_back(self) -> None:
+        """Bring them to ordinary memory with their values of now, or to the map of the file that still has those."""
+        move_out(self._moved)
+        for place, originals in self._mapped:
+            source = place.extent.source
+            if source and place.is_in(self.memory) and shows(source, memory_of(place.current_bytes())):
+                for named, data in zip(place.extent.tensors, originals, strict=True):
+                    named.tensor.data = data
+            else:
+                move_out([place])
+
+    def forget(self) -> None:
+        """Let go of their memory, once nothing of the model is in it."""
+        self._moved, self._mapped, self._targets = [], [], []
+        self.memory = torch.empty(0, dtype=torch.uint8)
+
+    def _move_in(self, place: Placed, target: torch.Tensor) -> None:
+        source = place.extent.source
+        if source is None:
+            with torch.no_grad():
+                target.copy_(place.current_bytes())
+            self._moved.append(place)
+        else:
+            read_extent(source, memory_of(target), place.extent.name)
+            self._mapped.append((place, [named.tensor.data for named in place.extent.tensors]))
+        settle([Placed(place.extent, 0)], target)
