@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from disk_models import SCALES
 from disk_results import Row, having
-from disk_study import PHASES, Run, Study, disk_of, floor_of, gb, plain_of, same_output
+from disk_study import PHASES, Run, Study, disk_of, floor_of, gb, output_of, plain_of
 from disk_systems import DAT, DISK_SYSTEMS, PLANNED, SAFETENSORS
 from peer_systems import PLAIN, TUNED, WINDOW
 from record import markdown
@@ -24,10 +24,11 @@ RING_OF_HALF = Candidate(k=4, k_prime=2)
 
 PREFACE = (
     "Steady passes (median; least and most), each system in a process of its own, repeats interleaved. `cold`: the "
-    "files that the system reads are dropped from the page cache before each pass; `warm`: they are all in it, which takes "
-    "as much RAM again as the weights. Peak: the kernel's, beyond the process with the model mapped; weights that "
-    "accelerate maps for the moment of their use are in it. ÷ floor: by the larger of the pass with all weights in RAM "
-    "and of what the plan reads over the disk's rate in the same process."
+    "files that the system reads are dropped from the page cache before each pass of accelerate's, and before the "
+    "first of autosp's, which pass it by and follow one another without a pause; `warm`: they are all in it, which "
+    "takes as much RAM again as the weights. Peak: the kernel's, beyond the process with the model mapped; weights "
+    "that accelerate maps for the moment of their use are in it. ÷ floor: by the larger of the pass with all "
+    "weights in RAM and of what the plan reads over the disk's rate in the same process."
 )
 
 
@@ -137,17 +138,16 @@ def _cells(rows: list[Row], mine: list[Row], phase: str) -> list[str]:
     samples = [sample for row in mine for sample in row.samples_s(phase)]
     floors = list(_floors(rows, mine, phase))
     plains = [plain_of(rows, row) for row in mine]
-    same = all(same_output(row, plain) for row, plain in zip(mine, plains, strict=True) if plain is not None)
     return [
         _title(mine[0]),
         phase,
         seconds(median(samples)),
         f"{seconds(min(samples))} – {seconds(max(samples))}",
         f"{median(samples) / median(floors):.2f}" if floors else "",
-        gb(median(n_bytes for row in mine for n_bytes in row.phase(phase)["read_bytes"])),
+        gb(median(row.phase(phase)["read_bytes"] for row in mine)),
         gb(_peak(mine, phase)),
         gb(max(row.phase(phase)["mapped_bytes"] for row in mine)),
-        "equal" if same else "differs",
+        output_of(list(zip(mine, plains, strict=True))),
     ]
 
 

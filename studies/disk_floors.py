@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from disk_results import Row, having, median_of
-from disk_study import PHASES, Floor, Run, Study, disk_of, floor_of, gb, plain_of, same_output
+from disk_study import PHASES, Floor, Run, Study, disk_of, floor_of, gb, output_of, plain_of
 from peer_systems import PLAIN, TUNED
 from record import markdown
 
@@ -18,11 +18,13 @@ WANTED = 1.10
 """Time ÷ floor."""
 
 PREFACE = (
-    "T: median of the steady passes of all repeats. Floor: the larger of *compute* (the pass with all weights in RAM, in "
-    "this run) and *disk* (the bytes that the budget has no room for, if all of it but the activations held weights, "
-    "over the disk's rate in the same process). Peak: the kernel's, beyond the process with the model mapped, page "
-    "cache excluded; mapped: pages of weight files that the process looks at; cached: what of the files was in the page "
-    "cache before a pass and after it. Cold: the files were dropped from the page cache before every pass."
+    "T: median of the steady passes of all repeats. Floor: the larger of *compute* (the pass with all weights in "
+    "RAM, in this run) and *disk* (the bytes that the budget has no room for, if all of it but the activations held "
+    "weights, over the disk's rate in the same process). Peak: the kernel's, beyond the process with the model "
+    "mapped, page cache excluded; mapped: pages of weight files that the process looks at; cached: what of the "
+    "files was in the page cache before the passes and after them. Cold: the files were dropped from the page cache "
+    "before the passes, which follow one another without a pause: the next pass's first reads get no time for "
+    "nothing."
 )
 
 
@@ -63,10 +65,9 @@ def run(asked: Run) -> None:
 
 def points(rows: list[Row]) -> Iterator[Point]:
     """Length by length, budget by budget, cold then warm."""
-    for tokens, percent in dict.fromkeys(
-        (row.case.tokens, row.case.budget_percent) for row in having(rows, system=TUNED)
-    ):
-        mine = having(rows, system=TUNED, tokens=tokens, budget_percent=percent)
+    tuned = having(rows, system=TUNED)
+    for tokens, percent in dict.fromkeys((row.case.tokens, row.case.budget_percent) for row in tuned):
+        mine = having(tuned, tokens=tokens, budget_percent=percent)
         for phase in PHASES:
             pairs = [(row, plain_of(rows, row)) for row in mine]
             floors = [
@@ -109,7 +110,6 @@ def _cells(rows: list[Row], point: Point) -> list[str]:
     phases: list[dict[str, Any]] = [row.phase(point.phase) for row in point.rows]
     budget_bytes = last.figures["budget_bytes"]
     ratio = f"{point.peak_bytes / budget_bytes:.2f}"
-    plain = plain_of(rows, last)
     over = point.over_floor
     return [
         f"1×{point.tokens}",
@@ -122,12 +122,12 @@ def _cells(rows: list[Row], point: Point) -> list[str]:
         "" if point.floor is None else point.floor.binds,
         "" if over is None else f"**{over:.2f}**" if over <= WANTED else f"{over:.2f}",
         rate(median_of(value for row in point.rows for value in row.figures["disk_bytes_per_s"])),
-        gb(median_of(n_bytes for phase in phases for n_bytes in phase["read_bytes"])),
+        gb(median_of(phase["read_bytes"] for phase in phases)),
         gb(point.peak_bytes),
         gb(max(phase["mapped_bytes"] for phase in phases)),
         " → ".join(gb(max(phase[name] for phase in phases)) for name in ("cached_before_bytes", "cached_bytes")),
         ratio if point.within else f"{ratio}, over",
-        "" if plain is None else "equal" if same_output(last, plain) else "differs",
+        output_of([(row, plain_of(rows, row)) for row in point.rows]),
     ]
 
 
@@ -153,10 +153,12 @@ def picture(rows: list[Row], path: Path) -> None:
             panel.plot(percents, ratios, **style, label=f"1×{tokens}, page cache {phase}")
             for point in mine:
                 fill = f"C{index}" if point.within else "white"
-                panel.plot([point.percent], [point.over_floor], marker="o", color=f"C{index}", mfc=fill, ls="")
+                shape = "o" if phase == "cold" else "s"
+                panel.plot([point.percent], [point.over_floor], marker=shape, color=f"C{index}", mfc=fill, ls="")
     panel.axhline(1, color="grey", lw=0.8)
     panel.axhline(WANTED, color="grey", lw=0.8, ls=":")
-    panel.annotate(f"wanted: {WANTED:.2f}", (0.99, WANTED), ("axes fraction", "data"), ha="right", va="bottom", size=8)
+    at: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom", "size": 8}
+    panel.annotate(f"wanted: {WANTED:.2f}", (0.99, WANTED), **at)
     panel.set_xticks(sorted({point.percent for point in found}))
     panel.set_xlabel("budget, % of the weights")
     panel.set_ylabel("time ÷ floor")

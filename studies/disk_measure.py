@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -103,7 +104,7 @@ def run_system(job: Job) -> dict[str, Any]:
         with system.apply(example.model, Setting(device, home, plan=plan)):
             files = [] if job.case.system == PLAIN else [*files_in(home), *unlinked_files(scratch)]
             rates = disk_rates(probed, probe_bytes)
-            phases = run_phases(workload, device, memory, files, scratch)
+            phases = Passes(workload, device, memory, scratch, files, system.planned).phases()
             rates += disk_rates(probed, probe_bytes)
     digests = {phase.pop("digest") for phase in phases.values()}
     figures = {
@@ -113,57 +114,63 @@ def run_system(job: Job) -> dict[str, Any]:
         "disk_bytes_per_s": rates,
         "digest": digests.pop() if len(digests) == 1 else None,
         "setting": "" if plan is None else plan.candidate.label(),
+        "candidate": None if plan is None else plan.candidate.model_dump(),
         **job.numbers,
     }
     return {"figures": figures}
 
 
-def run_phases(
-    workload: Workload, device: CpuDevice, memory: Memory, files: Sequence[Path], scratch: Path
-) -> dict[str, dict[str, Any]]:
-    """Passes with the files dropped from the page cache before each, then with all of them in it; or neither, "ram"."""
-    if not files:
-        return {"ram": _phase(workload, device, memory, scratch, files, lambda: None)}
-    cold = _phase(workload, device, memory, scratch, files, lambda: drop_from_page_cache(list(files)))
-    warm(files)
-    return {"cold": cold, "warm": _phase(workload, device, memory, scratch, files, lambda: None)}
+@dataclass(frozen=True)
+class Passes:
+    """What runs, and the files that are dropped from the page cache or put into it.
 
+    A system that reads ahead into the next pass gets no pause between passes: the reads of a pause would be for nothing.
+    So its files are dropped once; that it leaves none of them in the page cache is seen after its passes.
+    """
 
-def _phase(
-    workload: Workload,
-    device: CpuDevice,
-    memory: Memory,
-    scratch: Path,
-    files: Sequence[Path],
-    prepare: Callable[[], None],
-) -> dict[str, Any]:
-    """A first pass and steady ones. As in a loop, an output lives until the next pass has made its own."""
-    memory.begin_peak()
-    prepare()
-    first_s, output = timed(workload, device)
-    digest = digest_of(output)
-    samples: list[float] = []
-    reads: list[int] = []
-    cached_before = 0
-    for _ in until_enough(samples):
+    workload: Workload
+    device: CpuDevice
+    memory: Memory
+    scratch: Path
+    files: list[Path]
+    reads_ahead: bool
+
+    def phases(self) -> dict[str, dict[str, Any]]:
+        """Passes with a cold page cache, then with all files in it; without files neither: "ram"."""
+        if not self.files:
+            return {"ram": self._phase(lambda: None)}
+        cold = self._phase(lambda: drop_from_page_cache(self.files))
+        warm(self.files)
+        return {"cold": cold, "warm": self._phase(lambda: None)}
+
+    def _phase(self, prepare: Callable[[], None]) -> dict[str, Any]:
+        """A first pass and steady ones. As in a loop, an output lives until the next pass has made its own."""
+        self.memory.begin_peak()
         prepare()
-        cached_before = max(cached_before, cached_bytes(files))
+        cached_before = cached_bytes(self.files)
+        first_s, output = timed(self.workload, self.device)
+        digest = digest_of(output)
+        samples: list[float] = []
         before = read_bytes()
-        seconds, output = timed(workload, device)
-        reads.append(read_bytes() - before)
-        samples.append(seconds)
-    mapped = mapped_bytes(scratch)
-    peak_bytes = memory.peak_bytes()
-    return {
-        "first_s": first_s,
-        "samples_s": samples,
-        "peak_bytes": max(0, peak_bytes - mapped),
-        "mapped_bytes": mapped,
-        "cached_before_bytes": cached_before,
-        "cached_bytes": cached_bytes(files),
-        "read_bytes": reads,
-        "digest": digest if digest == digest_of(output) else None,
-    }
+        for _ in until_enough(samples):
+            if not self.reads_ahead:
+                prepare()
+                cached_before = max(cached_before, cached_bytes(self.files))
+            seconds, output = timed(self.workload, self.device)
+            samples.append(seconds)
+        n_read = (read_bytes() - before) // len(samples)
+        mapped = mapped_bytes(self.scratch)
+        peak_bytes = self.memory.peak_bytes()
+        return {
+            "first_s": first_s,
+            "samples_s": samples,
+            "peak_bytes": max(0, peak_bytes - mapped),
+            "mapped_bytes": mapped,
+            "cached_before_bytes": cached_before,
+            "cached_bytes": cached_bytes(self.files),
+            "read_bytes": n_read,
+            "digest": digest if digest == digest_of(output) else None,
+        }
 
 
 @contextmanager

@@ -33,6 +33,8 @@ class Scale:
     """That size where passes run beside the reads."""
     block_bytes: tuple[int, ...]
     """Sizes of one read."""
+    windows: tuple[int, ...]
+    """Layers in the windows that are set by hand."""
     narrow_percent: float
     """The budget at which other systems are compared with, of the weights."""
     max_trials: int | None
@@ -50,6 +52,7 @@ SCALES = {
         place_bytes=(MIB, 4 * MIB),
         beside_bytes=4 * MIB,
         block_bytes=(MIB, 2 * MIB),
+        windows=(2, 4),
         narrow_percent=40,
         max_trials=1,
     ),
@@ -61,6 +64,7 @@ SCALES = {
         place_bytes=(4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB),
         beside_bytes=64 * MIB,
         block_bytes=(MIB, 2 * MIB, 4 * MIB, 8 * MIB, 16 * MIB, 32 * MIB, 64 * MIB),
+        windows=(2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64),
         narrow_percent=12,
         max_trials=None,
     ),
@@ -74,9 +78,12 @@ def checkpoint_of(scratch: Path, scale: str) -> Path:
 
 def write_checkpoint(scratch: Path, scale: str) -> None:
     """Save the checkpoint unless it is there. It appears whole or not at all."""
+    from transformers.utils import logging
+
     folder = checkpoint_of(scratch, scale)
     if folder.exists():
         return
+    logging.disable_progress_bar()
     made = build("llama-prefill", SCALES[scale].shape, torch.device("cpu"))
     partial = Path(mkdtemp(dir=scratch, prefix="partial-"))
     try:

@@ -7,6 +7,7 @@ from typing import Any
 
 HEIGHT_INCHES = 4.4
 LEGEND_LINE_INCHES = 0.22
+LEGEND_ENTRY_INCHES = 3.2
 
 HOLLOW = {"color": "grey", "marker": "o", "mfc": "white", "ls": "", "label": "hollow: over the budget"}
 """A legend's entry for what only a marker says."""
@@ -36,6 +37,7 @@ def finish(canvas: Any, path: Path, *, extra: list[dict[str, Any]] | None = None
             entries.setdefault(label, handle)
     for style in extra or []:
         entries[style["label"]] = pyplot.Line2D([], [], **style)
+    columns = max(1, min(columns, round(canvas.get_figwidth() / LEGEND_ENTRY_INCHES)))
     height = LEGEND_LINE_INCHES * (-(-len(entries) // columns) + 1)
     canvas.set_size_inches(canvas.get_figwidth(), HEIGHT_INCHES + height)
     canvas.tight_layout(rect=(0, height / (HEIGHT_INCHES + height), 1, 1))

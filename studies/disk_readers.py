@@ -21,10 +21,10 @@ READER_COUNTS = (1, 2)
 WANTED_SLOWDOWN = 1.05
 
 PREFACE = (
-    "All layers resident, so that a pass computes only. Slow-down: the pass while autosp's readers stream from the disk "
-    "into a ring, over the pass alone, in turns. *One model's bytes per pass* is what a plan without residents asks for "
-    "in a pass that compute limits; *without a pause* the disk is read for the whole pass. The reads' rate is that "
-    "during the pass. Block: bytes of one read; two readers are two threads that take turns."
+    "All layers resident, so that a pass computes only. Slow-down: the pass while autosp's readers stream from the "
+    "disk into a ring, over the pass alone, in turns. *One model's bytes per pass* is what a plan without residents "
+    "asks for in a pass that compute limits; *without a pause* the disk is read for the whole pass. The reads' rate "
+    "is that during the pass. Block: bytes of one read; two readers are two threads that take turns."
 )
 
 
@@ -72,8 +72,9 @@ def table(rows: list[Row]) -> str:
     lines = [_cells(*setting) for setting in found]
     columns = ["block", "readers", "pass alone", "one model: slow-down", "without a pause: slow-down", "reads' rate"]
     calm = [block for block, readers, mine in found if readers == 1 and _median(mine, ONE_MODEL) <= WANTED_SLOWDOWN]
-    said = f"At most {WANTED_SLOWDOWN:.2f} is wanted. One reader with one model's bytes per pass keeps that with blocks of "
-    said += f"{', '.join(str(block // MIB) for block in calm)} MiB." if calm else "no size."
+    sizes = f"{', '.join(str(block // MIB) for block in calm)} MiB" if calm else "no size"
+    said = f"At most {WANTED_SLOWDOWN:.2f} is wanted; one reader with one model's bytes per pass keeps that with "
+    said += f"blocks of {sizes}."
     places = [n_bytes for n_bytes, _ in found[0][2][0].figures["rates"]]
     rates = [
         [f"{block // MIB} MiB", str(readers), *(rate(_rate_of(mine, place)) for place in places)]

@@ -78,11 +78,24 @@ Measure = Callable[[Job, str], None]
 """Runs a job in its process, and writes `outcome`, `note` and `figures` to a JSON file."""
 
 
+Answer = Callable[[Measure, Job, Path, float], dict[str, Any]]
+"""Runs a measure on a job with a folder for its file and a limit in seconds, and returns what it wrote."""
+
+
 class Results:
     """The rows of one study so far, in memory and in its file."""
 
-    def __init__(self, raw: Path, measure: Measure, *, again: bool = False, timeout_s: float = 3600.0) -> None:
+    def __init__(
+        self,
+        raw: Path,
+        measure: Measure,
+        *,
+        again: bool = False,
+        timeout_s: float = 3600.0,
+        answer: Answer = answer_of,
+    ) -> None:
         self.raw = raw
+        self._answer = answer
         self.rows: dict[Case, Row] = {} if again else {row.case: row for row in read_rows(raw)}
         self._measure = measure
         self._timeout_s = timeout_s
@@ -96,7 +109,7 @@ class Results:
         """The job's row, measured now; a line says when it began and what came of it."""
         minutes, seconds = divmod(int(time.monotonic() - self._begin_s), 60)
         print(f"[{minutes}:{seconds:02}] {job.case} …", end=" ", flush=True)
-        row = self._in_a_process(job)
+        row = self._answered(job)
         print(self._said(row), flush=True)
         return self.keep(row)
 
@@ -109,9 +122,9 @@ class Results:
             file.write(json.dumps(asdict(row)) + "\n")
         return row
 
-    def _in_a_process(self, job: Job) -> Row:
+    def _answered(self, job: Job) -> Row:
         try:
-            return Row(job.case, **answer_of(self._measure, job, Path(job.scratch), self._timeout_s))
+            return Row(job.case, **self._answer(self._measure, job, Path(job.scratch), self._timeout_s))
         except NoAnswerError as error:
             return Row(job.case, error.outcome, str(error))
 

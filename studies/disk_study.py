@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -18,6 +18,7 @@ from autosp.schedule.streaming import build_ring
 from autosp.spec import Candidate, Plan
 
 PHASES = ("cold", "warm")
+EQUAL = "equal"
 
 
 class Study(NamedTuple):
@@ -148,10 +149,12 @@ def plain_of(rows: list[Row], row: Row) -> Row | None:
     return None
 
 
-def same_output(row: Row, plain: Row) -> bool:
-    """Whether every pass of both gave the same bits."""
-    digest = row.figures["digest"]
-    return digest is not None and digest == plain.figures["digest"]
+def output_of(pairs: Sequence[tuple[Row, Row | None]]) -> str:
+    """Whether rows gave the bits of their plain models in every pass."""
+    if any(row.figures["digest"] is None for row, _ in pairs):
+        return "varies from pass to pass"
+    same = all(plain is not None and row.figures["digest"] == plain.figures["digest"] for row, plain in pairs)
+    return EQUAL if same else "differs"
 
 
 def gb(n_bytes: float | None) -> str:

@@ -2,33 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+from disk_models import SCALES
 from disk_results import Row, having
-from disk_study import PHASES, Floor, Run, Study, disk_of, floor_of, gb, plain_of, same_output
+from disk_study import EQUAL, PHASES, Floor, Run, Study, disk_of, floor_of, gb, output_of, plain_of
 from disk_systems import PLANNED
+from matplotlib.ticker import LogLocator, NullLocator
 from peer_systems import PLAIN, TUNED
 from record import markdown
 
 from autosp.report.units import seconds
 from autosp.spec import Candidate
 
-WINDOWS_K = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-
 THEIRS = ((0.965, 0.148), (0.884, 0.01))
 """Demand Layering: reduction, delay. Of the second row the paper says that there is about none: 1 % here."""
 
 PREFACE = (
-    "Memory: the kernel's peak beyond the process with the model mapped, less the activations, which are what the pass "
-    "with all weights in RAM took beyond the weights; reserved: what the plan reserves for weights. Reduction: against "
-    "all weights in RAM. Delay: against the pass with all weights in RAM of the same repeat. ÷ floor: by the larger of "
-    "that pass and of what the plan reads over the disk's rate in the same process. Without residents a window reads "
-    "every layer in every pass; `searched` are autosp's answers for budgets, with residents where there is room. "
-    "Demand Layering (arXiv 2210.04024) reports 96.5 % less memory at 14.8 % delay, and 88.4 % at about none."
+    "Memory: the kernel's peak beyond the process with the model mapped, less the activations, which are what the "
+    "pass with all weights in RAM took beyond the weights; reserved: what the plan reserves for weights. Reduction: "
+    "against all weights in RAM. Delay: against the pass with all weights in RAM of the same repeat. ÷ floor: by "
+    "the larger of that pass and of what the plan reads over the disk's rate in the same process. Without residents "
+    "a window reads every layer in every pass; `searched` are autosp's answers for budgets, with residents where "
+    "there is room. Demand Layering (arXiv 2210.04024) reports 96.5 % less memory at 14.8 % delay, and 88.4 % at "
+    "about none."
 )
+
+
+SEARCHED = "autosp, searched for a budget"
+ONE_BY_ONE = "window of so many layers, one per transfer"
+BY_HALVES = "window of so many layers, half of them per transfer"
+
+SERIES: dict[str, dict[str, Any]] = {
+    ONE_BY_ONE: {"marker": "o", "ls": "-", "color": "C0"},
+    BY_HALVES: {"marker": "o", "ls": "--", "color": "C2"},
+    SEARCHED: {"marker": "s", "ls": "", "color": "C1"},
+}
 
 
 class Point(NamedTuple):
@@ -36,6 +48,7 @@ class Point(NamedTuple):
 
     tokens: int
     setting: str
+    candidate: Candidate
     searched: bool
     phase: str
     time_s: float
@@ -44,7 +57,7 @@ class Point(NamedTuple):
     reduction: float
     delay: float
     floor: Floor | None
-    same_output: bool
+    output: str
 
     def beats(self, theirs: tuple[float, float]) -> bool:
         """Whether it takes no more memory and no more time than theirs, in shares of all weights in RAM."""
@@ -53,19 +66,20 @@ class Point(NamedTuple):
 
 def run(asked: Run) -> None:
     """Per repeat and length: all in RAM, windows set by hand, then the plans of the search."""
+    sizes = SCALES[asked.scale].windows
     for repeat in range(asked.repeats):
         for tokens in asked.tokens:
             asked.plain(tokens, repeat)
             count = len(set(asked.layers(tokens).partition.visits))
-            for candidate in windows(count):
+            for candidate in windows(sizes, count):
                 asked.measured_by_hand(tokens, repeat, candidate)
             for percent in asked.budgets:
                 asked.measured_plan(TUNED, tokens, repeat, percent)
 
 
-def windows(count: int) -> Iterator[Candidate]:
+def windows(sizes: Sequence[int], count: int) -> Iterator[Candidate]:
     """Windows of a model of `count` layers without residents: one layer per transfer, and half the window."""
-    for k in WINDOWS_K:
+    for k in sizes:
         if k <= count:
             for k_prime in dict.fromkeys((1, k // 2)):
                 yield Candidate(k=k, k_prime=k_prime)
@@ -98,6 +112,7 @@ def _point(pairs: list[tuple[Row, Row]], phase: str) -> Point:
     return Point(
         tokens=row.case.tokens,
         setting=row.figures["setting"] + budget,
+        candidate=Candidate(**row.figures["candidate"]),
         searched=percent is not None,
         phase=phase,
         time_s=median(times),
@@ -106,7 +121,7 @@ def _point(pairs: list[tuple[Row, Row]], phase: str) -> Point:
         reduction=1 - max(0, memory) / weights,
         delay=median(mine / plain for mine, plain in zip(times, plains, strict=True)) - 1,
         floor=Floor(median(f.compute_s for f in floors), median(f.read_s for f in floors)) if floors else None,
-        same_output=all(same_output(row, plain) for row, plain in pairs),
+        output=output_of(pairs),
     )
 
 
@@ -144,7 +159,7 @@ def _heading(rows: list[Row], mine: list[Point]) -> str:
         )
     for phase in PHASES:
         for theirs in THEIRS:
-            best = [point for point in mine if point.phase == phase and point.beats(theirs) and point.same_output]
+            best = [point for point in mine if point.phase == phase and point.beats(theirs) and point.output == EQUAL]
             who = f"beaten by {min(best, key=lambda point: point.delay).setting}" if best else "not beaten"
             said += f"\n- page cache {phase}, {theirs[0]:.1%} less memory at {theirs[1]:.1%} delay: {who}"
     return said
@@ -160,33 +175,42 @@ def _cells(point: Point) -> list[str]:
         gb(point.reserved_bytes),
         f"{point.reduction:.1%}",
         "" if point.floor is None else f"{point.time_s / point.floor.seconds:.2f}",
-        "equal" if point.same_output else "differs",
+        point.output,
     ]
 
 
 def picture(rows: list[Row], path: Path) -> None:
-    """Delay over reduction with a cold page cache, a panel per length; Demand Layering's two rows in each."""
+    """Delay over memory with a cold page cache, a panel per length; Demand Layering's two rows in each."""
     from disk_pictures import figure, finish
 
     found = [point for point in points(rows) if point.phase == "cold"]
     lengths = list(dict.fromkeys(point.tokens for point in found))
     canvas, panels = figure(len(lengths), width=5.0)
     for panel, tokens in zip(panels, lengths, strict=True):
-        for searched, style in ((False, {"marker": "o", "color": "C0"}), (True, {"marker": "s", "color": "C1"})):
-            mine = [point for point in found if (point.tokens, point.searched) == (tokens, searched)]
-            label = "autosp, searched for a budget" if searched else "window set by hand"
-            spots: dict[str, Any] = {"ls": "", "ms": 5, "label": label, **style}
-            panel.plot([100 * p.reduction for p in mine], [100 * p.delay for p in mine], **spots)
-            for point in mine:
-                name = point.setting.split(", searched for ")[-1] if searched else point.setting.split(" res")[0]
-                at = (100 * point.reduction, 100 * point.delay)
-                panel.annotate(name, at, (3, 3), textcoords="offset points", fontsize=6)
+        for name, style in SERIES.items():
+            mine = [point for point in found if point.tokens == tokens and _series(point) == name]
+            shares, delays = [100 * (1 - p.reduction) for p in mine], [100 * p.delay for p in mine]
+            panel.plot(shares, delays, ms=5, label=name, **style)
+            for point, x, y in zip(mine, shares, delays, strict=True):
+                text = point.setting.split("searched for ")[-1] if point.searched else f"{point.candidate.k}"
+                panel.annotate(text, (x, y), (3, 3), textcoords="offset points", fontsize=7, color=style["color"])
         theirs: dict[str, Any] = {"marker": "*", "ls": "", "ms": 10, "color": "C3", "label": "Demand Layering's paper"}
-        panel.plot([100 * r for r, _ in THEIRS], [14.8, 0.0], **theirs)
+        panel.plot([100 * (1 - reduction) for reduction, _ in THEIRS], [14.8, 0.0], **theirs)
+        panel.axhline(0, color="grey", lw=0.8)
+        panel.set_xscale("log")
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        panel.xaxis.set_minor_locator(NullLocator())
         panel.set_title(f"1×{tokens} tokens", fontsize=10)
-        panel.set_xlabel("memory of the weights, % less than all of them")
+        panel.set_xlabel("memory of the weights, % of all of them")
     panels[0].set_ylabel("delay, % of the pass with all weights in RAM")
-    finish(canvas, path)
+    finish(canvas, path, columns=2)
+
+
+def _series(point: Point) -> str:
+    if point.searched:
+        return SEARCHED
+    return ONE_BY_ONE if point.candidate.k_prime == 1 else BY_HALVES
 
 
 WINDOWS = Study("Memory reduction against delay over window sizes", run, table, picture)
