@@ -124,8 +124,8 @@ def run_system(job: Job) -> dict[str, Any]:
 class Passes:
     """What runs, and the files that are dropped from the page cache or put into it.
 
-    A system that reads ahead into the next pass gets no pause between passes: the reads of a pause would be for nothing.
-    So its files are dropped once; that it leaves none of them in the page cache is seen after its passes.
+    A system that reads ahead into the next pass gets no pause between passes: reads in a pause would not be timed. So
+    its files are dropped once; that it leaves none of them in the page cache is seen after its passes.
     """
 
     workload: Workload
