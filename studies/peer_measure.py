@@ -165,18 +165,18 @@ def run_passes(
     """
     memory.begin_peak()
     drop_from_page_cache(files)
-    first_s, output = _timed(workload, device)
+    first_s, output = timed(workload, device)
     first_digest = digest_of(output)
     samples: list[float] = []
-    for _ in _until_enough(samples):
+    for _ in until_enough(samples):
         drop_from_page_cache(files)
-        seconds, output = _timed(workload, device)
+        seconds, output = timed(workload, device)
         samples.append(seconds)
     warm: list[float] = []
     if files:
         workload.run()
-        for _ in _until_enough(warm):
-            warm.append(_timed(workload, device)[0])
+        for _ in until_enough(warm):
+            warm.append(timed(workload, device)[0])
     peak_bytes = memory.peak_bytes() if own_peak is None else own_peak()
     digest = digest_of(output)
     return {
@@ -194,16 +194,17 @@ class Memory:
     On an accelerator: what torch's allocator reserved at most, beyond what it held before the system was applied.
     """
 
-    def __init__(self, device: Device, model: nn.Module, folder: Path) -> None:
-        """When the model's weights are in host memory, before the system is applied."""
+    def __init__(self, device: Device, model: nn.Module, folder: Path, *, mapped: bool = False) -> None:
+        """When the model's weights are in host memory, or `mapped` from files, before the system is applied."""
         self.weight_bytes = weight_bytes(model)
+        anonymous_bytes = 0 if mapped else self.weight_bytes
         self._folder = folder
         self._on_cpu = device.torch_device.type == "cpu"
         # A CPU's figures are the process's, and a system that measures itself keeps its own beginning on its device.
         self._device = CpuDevice() if self._on_cpu else device
         gc.collect()
         self._device.start_measuring()
-        self._baseline = _status_bytes("RssAnon") - self.weight_bytes if self._on_cpu else 0
+        self._baseline = _status_bytes("RssAnon") - anonymous_bytes if self._on_cpu else 0
 
     def begin_peak(self) -> None:
         """Forget the peak of applying the system."""
@@ -258,12 +259,14 @@ def digest_of(output: Any) -> str:
     return digest.hexdigest()
 
 
-def _until_enough(samples: list[float]) -> Iterator[None]:
+def until_enough(samples: list[float]) -> Iterator[None]:
+    """Goes on while `samples` has too few of the passes' seconds, or too short ones."""
     while len(samples) < LEAST_PASSES or (sum(samples) < ENOUGH_S and len(samples) < MOST_PASSES):
         yield
 
 
-def _timed(workload: Workload, device: Device) -> tuple[float, Any]:
+def timed(workload: Workload, device: Device) -> tuple[float, Any]:
+    """Seconds of one pass, and its output."""
     begin = time.perf_counter()
     output = workload.run()
     device.finish_compute()

@@ -41,7 +41,15 @@ def device_of(paced_bytes_per_s: float | None) -> Device:
     return CpuDevice(slow_tier=Tier.HOST, paced_bytes_per_s=paced_bytes_per_s)
 
 
-def make_plans(example: PeerModel, device: Device, budget_bytes: int, folder: Path, *, paced: bool) -> Figures:
+def make_plans(
+    example: PeerModel,
+    device: Device,
+    budget_bytes: int,
+    folder: Path,
+    *,
+    paced: bool,
+    max_trials: int | None = None,
+) -> Figures:
     """Tune at the budget and save `<system>.json` in `folder` for every planned system that has a plan.
 
     The sliding window is the one that the cost model finds fastest; with `paced` the peers' policies are there too.
@@ -51,7 +59,14 @@ def make_plans(example: PeerModel, device: Device, budget_bytes: int, folder: Pa
     begin = time.perf_counter()
     try:
         plan = autosp.tune(
-            example.model, example.batch, budget, step=example.step, device=device, storage=storage, progress=False
+            example.model,
+            example.batch,
+            budget,
+            step=example.step,
+            device=device,
+            storage=storage,
+            max_trials=max_trials,
+            progress=False,
         )
     except BudgetTooSmallError as error:
         profile = autosp.profile(example.model, example.batch, step=example.step, device=device, progress=False)

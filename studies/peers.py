@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from isolation import NoAnswerError, answer_of
 from peer_measure import TUNE, Job, Row, row_of, run_job, systems_of
 from peer_models import MODELS, SCALES
 from peer_points import Key, key_of, read_rows
@@ -187,18 +187,10 @@ def with_share(job: Job, results: Results) -> Row:
 
 def in_a_process(job: Job, timeout_s: float) -> Row:
     """Run the job in a fresh process: memory is comparable, and a crash is a row."""
-    answer = Path(job.scratch) / "answer.json"
-    answer.unlink(missing_ok=True)
-    process = multiprocessing.get_context("spawn").Process(target=run_job, args=(job, str(answer)))
-    process.start()
-    process.join(timeout_s)
-    if process.exitcode is None:
-        process.kill()
-        process.join()
-        return row_of(job, outcome="timed out", note=f"stopped after {timeout_s:g} s")
-    if not answer.exists():
-        return row_of(job, outcome="crashed", note=f"the process ended with {process.exitcode}")
-    return Row(**json.loads(answer.read_text(encoding="utf-8")))
+    try:
+        return Row(**answer_of(run_job, job, Path(job.scratch), timeout_s))
+    except NoAnswerError as error:
+        return row_of(job, outcome=error.outcome, note=str(error))
 
 
 def _chosen(text: str, known: list[str], option: str) -> list[str]:

@@ -5,22 +5,24 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from autosp.devices import choose_device
+from autosp.devices import Device, choose_device
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("autosp", "torch", "optuna", "numpy", "transformers", "accelerate")
+PACKAGES = ("autosp", "torch", "optuna", "numpy", "transformers", "accelerate", "safetensors")
 
 
-def environment() -> dict[str, Any]:
-    """Where and with what a figure was measured."""
-    info = choose_device(None).info
+def environment(device: Device | None = None) -> dict[str, Any]:
+    """Where and with what a figure was measured; on the default device unless one is given."""
+    info = (device or choose_device(None)).info
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
         "device": info.name,
         "kind": info.kind,
         "slow_tier": info.slow_tier.value,
@@ -30,6 +32,15 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
     }
+
+
+def commit() -> str:
+    """The repository's commit, with a "+" if files that it tracks were changed since; "unknown" outside of one."""
+    say = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
+    try:
+        return subprocess.run(say, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def save(name: str, figures: Any, table: str) -> None:
