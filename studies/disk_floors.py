@@ -40,7 +40,7 @@ class Point(NamedTuple):
 
     @property
     def over_floor(self) -> float | None:
-        """The median over repeats, each by its own floor."""
+        """The median pass over the floor of the median repeat; None where the disk was not measured."""
         return None if self.floor is None else self.time_s / self.floor.seconds
 
     @property

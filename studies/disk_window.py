@@ -198,6 +198,7 @@ def picture(rows: list[Row], path: Path) -> None:
         panel.plot([100 * (1 - reduction) for reduction, _ in THEIRS], [14.8, 0.0], **theirs)
         panel.axhline(0, color="grey", lw=0.8)
         panel.set_xscale("log")
+        panel.margins(x=0.12)
         panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         panel.xaxis.set_minor_locator(NullLocator())
