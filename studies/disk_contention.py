@@ -19,7 +19,7 @@ import autosp
 from autosp.devices import Copied, CpuDevice
 from autosp.runtime.bench import Bench
 from autosp.spec import Candidate
-from autosp.tiers import disk
+from autosp.tiers import reader
 from autosp.workload import Workload
 
 ALONE = "alone"
@@ -51,14 +51,14 @@ class Readers:
         return [self._start_one() for _ in range(math.ceil(n_bytes / self._place_bytes))]
 
     def _start_one(self) -> Copied:
-        reader, round_ = self._turn % len(self._devices), self._turn // len(self._devices)
+        index, round_ = self._turn % len(self._devices), self._turn // len(self._devices)
         self._turn += 1
         if self._next + self._place_bytes > self._store_bytes:
             self._next = 0
         region = self._store.window(self._next, self._place_bytes)
         self._next += self._place_bytes
         begin = round_ % PLACES * self._place_bytes
-        return self._devices[reader].copy([region], self._places[reader][begin : begin + self._place_bytes])
+        return self._devices[index].copy([region], self._places[index][begin : begin + self._place_bytes])
 
     def wait(self, copies: Sequence[Copied]) -> None:
         """Until they are over. Raises: ReadError."""
@@ -96,8 +96,8 @@ def measure_readers(
 
     The product's own block size is replaced for the life of this process.
     """
-    assert disk.CHUNK_BYTES, "the product's size of one read"
-    disk.CHUNK_BYTES = block_bytes
+    assert reader.CHUNK_BYTES, "the product's size of one read"
+    reader.CHUNK_BYTES = block_bytes
     device = CpuDevice()
     made = autosp.plan(example.model, example.batch, k=1, k_prime=1, step=example.step, device=device)
     visited = tuple(sorted(set(made.partition.visits)))
