@@ -182,6 +182,11 @@ def forward(layer: int, *waits: Ref, occurrence: int = 0) -> Action:
     return Action(Kind.FORWARD, (layer,), occurrence, waits)
 
 
+def read(layers: tuple[int, ...], offset: int | None, *waits: Ref, occurrence: int = 0) -> Action:
+    """A READ, by hand."""
+    return Action(Kind.READ, layers, occurrence, waits, offset)
+
+
 def evict(layers: tuple[int, ...], *waits: Ref, occurrence: int = 0) -> Action:
     """An EVICT, by hand."""
     return Action(Kind.EVICT, layers, occurrence, waits)
@@ -222,16 +227,30 @@ def orders(draw: st.DrawFn, layers: int, *, once: bool = False) -> tuple[int, ..
 
 
 @st.composite
-def candidates(draw: st.DrawFn, visited: Sequence[int]) -> Candidate:
-    """Any setting that `autosp.plan` would accept for these visited layers."""
+def candidates(draw: st.DrawFn, visited: Sequence[int], *, disk_of: int = 0) -> Candidate:
+    """Any setting that `autosp.plan` would accept for these visited layers.
+
+    `disk_of`: of how many layers in all some may rest on disk; 0 for a machine of two tiers.
+    """
     distinct = list(dict.fromkeys(visited))
     residents = draw(st.lists(st.sampled_from(distinct), max_size=len(distinct), unique=True))
     ring = draw(st.integers(1, max(1, len(distinct) - len(residents))))
     k_prime = draw(st.integers(1, ring))
     everything = len(residents) == len(distinct)
-    return Candidate(
+    candidate = Candidate(
         k=len(residents) + (0 if everything else ring), k_prime=k_prime, residents=tuple(sorted(residents))
     )
+    return draw(on_disk(candidate, visited, disk_of)) if disk_of else candidate
+
+
+@st.composite
+def on_disk(draw: st.DrawFn, candidate: Candidate, visited: Sequence[int], layers: int) -> Candidate:
+    """The candidate with any of its groups, and any layer that is never visited, on disk."""
+    never = [(layer,) for layer in sorted(set(range(layers)).difference(visited))]
+    pool = [*candidate.groups(visited), *never]
+    chosen = draw(st.lists(st.sampled_from(pool), max_size=len(pool), unique=True)) if pool else []
+    resting = tuple(sorted(layer for group in chosen for layer in group))
+    return candidate.model_copy(update={"on_disk": resting, "read_ahead": draw(st.integers(1, 4)) if resting else 0})
 
 
 sizes = st.integers(1, 40)
@@ -239,11 +258,11 @@ sizes = st.integers(1, 40)
 
 
 @st.composite
-def cases(draw: st.DrawFn, *, once: bool = False) -> Case:
-    """Any candidate on any small model."""
+def cases(draw: st.DrawFn, *, once: bool = False, disk: bool = False) -> Case:
+    """Any candidate on any small model; with `disk`, of three tiers."""
     layer_bytes = tuple(draw(st.lists(sizes, min_size=1, max_size=8)))
     visits = draw(orders(len(layer_bytes), once=once))
-    return Case(draw(candidates(visits)), layer_bytes, visits)
+    return Case(draw(candidates(visits, disk_of=len(layer_bytes) if disk else 0)), layer_bytes, visits)
 
 
 seconds = st.integers(1, 50).map(lambda tenths: tenths / 10)

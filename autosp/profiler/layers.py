@@ -10,7 +10,7 @@ from typing import Any
 from autosp.batch import tensors_in
 from autosp.devices import Device, Stamp
 from autosp.runtime.bench import Bench
-from autosp.schedule.streaming import arena_bytes
+from autosp.schedule.arena import arena_bytes
 from autosp.spec import Candidate, LayerProfile, Measurement, Outcome
 
 LEAST_PASSES = 3

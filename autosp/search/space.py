@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from autosp.cost_model.predict import predict
 from autosp.errors import BudgetTooSmallError
-from autosp.schedule.streaming import arena_bytes
+from autosp.schedule.arena import arena_bytes
 from autosp.spec import Candidate, Prediction, Profile
 
 DEPTHS = (1, 2, 3, 4)
