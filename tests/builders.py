@@ -62,12 +62,17 @@ def partition(
 
 
 def link(
-    *, bytes_per_s: float, latency_s: float = 0.0, link_slowdown: float = 1.0, compute_slowdown: float = 1.0
+    *,
+    bytes_per_s: float,
+    latency_s: float = 0.0,
+    link_slowdown: float = 1.0,
+    compute_slowdown: float = 1.0,
+    source: Tier = Tier.HOST,
 ) -> LinkProfile:
-    """The link of a profile; without `_slowdown`s transfers and compute do not disturb each other."""
+    """A link of a profile; without `_slowdown`s transfers and compute do not disturb each other."""
     return LinkProfile(
-        source=Tier.HOST,
-        target=Tier.DEVICE,
+        source=source,
+        target=Tier.DEVICE if source is Tier.HOST else Tier.HOST,
         latency_s=latency_s,
         bytes_per_s=bytes_per_s,
         link_slowdown=link_slowdown,
@@ -92,6 +97,7 @@ def profile(
     compute_slowdown: float = 1.0,
     least_compute_s: float | None = None,
     kind: str = "cuda",
+    disk: LinkProfile | None = None,
 ) -> Profile:
     """A profile whose least-memory plan was observed to take exactly what the memory formula says.
 
@@ -124,6 +130,7 @@ def profile(
                 link_slowdown=link_slowdown,
                 compute_slowdown=compute_slowdown,
             ),
+            *([disk] if disk else []),
         ),
         workspace_bytes=workspace_bytes,
         observed=trial(prediction(least, peak_bytes=least_peak), peak_bytes=least_peak),
@@ -270,12 +277,23 @@ seconds = st.integers(1, 50).map(lambda tenths: tenths / 10)
 
 
 @st.composite
-def profiles(draw: st.DrawFn, *, contention: bool = False, max_layers: int = 7) -> Profile:
-    """A small model on any machine. Without `contention` compute and link do not slow each other down."""
+def profiles(draw: st.DrawFn, *, contention: bool = False, max_layers: int = 7, disk: bool = False) -> Profile:
+    """A small model on any machine; with `disk`, of three tiers.
+
+    Without `contention` compute and links do not slow each other down.
+    """
     layer_bytes = draw(st.lists(sizes, min_size=1, max_size=max_layers))
     visits = draw(orders(len(layer_bytes)))
     count = len(visits)
     slowdowns = st.integers(10, 20).map(lambda tenths: tenths / 10) if contention else st.just(1.0)
+    rates, latencies = st.sampled_from([0.5, 3.0, 10.0, 50.0, 1000.0]), st.sampled_from([0.0, 0.1, 1.0])
+    behind = link(
+        source=Tier.DISK,
+        bytes_per_s=draw(rates) if disk else 1.0,
+        latency_s=draw(latencies) if disk else 0.0,
+        link_slowdown=draw(slowdowns) if disk else 1.0,
+        compute_slowdown=draw(slowdowns) if disk else 1.0,
+    )
     return profile(
         layer_bytes,
         visits,
@@ -285,8 +303,19 @@ def profiles(draw: st.DrawFn, *, contention: bool = False, max_layers: int = 7) 
         repeats=draw(st.integers(1, 3)),
         resident_bytes=draw(st.integers(0, 30)),
         workspace_bytes=draw(st.integers(0, 30)),
-        bytes_per_s=draw(st.sampled_from([0.5, 3.0, 10.0, 50.0, 1000.0])),
-        latency_s=draw(st.sampled_from([0.0, 0.1, 1.0])),
+        bytes_per_s=draw(rates),
+        latency_s=draw(latencies),
         link_slowdown=draw(slowdowns),
         compute_slowdown=draw(slowdowns),
+        disk=behind if disk else None,
     )
+
+
+def candidates_of(measured: Profile) -> st.SearchStrategy[Candidate]:
+    """Any setting for a profile; with layers on disk where it knows the disk."""
+    parts = measured.partition
+    return candidates(parts.visits, disk_of=len(parts.layers) if measured.disk_link else 0)
+
+
+any_profiles = st.booleans().flatmap(lambda disk: profiles(contention=True, disk=disk))
+"""Of two tiers or three."""

@@ -33,8 +33,9 @@ class Traffic:
 def expected_costs(profile: Profile, candidate: Candidate) -> Costs:
     """What each action takes while link and compute slow each other down as they do under this candidate."""
     ring = build_ring(candidate, [layer.n_bytes for layer in profile.partition.layers], profile.partition.visits)
-    _, _, compute_factor, link_factor = contended_periods(profile, [ring])
-    return costs_of(profile).contended(float(compute_factor[0]), float(link_factor[0]))
+    found = contended_periods(profile, [ring])
+    factors = (float(factor[0]) for factor in (found.compute_factor, found.link_factor, found.disk_factor))
+    return costs_of(profile).contended(*factors)
 
 
 def expected(profile: Profile, candidate: Candidate, periods: int) -> Timeline:

@@ -13,7 +13,6 @@ Actions of one resource run in list order; a wait names an action of any resourc
 from __future__ import annotations
 
 import re
-from collections import Counter
 from dataclasses import dataclass
 from enum import StrEnum
 

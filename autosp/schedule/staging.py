@@ -20,7 +20,8 @@ class Read:
     group: int
     transfer: int
     waits: tuple[tuple[int, bool], ...]
-    """The transfers whose loads empty its place; True: of the period before."""
+    """The transfers whose loads empty its place; True: of the period before. Those that an earlier read waited for are
+    left out."""
     cold: tuple[int, ...]
     """Groups whose loads before the first period empty its place then."""
     after: int

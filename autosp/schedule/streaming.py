@@ -68,11 +68,14 @@ def build_ring(candidate: Candidate, layer_bytes: Sequence[int], visits: Sequenc
     unvisited = set(range(len(layer_bytes))).difference(visits, candidate.residents)
     ends = [*(group.offset + group.n_bytes for group in groups), *(layer_bytes[layer] for layer in unvisited)]
     ring = Ring(tuple(groups), max(ends, default=0), _time_transfers(groups, visits))
-    return ring if not candidate.on_disk else replace(ring, staging=_staged(ring, candidate, layer_bytes, visits))
+    return replace(ring, staging=stage(ring, candidate, layer_bytes, visits)) if candidate.on_disk else ring
 
 
-def _staged(ring: Ring, candidate: Candidate, layer_bytes: Sequence[int], visits: Sequence[int]) -> Staging:
-    """The staging ring of a candidate's groups on disk."""
+def stage(ring: Ring, candidate: Candidate, layer_bytes: Sequence[int], visits: Sequence[int]) -> Staging:
+    """The staging ring of a candidate's groups on disk, for a ring that is the same wherever its groups rest.
+
+    Raises: ValueError if only some layers of a group rest on disk.
+    """
     split = candidate.split_groups(visits)
     if split:
         raise ValueError(f"layers {split[0]} travel together, and only some of them rest on disk")
@@ -235,9 +238,7 @@ class _Lowering:
             emptied = [self._load(other, before) for other, before in read.waits]
             emptied += (Ref(Kind.LOAD, self._ring.groups[other].layers, 0, True) for other in read.cold)
             waits = tuple(dict.fromkeys(emptied))
-            self._actions.append(
-                Action(Kind.READ, ref.layers, ref.occurrence, waits, staging.offsets[read.group])
-            )
+            self._actions.append(Action(Kind.READ, ref.layers, ref.occurrence, waits, staging.offsets[read.group]))
             self._next_read += 1
 
     def _load(self, transfer: int, previous_pass: bool = False) -> Ref:

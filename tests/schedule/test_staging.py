@@ -165,7 +165,9 @@ def test_a_sound_schedule_is_valid() -> None:
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        pytest.param(of(*ACTIONS, staging_bytes=9), "0R0 ends at 10, beyond the staging ring's 9 bytes", id="too large"),
+        pytest.param(
+            of(*ACTIONS, staging_bytes=9), "0R0 ends at 10, beyond the staging ring's 9 bytes", id="too large"
+        ),
         pytest.param(of(*replaced(READ_0, read((0,), None))), "0R0 has no address", id="no address"),
         pytest.param(
             of(*replaced(READ_1, read((1,), 0))),
@@ -177,9 +179,7 @@ def test_a_sound_schedule_is_valid() -> None:
             "0R0 does not wait for -1L0, which empties its place",
             id="a fast disk would overwrite what the pass before loads",
         ),
-        pytest.param(
-            of(READ_0, read((1,), 0), *ACTIONS[1:]), "1R0 is in the schedule twice", id="read twice"
-        ),
+        pytest.param(of(READ_0, read((1,), 0), *ACTIONS[1:]), "1R0 is in the schedule twice", id="read twice"),
         pytest.param(
             of(READ_0, read((1,), 0), LOAD_0, *ACTIONS[3:]),
             "1R0 overwrites 0R0, which was not loaded yet",
