@@ -23,8 +23,8 @@ def apply(model: M, plan: Plan) -> StreamedModel[M]:
     """Make `model` run under `plan`: inside its budget, with unchanged output.
 
     The weights leave the memory they are in: residents go to the device, streamed layers to pinned host memory or, on a
-    CPU and where the plan says so, to a packed file. Outside a pass the model is an ordinary CPU model whose streamed parameters are views of
-    that memory. `remove()`, or leaving the context, makes it an ordinary model in RAM again.
+    CPU and where the plan says so, to a packed file. Outside a pass the model is an ordinary CPU model whose streamed
+    parameters are views of that memory. `remove()`, or leaving the context, makes it an ordinary model in RAM again.
 
     Passes run without autograd. Calls from other threads wait for the running pass.
 

@@ -376,7 +376,7 @@ def test_a_read_waits_on_the_host_for_the_copies_that_empty_its_memory(fake: Fak
 
 
 def test_a_failed_read_fails_its_copy_and_no_other(fake: Fake) -> None:
-    device, module = fake
+    device, _ = fake
     region, other = OnDisk(1, 2, error=ReadError("layer 3 is gone")), torch.zeros(1, dtype=torch.uint8)
     _, copied = staged(device, region, torch.zeros(2, dtype=torch.uint8))
     later = device.copy([Region(9)], other, None)
