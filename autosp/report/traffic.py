@@ -21,12 +21,12 @@ class Traffic:
     pass_s: float
     moved_bytes: float
     link_busy_s: float
-    read_bytes: float
-    """From disk to host, where layers rest behind it."""
-    disk_busy_s: float
     stall_s: float
     layer_stalls_s: dict[int, float]
     """Layer -> seconds that compute waited for it, over all its visits. Streamed layers only."""
+    read_bytes: float = 0.0
+    """From disk to host, where layers rest behind it."""
+    disk_busy_s: float = 0.0
 
     @property
     def bytes_per_s(self) -> float | None:

@@ -370,7 +370,7 @@ def test_remove_waits_for_what_is_under_way(tmp_path: Path) -> None:
 
 
 @quick
-@given(st.data())
+@given(data=st.data())
 def test_any_setting_of_any_small_model(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Any order of visits when profiled, any other when run."""
     count = data.draw(st.integers(1, 5))
@@ -400,7 +400,7 @@ def test_any_setting_of_any_small_model(data: st.DataObject, tmp_path_factory: p
 
 
 @thorough
-@given(st.data())
+@given(data=st.data())
 def test_the_executor_keeps_the_simulated_time_exactly(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
