@@ -29,7 +29,7 @@ from autosp.spec import Candidate, Partition, Tier
 from autosp.tiers import Originals, open_store
 from builders import on_disk as some_on_disk
 from builders import quick, thorough
-from models import EarlyExit, make, tokens, vectors
+from models import EarlyExit, Written, make, tokens, vectors
 
 Apply = Callable[..., StreamedModel[nn.Module]]
 
@@ -222,29 +222,8 @@ def test_writes_at_rest_are_seen_by_the_next_pass(apply: Apply, any_device: Devi
 
 
 def test_buffers_written_by_a_layer_that_was_read_ahead(apply: Apply, any_device: Device) -> None:
-    class Counting(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(64, 64) / 8)
-            self.register_buffer("history", torch.zeros(300, 64))  # too large for the small-buffer rule
-
-        def forward(self, x: torch.Tensor, write: bool = False) -> torch.Tensor:
-            if write:
-                self.history.add_(x.mean(dim=0))
-            return x @ self.weight + self.history[0]
-
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.ModuleList(Counting() for _ in range(4))
-
-        def forward(self, x: torch.Tensor, write: bool = False) -> torch.Tensor:
-            for layer in self.layers:
-                x = layer(x, write)
-            return x
-
     torch.manual_seed(0)
-    model = Model()
+    model = Written()
     twin = copy.deepcopy(model).to(any_device.torch_device)
     streamed = apply(model, vectors(), Candidate(k=2, k_prime=1), read_ahead=4)
     with torch.no_grad():
