@@ -293,6 +293,27 @@ def a_key(**changes: Any) -> StudyKey:
     return StudyKey(**(fields | changes))
 
 
+def before_the_disk_tier(data: dict[str, Any]) -> None:
+    """As schema 2 had it."""
+    data["schema_version"] = 2
+    del data["host_budget_bytes"], data["candidate"]["on_disk"], data["candidate"]["read_ahead"]
+    if data["prediction"]:
+        del data["prediction"]["read_bytes"], data["prediction"]["host_bytes"]
+
+
+def test_a_plan_of_before_the_disk_tier_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(changed(before_the_disk_tier), encoding="utf-8")
+    assert Plan.load(path) == PLAN.model_copy(update={"schema_version": 2})
+
+
+def test_a_plan_whose_transfer_lies_on_two_tiers_is_refused(tmp_path: Path) -> None:
+    count = len(PLAN.partition.layers)
+    candidate = {"k": count, "k_prime": count, "residents": [], "on_disk": [0], "read_ahead": 1}
+    text = changed(lambda data: data.update(candidate=candidate))
+    assert_refused(tmp_path / "plan.json", text, "travel together, and only some of them rest on disk")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
