@@ -24,6 +24,7 @@ class Stored(NamedTuple):
 
     name: str
     budget_bytes: int
+    host_budget_bytes: int | None
     profile: Profile | None
     trials: list[Trial]
     plan: Plan | None
@@ -37,25 +38,24 @@ def read_study(study: str, storage: str | None) -> Stored:
     from autosp.store import Repository
 
     with Repository(storage) as repository:
-        return Stored(
-            study,
-            repository.study_key(study).budget_bytes,
-            repository.profile(study),
-            repository.trials(study),
-            repository.plan(study),
-        )
+        key, plan = repository.study_key(study), repository.plan(study)
+        host_budget_bytes = plan.host_budget_bytes if plan is not None else key.host_budget_bytes
+        profile, trials = repository.profile(study), repository.trials(study)
+        return Stored(study, key.budget_bytes, host_budget_bytes, profile, trials, plan)
 
 
-def kept_study(subject: Subject, budget: float | str, device: str | None, storage: str | None) -> str | None:
+def kept_study(
+    subject: Subject, budget: float | str, host_budget: float | str | None, device: str | None, storage: str | None
+) -> str | None:
     """The study that `tune` of this subject would continue."""
     from autosp.devices import choose_device
     from autosp.store import Repository
-    from autosp.workload import Workload, parse_budget
+    from autosp.workload import Workload, parse_budgets
 
     chosen = choose_device(device)
     workload = Workload.of(subject.model, subject.batch, subject.step, "inference", chosen)
     with Repository(storage) as repository:
-        return repository.find_study(workload.key(chosen, parse_budget(budget)))
+        return repository.find_study(workload.key(chosen, *parse_budgets(budget, host_budget, chosen.info.slow_tier)))
 
 
 def show_answer(plan: Plan, storage: str | None, output: Path | None) -> None:
@@ -72,7 +72,9 @@ def print_study(stored: Stored) -> None:
     from autosp.report.tables import plan_table, trials_table
 
     plan = stored.plan
-    floor = None if stored.profile is None else floor_s(stored.profile, stored.budget_bytes)
+    floor = None
+    if stored.profile is not None:
+        floor = floor_s(stored.profile, stored.budget_bytes, stored.host_budget_bytes)
     if not stored.trials:
         tell(f"study {stored.name} has no trials yet")
     else:
@@ -82,16 +84,28 @@ def print_study(stored: Stored) -> None:
 
 
 def draw_front(
-    profile: Profile, trials: Sequence[Trial], budgets_bytes: Sequence[int], path: Path, plan: Plan | None = None
+    profile: Profile,
+    trials: Sequence[Trial],
+    budgets_bytes: Sequence[int],
+    host_budget_bytes: int | None,
+    path: Path,
+    plan: Plan | None = None,
 ) -> None:
     """Predictions under each budget and those that more memory would allow, up to the whole model."""
     from autosp.search.space import rank
 
     whole = round(1.05 * (profile.partition.total_bytes + profile.workspace_bytes))
-    ranked = [rank(profile, budget_bytes) for budget_bytes in {*budgets_bytes, max(*budgets_bytes, whole)}]
+    budgets = {*budgets_bytes, max(*budgets_bytes, whole)}
+    ranked = [rank(profile, budget_bytes, host_budget_bytes) for budget_bytes in budgets]
     predictions = {prediction.candidate: prediction for some in ranked for prediction in some}
     load_pictures("front").front(
-        profile, list(predictions.values()), trials, budgets_bytes, path, chosen=plan.candidate if plan else None
+        profile,
+        list(predictions.values()),
+        trials,
+        budgets_bytes,
+        path,
+        chosen=plan.candidate if plan else None,
+        host_budget_bytes=host_budget_bytes,
     )
 
 

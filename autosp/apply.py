@@ -23,8 +23,8 @@ def apply(model: M, plan: Plan) -> StreamedModel[M]:
     """Make `model` run under `plan`: inside its budget, with unchanged output.
 
     The weights leave the memory they are in: residents go to the device, streamed layers to pinned host memory or, on a
-    CPU, to a packed file. Outside a pass the model is an ordinary CPU model whose streamed parameters are views of
-    that memory. `remove()`, or leaving the context, makes it an ordinary model in RAM again.
+    CPU and where the plan says so, to a packed file. Outside a pass the model is an ordinary CPU model whose streamed
+    parameters are views of that memory. `remove()`, or leaving the context, makes it an ordinary model in RAM again.
 
     On a CPU, weights that are mapped from a file, as `from_pretrained` and `safetensors` load them, are read from that
     file: nothing is packed, and their parameters stay the maps that they are. The file must stay as it is meanwhile;
@@ -50,7 +50,7 @@ def apply(model: M, plan: Plan) -> StreamedModel[M]:
     bound = bind(model, plan.partition, device.info.slow_tier)
     schedule = lower(plan.candidate, [layer.n_bytes for layer in bound.partition.layers], plan.partition.visits)
     stored = bound.stored(plan.candidate.residents)
-    store = open_store(device, stored, settings().cache_dir, Originals.FREED)
+    store = open_store(device, stored, settings().cache_dir, Originals.FREED, plan.candidate.on_disk)
 
     def close() -> None:
         store.close()

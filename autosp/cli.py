@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 import sys
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +18,20 @@ try:
     import typer
 
     from autosp import answers
+    from autosp.database import database
+    from autosp.options import (
+        Budget,
+        DeviceName,
+        Factory,
+        HostBudget,
+        MaxTrials,
+        Output,
+        PlanFile,
+        Plot,
+        Storage,
+        Study,
+        Timeout,
+    )
     from autosp.terminal import Commands, budget_of, check_folder, console, interruptible, load_pictures, save, tell
 except ImportError as missing:  # the console script exists without the extra, too
     raise SystemExit(f"the command line needs {missing.name}: pip install 'autosp[cli]'") from missing
@@ -26,19 +41,7 @@ from autosp.factory import make_subject
 from autosp.spec import Plan, Trial
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-database = typer.Typer(no_args_is_help=True, help="The database of studies.")
 app.add_typer(database, name="db")
-
-Factory = Annotated[str, typer.Argument(metavar="MODULE:FACTORY", help="Makes (model, batch) or (model, batch, step).")]
-Study = Annotated[str, typer.Argument(metavar="STUDY", help="`autosp studies` lists them.")]
-Storage = Annotated[str | None, typer.Option(help="Path or URL of the database. Default: AUTOSP_STORAGE.")]
-DeviceName = Annotated[str | None, typer.Option("--device", help="Default: the accelerator if there is one.")]
-Budget = Annotated[str, typer.Option("--max-gpu-gb", help="GB (10^9 bytes), or with a unit: 8GiB, 900MB.")]
-MaxTrials = Annotated[int | None, typer.Option(help="Most validations of the study.")]
-Timeout = Annotated[float | None, typer.Option("--timeout-s", help="Seconds after which no validation begins.")]
-Output = Annotated[Path | None, typer.Option("--output", "-o", dir_okay=False, help="Write the plan here, as JSON.")]
-PlanFile = Annotated[Path, typer.Option("--plan", exists=True, dir_okay=False, help="A plan's JSON.")]
-Plot = Annotated[Path | None, typer.Option(dir_okay=False, help="Draw a picture: .png, .svg or .pdf.")]
 
 
 def main() -> None:
@@ -65,6 +68,7 @@ def _root(
 def tune(
     factory: Factory,
     max_gpu_gb: Budget,
+    max_cpu_gb: HostBudget = None,
     storage: Storage = None,
     study_name: Annotated[str | None, typer.Option(help="Default: made from the model's name.")] = None,
     max_trials: MaxTrials = None,
@@ -80,11 +84,14 @@ def tune(
     subject = make_subject(factory)
     began = datetime.now(UTC).isoformat(timespec="seconds")
     budget = budget_of(max_gpu_gb)
-    with interruptible(factory, storage, device, lambda: answers.kept_study(subject, budget, device, storage)):
+    host_budget = None if max_cpu_gb is None else budget_of(max_cpu_gb)
+    kept = partial(answers.kept_study, subject, budget, host_budget, device, storage)
+    with interruptible(factory, storage, device, kept):
         plan = autosp.tune(
             subject.model,
             subject.batch,
             budget,
+            max_cpu_gb=host_budget,
             step=subject.step,
             device=device,
             storage=storage,
@@ -133,6 +140,7 @@ def resume(
 @app.command()
 def estimate(
     max_gpu_gb: Budget,
+    max_cpu_gb: HostBudget = None,
     factory: Annotated[str | None, typer.Argument(metavar="[MODULE:FACTORY]", help="Measured now.")] = None,
     study: Annotated[str | None, typer.Option(help="Take this study's stored profile: no model is needed.")] = None,
     top: Annotated[int, typer.Option(min=1, help="How many predictions to print.")] = 10,
@@ -143,12 +151,12 @@ def estimate(
     """Predict every setting under a budget, without validating any."""
     import autosp
     from autosp.report.tables import predictions_table
-    from autosp.workload import parse_budget
+    from autosp.workload import parse_budgets
 
     if (factory is None) == (study is None):
         raise SettingError("name what to estimate: either MODULE:FACTORY or --study, one of them")
     budget = budget_of(max_gpu_gb)
-    budgets_bytes = [parse_budget(budget)]
+    host_budget = None if max_cpu_gb is None else budget_of(max_cpu_gb)
     trials: list[Trial] = []
     chosen: Plan | None = None
     if plot is not None:
@@ -156,18 +164,26 @@ def estimate(
     if factory is not None:
         subject = make_subject(factory)
         profile = autosp.profile(
-            subject.model, subject.batch, step=subject.step, device=device, progress=sys.stderr.isatty()
+            subject.model,
+            subject.batch,
+            max_cpu_gb=host_budget,
+            step=subject.step,
+            device=device,
+            progress=sys.stderr.isatty(),
         )
+        others: set[int] = set()
     else:
         stored = answers.read_study(str(study), storage)
         if stored.profile is None:
             raise StudyNotFoundError(f"study {study!r} has no profile yet: continue it with `autosp resume`")
         profile, trials, chosen = stored.profile, stored.trials, stored.plan
-        budgets_bytes += {stored.budget_bytes}.difference(budgets_bytes)
-    ranked = autosp.estimate(profile, budget)
-    console().print(predictions_table(ranked, autosp.floor(profile, budget), top))
+        others = {stored.budget_bytes}
+    ranked = autosp.estimate(profile, budget, host_budget)
+    console().print(predictions_table(ranked, autosp.floor(profile, budget, host_budget), top))
     if plot is not None:
-        answers.draw_front(profile, trials, budgets_bytes, plot, chosen)
+        budget_bytes, host_bytes = parse_budgets(budget, host_budget, profile.device.slow_tier)
+        budgets_bytes = [budget_bytes, *others.difference({budget_bytes})]
+        answers.draw_front(profile, trials, budgets_bytes, host_bytes, plot, chosen)
     else:
         tell("`--plot front.png` draws memory against latency, with the floor")
 
@@ -197,7 +213,7 @@ def show(study: Study, storage: Storage = None, plot: Plot = None) -> None:
     stored = answers.read_study(study, storage)
     plan, profile = stored.plan, stored.profile
     if profile is not None:
-        console().print(layers_table(profile), link_table(profile.link), sep="\n")
+        console().print(layers_table(profile), *map(link_table, profile.links), sep="\n")
     answers.print_study(stored)
     if plan is None:
         tell(f"study {study} is unfinished: go on with `autosp resume {shlex.quote(study)} MODULE:FACTORY`")
@@ -330,20 +346,3 @@ def demo(
     check_folder(output)
     budget = None if max_gpu_gb is None else budget_of(max_gpu_gb)
     run_demo(model, max_gpu_gb=budget, storage=storage, output=output)
-
-
-@database.command()
-def upgrade(storage: Storage = None) -> None:
-    """Bring the database to this version's schema; an SQLite file is copied first."""
-    from autosp.store.engine import open_engine, shown, storage_url
-    from autosp.store.migrate import upgrade as bring_up
-
-    engine = open_engine(storage_url(storage))
-    try:
-        done = bring_up(engine)
-    finally:
-        engine.dispose()
-    change = f"already at {done.new}" if done.old == done.new else f"{done.old or 'no schema'} -> {done.new}"
-    typer.echo(f"{shown(engine.url)}: {change}")
-    if done.backup is not None:
-        typer.echo(f"the database as it was: {done.backup}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Literal
@@ -18,7 +19,7 @@ from autosp.errors import PlanFormatError
 from autosp.files import write_atomically
 
 PLAN_SCHEMA_VERSION = 3
-"""1: before lookup tables; 2: before `Layer.weight_bytes`; both still read."""
+"""1: before lookup tables; 2: before `Layer.weight_bytes`, and layers on disk behind the host; both still read."""
 
 Mode = Literal["inference"]
 
@@ -115,21 +116,44 @@ class LinkProfile(Record):
 class Candidate(Record):
     """A setting: `k` layers on the device at once, `k_prime` of them moved per transfer.
 
-    `residents` never leave; the other `k - len(residents)` layers are the ring that streamed layers share.
+    `residents` never leave; the other `k - len(residents)` layers are the ring that streamed layers share. Layers
+    `on_disk` rest behind the host: they are read into a ring of `read_ahead` groups in host memory, and loaded from it.
     """
 
     k: int = Field(ge=0)
     k_prime: int = Field(ge=1)
     residents: tuple[int, ...] = ()
+    on_disk: tuple[int, ...] = ()
+    read_ahead: int = Field(default=0, ge=0, description="groups in the host's ring; 0 if nothing rests on disk")
+
+    @model_validator(mode="after")
+    def _what_rests_on_disk_is_streamed(self) -> Candidate:
+        if bool(self.on_disk) != bool(self.read_ahead):
+            raise ValueError(f"{len(self.on_disk)} layers rest on disk, and {self.read_ahead} groups are read ahead")
+        if self.on_disk and not set(self.on_disk).isdisjoint(self.residents):
+            raise ValueError("a layer is resident and on disk")
+        return self
 
     @property
     def ring(self) -> int:
         """Layers in the ring."""
         return self.k - len(self.residents)
 
+    def groups(self, visits: Sequence[int]) -> list[tuple[int, ...]]:
+        """The streamed layers that travel together: `k_prime` of them, in the order of their first visit."""
+        residents = frozenset(self.residents)
+        streamed = [layer for layer in dict.fromkeys(visits) if layer not in residents]
+        return [tuple(streamed[start : start + self.k_prime]) for start in range(0, len(streamed), self.k_prime)]
+
+    def split_groups(self, visits: Sequence[int]) -> list[tuple[int, ...]]:
+        """Groups of which some layers rest on disk and others do not: none, for a transfer has one source."""
+        on_disk = frozenset(self.on_disk)
+        return [group for group in self.groups(visits) if on_disk and len(on_disk.intersection(group)) % len(group)]
+
     def label(self) -> str:
         """Short name for tables."""
-        return f"k={self.k} k'={self.k_prime} residents={len(self.residents)}"
+        disk = f" on disk={len(self.on_disk)} read-ahead={self.read_ahead}" if self.on_disk else ""
+        return f"k={self.k} k'={self.k_prime} residents={len(self.residents)}{disk}"
 
 
 class Prediction(Record):
@@ -139,8 +163,10 @@ class Prediction(Record):
     latency_s: float = Field(description="one pass in the steady state")
     cold_latency_s: float | None = Field(default=None, description="the first pass, with empty buffers")
     stall_s: float = Field(description="time per steady pass in which compute waits for a transfer")
-    moved_bytes: int = Field(description="bytes over the link per steady pass")
+    moved_bytes: int = Field(description="bytes over the link to the device per steady pass")
     peak_bytes: int = Field(description="device memory: residents, ring, activations and workspace")
+    read_bytes: int = Field(default=0, description="bytes from disk to host per steady pass")
+    host_bytes: int = Field(default=0, description="host memory: what rests there, and the ring that disk is read into")
 
 
 class Outcome(StrEnum):
@@ -199,6 +225,11 @@ class Profile(Record):
         """The link that weights take to the device."""
         return self.links[0]
 
+    @property
+    def disk_link(self) -> LinkProfile | None:
+        """The link from disk to the host, where layers may rest behind it; None if it was not measured."""
+        return next((link for link in self.links[1:] if link.source is Tier.DISK), None)
+
 
 class StudyKey(Record):
     """What a study was made for. Two calls of `tune` with equal keys ask the same question."""
@@ -210,11 +241,12 @@ class StudyKey(Record):
     step: str = Field(description="what runs a pass: `call`, or the qualified name and code hash of `step`")
     mode: Mode
     budget_bytes: int
+    host_budget_bytes: int | None = Field(default=None, description="None: as much as the machine has")
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all the fields."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:32]
+        """Hash of all the fields that say something: a field that an older database does not know changes nothing."""
+        return hashlib.sha256(self.model_dump_json(exclude_none=True).encode()).hexdigest()[:32]
 
     def differences(self, other: StudyKey) -> dict[str, tuple[object, object]]:
         """Field name -> (mine, theirs) for every field that differs."""
@@ -248,6 +280,7 @@ class Plan(Record):
     batch_signature: str
     device: DeviceInfo
     budget_bytes: int | None = Field(default=None, description="None for a plan whose k and k' the user set")
+    host_budget_bytes: int | None = Field(default=None, description="None if all streamed layers may rest on the host")
     partition: Partition
     candidate: Candidate
     prediction: Prediction | None = None
@@ -258,8 +291,12 @@ class Plan(Record):
     @model_validator(mode="after")
     def _indices_name_layers(self) -> Plan:
         count = len(self.partition.layers)
-        if any(not 0 <= index < count for index in (*self.partition.visits, *self.candidate.residents)):
-            raise ValueError(f"a visit or a resident is none of the {count} layers")
+        visits, candidate = self.partition.visits, self.candidate
+        if any(not 0 <= index < count for index in (*visits, *candidate.residents, *candidate.on_disk)):
+            raise ValueError(f"a visit, a resident or a layer on disk is none of the {count} layers")
+        split = candidate.split_groups(visits)
+        if split:
+            raise ValueError(f"layers {split[0]} travel together, and only some of them rest on disk")
         return self
 
     def save(self, path: str | os.PathLike[str]) -> None:

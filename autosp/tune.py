@@ -13,19 +13,20 @@ from tqdm.auto import tqdm
 
 from autosp.batch import Step
 from autosp.cost_model.floor import floor_s
+from autosp.cost_model.placement import Placing, evenly_spread, host_too_small
 from autosp.devices import Device, choose_device
 from autosp.errors import AutospError, BudgetTooSmallError, OutputMismatchError, SettingError
 from autosp.partition import partition
 from autosp.profiler import measure
+from autosp.profiler.host import binding_host_budget
 from autosp.runtime.bench import Bench
 from autosp.search.limits import Limits
-from autosp.search.residents import evenly_spread
 from autosp.search.space import rank, suggested_gb
 from autosp.search.validate import Reference, validate
 from autosp.settings import settings
 from autosp.spec import Candidate, Outcome, Partition, Plan, Prediction, Profile, StudyKey, Trial
 from autosp.store import Repository
-from autosp.workload import Workload, parse_budget
+from autosp.workload import Workload, parse_budget, parse_budgets
 
 if TYPE_CHECKING:
     import os
@@ -40,6 +41,7 @@ def tune(
     sample_batch: Any,
     max_gpu_gb: float | str,
     *,
+    max_cpu_gb: float | str | None = None,
     mode: str = "inference",
     step: Step | None = None,
     device: torch.device | str | Device | None = None,
@@ -55,6 +57,8 @@ def tune(
     Args:
         sample_batch: a tensor, a tuple of positional or a mapping of keyword arguments, of the shapes to plan for.
         max_gpu_gb: GB (10^9 bytes) of device memory, or a string such as "8GiB". Without an accelerator: of RAM.
+        max_cpu_gb: the same of host memory for streamed weights; what it has no room for rests on disk behind it.
+            Default: what the machine has. Without an accelerator the smaller of the two budgets holds.
         step: `step(model, batch)` instead of the plain call, for a `generate` or a loss.
         device: default: the accelerator if there is one.
         storage: database, a path or a SQLAlchemy URL; default `AUTOSP_STORAGE`, else the user's data directory.
@@ -69,12 +73,12 @@ def tune(
     Raises: BudgetError, BudgetTooSmallError, ModelError, SettingError, TierError, StoreError, StudyMismatchError;
     whatever the model itself raises passes through.
     """
-    budget_bytes = parse_budget(max_gpu_gb)
     chosen = choose_device(device)
+    budgets = parse_budgets(max_gpu_gb, max_cpu_gb, chosen.info.slow_tier)
     workload = Workload.of(model, sample_batch, step, mode, chosen, seed)
     limits = Limits(max_trials, timeout_s)
     with Repository(storage) as repository:
-        key = workload.key(chosen, budget_bytes)
+        key = workload.key(chosen, *budgets)
         known = repository.find_plan(key) if study_name is None else None
         if known is not None:
             return known
@@ -105,7 +109,8 @@ def resume(
     workload = Workload.of(model, sample_batch, step, "inference", chosen, seed)
     limits = Limits(max_trials, timeout_s)
     with Repository(storage) as repository:
-        key = workload.key(chosen, repository.study_key(study_name).budget_bytes)
+        entered = repository.study_key(study_name)
+        key = workload.key(chosen, entered.budget_bytes, entered.host_budget_bytes)
         _is_entered(repository, study_name, key)
         known = repository.plan(study_name)
         if known is not None and limits == Limits():
@@ -120,15 +125,18 @@ def plan(
     k: int,
     k_prime: int,
     residents: int = 0,
+    max_cpu_gb: float | str | None = None,
     mode: str = "inference",
     step: Step | None = None,
     device: torch.device | str | Device | None = None,
 ) -> Plan:
     """The plan with the k and k' that the user sets, as the Superpipeline paper uses them: nothing is searched.
 
-    One pass is observed for the order of the layers. `residents` layers, spread evenly, never leave the device.
+    One pass is observed for the order of the layers. `residents` layers, spread evenly, never leave the device. What
+    the host has no room for rests on disk, spread evenly too.
 
-    Raises: SettingError if the numbers do not fit together or the model has fewer layers.
+    Raises: SettingError if the numbers do not fit together or the model has fewer layers; BudgetTooSmallError if the
+    host has no room for a transfer.
     """
     chosen = choose_device(device)
     workload = Workload.of(model, sample_batch, step, mode, chosen)
@@ -136,8 +144,17 @@ def plan(
         model, workload.run, chosen.torch_device, lookups=chosen.reads_host, slow_tier=chosen.info.slow_tier
     )
     candidate = _candidate(k, k_prime, residents, list(dict.fromkeys(parts.visits)))
+    host_bytes = None if max_cpu_gb is None else parse_budget(max_cpu_gb, "max_cpu_gb")
+    host_bytes = binding_host_budget(parts, chosen, host_bytes)
+    if host_bytes is not None:
+        placing = Placing(candidate, parts, host_bytes)
+        placed = placing.with_read_ahead(2) or placing.with_read_ahead(1)
+        if placed is None:
+            raise host_too_small(parts, host_bytes)
+        candidate = placed[0]
     return Plan(
         **_identity(workload, chosen),
+        host_budget_bytes=host_bytes,
         partition=parts,
         candidate=candidate,
         why=f"{candidate.label()} was set by the user",
@@ -148,12 +165,16 @@ def profile(
     model: nn.Module,
     sample_batch: Any,
     *,
+    max_cpu_gb: float | str | None = None,
     mode: str = "inference",
     step: Step | None = None,
     device: torch.device | str | Device | None = None,
     progress: bool = True,
 ) -> Profile:
-    """Measure every layer and link under the least-memory plan. The model is as before when this returns or raises."""
+    """Measure every layer and link under the least-memory plan; the disk, too, where the host has no room for all.
+
+    The model is as before when this returns or raises.
+    """
     chosen = choose_device(device)
     workload = Workload.of(model, sample_batch, step, mode, chosen)
     with _progress(progress) as show:
@@ -162,21 +183,23 @@ def profile(
             model, workload.run, chosen.torch_device, lookups=chosen.reads_host, slow_tier=chosen.info.slow_tier
         )
         show("weights to the slow tier")
-        with Bench(model, parts, chosen, settings().cache_dir) as bench:
+        host_bytes = None if max_cpu_gb is None else parse_budget(max_cpu_gb, "max_cpu_gb")
+        host_bytes = binding_host_budget(parts, chosen, host_bytes)
+        with Bench(model, parts, chosen, settings().cache_dir, host_bytes) as bench:
             return measure(bench, workload, show)
 
 
-def estimate(profile: Profile, max_gpu_gb: float | str) -> list[Prediction]:
-    """Every setting predicted to fit the budget, the fastest first. Needs no device.
+def estimate(profile: Profile, max_gpu_gb: float | str, max_cpu_gb: float | str | None = None) -> list[Prediction]:
+    """Every setting predicted to fit the budgets, the fastest first. Needs no device.
 
-    Raises: BudgetError, BudgetTooSmallError.
+    Raises: BudgetError, BudgetTooSmallError; SettingError if the profile does not know the disk and settings need it.
     """
-    return rank(profile, parse_budget(max_gpu_gb))
+    return rank(profile, *parse_budgets(max_gpu_gb, max_cpu_gb, profile.device.slow_tier))
 
 
-def floor(profile: Profile, max_gpu_gb: float | str) -> float:
-    """Seconds that no schedule can beat under the budget on the profiled hardware."""
-    return floor_s(profile, parse_budget(max_gpu_gb))
+def floor(profile: Profile, max_gpu_gb: float | str, max_cpu_gb: float | str | None = None) -> float:
+    """Seconds that no schedule can beat under the budgets on the profiled hardware."""
+    return floor_s(profile, *parse_budgets(max_gpu_gb, max_cpu_gb, profile.device.slow_tier))
 
 
 def _continue(
@@ -202,9 +225,13 @@ def _continue(
         show("weights to the slow tier")
         reference = Reference(output, lambda: _plain_pass(workload, device)[1])
         measured = repository.profile(name) if entered else None
-        with Bench(workload.model, measured.partition if measured else parts, device, settings().cache_dir) as bench:
+        parts = measured.partition if measured else parts
+        host_bytes = binding_host_budget(parts, device, key.host_budget_bytes)
+        if measured is not None and measured.disk_link is None and host_bytes is not None:
+            measured = None  # the machine had more room when it was made
+        with Bench(workload.model, parts, device, settings().cache_dir, host_bytes) as bench:
             measured = measured or measure(bench, workload, show)
-            ranked = rank(measured, budget_bytes)
+            ranked = rank(measured, budget_bytes, host_bytes)
             repository.create_study(name, key)
             repository.save_profile(name, measured)
             verdict = run_study(
@@ -223,11 +250,12 @@ def _continue(
         **_identity(workload, device),
         study_name=name,
         budget_bytes=budget_bytes,
+        host_budget_bytes=host_bytes,
         partition=measured.partition,
         candidate=verdict.best.prediction.candidate,
         prediction=verdict.best.prediction,
         measurement=verdict.best.measurement,
-        floor_s=floor_s(measured, budget_bytes),
+        floor_s=floor_s(measured, budget_bytes, host_bytes),
         why=verdict.why,
     )
     repository.save_plan(name, answer)

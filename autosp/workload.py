@@ -16,7 +16,7 @@ from autosp.devices import Device
 from autosp.errors import BudgetError, SettingError
 from autosp.intercept import is_intercepted
 from autosp.partition import model_fingerprint
-from autosp.spec import Mode, StudyKey
+from autosp.spec import Mode, StudyKey, Tier
 
 _UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -61,7 +61,7 @@ class Workload:
             torch.manual_seed(self.seed)
             return self.run()
 
-    def key(self, device: Device, budget_bytes: int) -> StudyKey:
+    def key(self, device: Device, budget_bytes: int, host_budget_bytes: int | None = None) -> StudyKey:
         """What identifies a study of this workload."""
         return StudyKey(
             model_name=type(self.model).__name__,
@@ -71,10 +71,25 @@ class Workload:
             step=step_name(self.step),
             mode=self.mode,
             budget_bytes=budget_bytes,
+            host_budget_bytes=host_budget_bytes,
         )
 
 
-def parse_budget(budget: float | str) -> int:
+def parse_budgets(max_gpu_gb: float | str, max_cpu_gb: float | str | None, slow_tier: Tier) -> tuple[int, int | None]:
+    """Bytes of the device's and of the host's budget; None: as much as the host has.
+
+    Where the slow tier is the disk, device and host are one pool of RAM: the smaller of the two holds for it.
+
+    Raises: BudgetError if one is not a positive, finite amount.
+    """
+    budget_bytes = parse_budget(max_gpu_gb)
+    host_bytes = None if max_cpu_gb is None else parse_budget(max_cpu_gb, "max_cpu_gb")
+    if slow_tier is Tier.DISK:
+        return budget_bytes if host_bytes is None else min(budget_bytes, host_bytes), None
+    return budget_bytes, host_bytes
+
+
+def parse_budget(budget: float | str, name: str = "max_gpu_gb") -> int:
     """Bytes of a budget: a number is GB (10^9 bytes), a string has a unit: "8GB", "7.5 GiB", "900MB".
 
     Raises: BudgetError if it is not a positive, finite amount.
@@ -86,11 +101,9 @@ def parse_budget(budget: float | str) -> int:
         except ValueError:
             n_bytes = math.nan
     elif isinstance(budget, bool) or not isinstance(budget, int | float):
-        raise BudgetError(f"max_gpu_gb is a {type(budget).__name__}; pass GB as a number, or a string such as '8GiB'")
+        raise BudgetError(f"{name} is a {type(budget).__name__}; pass GB as a number, or a string such as '8GiB'")
     else:
         n_bytes = float(min(budget, sys.float_info.max)) * 1e9
     if not math.isfinite(n_bytes) or n_bytes < 1:
-        raise BudgetError(
-            f"max_gpu_gb={budget!r} is not a positive amount; pass GB as a number, or a string like '8GiB'"
-        )
+        raise BudgetError(f"{name}={budget!r} is not a positive amount; pass GB as a number, or a string like '8GiB'")
     return round(n_bytes)

@@ -62,12 +62,17 @@ def partition(
 
 
 def link(
-    *, bytes_per_s: float, latency_s: float = 0.0, link_slowdown: float = 1.0, compute_slowdown: float = 1.0
+    *,
+    bytes_per_s: float,
+    latency_s: float = 0.0,
+    link_slowdown: float = 1.0,
+    compute_slowdown: float = 1.0,
+    source: Tier = Tier.HOST,
 ) -> LinkProfile:
-    """The link of a profile; without `_slowdown`s transfers and compute do not disturb each other."""
+    """A link of a profile; without `_slowdown`s transfers and compute do not disturb each other."""
     return LinkProfile(
-        source=Tier.HOST,
-        target=Tier.DEVICE,
+        source=source,
+        target=Tier.DEVICE if source is Tier.HOST else Tier.HOST,
         latency_s=latency_s,
         bytes_per_s=bytes_per_s,
         link_slowdown=link_slowdown,
@@ -92,6 +97,7 @@ def profile(
     compute_slowdown: float = 1.0,
     least_compute_s: float | None = None,
     kind: str = "cuda",
+    disk: LinkProfile | None = None,
 ) -> Profile:
     """A profile whose least-memory plan was observed to take exactly what the memory formula says.
 
@@ -124,6 +130,7 @@ def profile(
                 link_slowdown=link_slowdown,
                 compute_slowdown=compute_slowdown,
             ),
+            *([disk] if disk else []),
         ),
         workspace_bytes=workspace_bytes,
         observed=trial(prediction(least, peak_bytes=least_peak), peak_bytes=least_peak),
@@ -182,6 +189,11 @@ def forward(layer: int, *waits: Ref, occurrence: int = 0) -> Action:
     return Action(Kind.FORWARD, (layer,), occurrence, waits)
 
 
+def read(layers: tuple[int, ...], offset: int | None, *waits: Ref, occurrence: int = 0) -> Action:
+    """A READ, by hand."""
+    return Action(Kind.READ, layers, occurrence, waits, offset)
+
+
 def evict(layers: tuple[int, ...], *waits: Ref, occurrence: int = 0) -> Action:
     """An EVICT, by hand."""
     return Action(Kind.EVICT, layers, occurrence, waits)
@@ -222,16 +234,30 @@ def orders(draw: st.DrawFn, layers: int, *, once: bool = False) -> tuple[int, ..
 
 
 @st.composite
-def candidates(draw: st.DrawFn, visited: Sequence[int]) -> Candidate:
-    """Any setting that `autosp.plan` would accept for these visited layers."""
+def candidates(draw: st.DrawFn, visited: Sequence[int], *, disk_of: int = 0) -> Candidate:
+    """Any setting that `autosp.plan` would accept for these visited layers.
+
+    `disk_of`: of how many layers in all some may rest on disk; 0 for a machine of two tiers.
+    """
     distinct = list(dict.fromkeys(visited))
     residents = draw(st.lists(st.sampled_from(distinct), max_size=len(distinct), unique=True))
     ring = draw(st.integers(1, max(1, len(distinct) - len(residents))))
     k_prime = draw(st.integers(1, ring))
     everything = len(residents) == len(distinct)
-    return Candidate(
+    candidate = Candidate(
         k=len(residents) + (0 if everything else ring), k_prime=k_prime, residents=tuple(sorted(residents))
     )
+    return draw(on_disk(candidate, visited, disk_of)) if disk_of else candidate
+
+
+@st.composite
+def on_disk(draw: st.DrawFn, candidate: Candidate, visited: Sequence[int], layers: int) -> Candidate:
+    """The candidate with any of its groups, and any layer that is never visited, on disk."""
+    never = [(layer,) for layer in sorted(set(range(layers)).difference(visited))]
+    pool = [*candidate.groups(visited), *never]
+    chosen = draw(st.lists(st.sampled_from(pool), max_size=len(pool), unique=True)) if pool else []
+    resting = tuple(sorted(layer for group in chosen for layer in group))
+    return candidate.model_copy(update={"on_disk": resting, "read_ahead": draw(st.integers(1, 4)) if resting else 0})
 
 
 sizes = st.integers(1, 40)
@@ -239,11 +265,11 @@ sizes = st.integers(1, 40)
 
 
 @st.composite
-def cases(draw: st.DrawFn, *, once: bool = False) -> Case:
-    """Any candidate on any small model."""
+def cases(draw: st.DrawFn, *, once: bool = False, disk: bool = False) -> Case:
+    """Any candidate on any small model; with `disk`, of three tiers."""
     layer_bytes = tuple(draw(st.lists(sizes, min_size=1, max_size=8)))
     visits = draw(orders(len(layer_bytes), once=once))
-    return Case(draw(candidates(visits)), layer_bytes, visits)
+    return Case(draw(candidates(visits, disk_of=len(layer_bytes) if disk else 0)), layer_bytes, visits)
 
 
 seconds = st.integers(1, 50).map(lambda tenths: tenths / 10)
@@ -251,12 +277,23 @@ seconds = st.integers(1, 50).map(lambda tenths: tenths / 10)
 
 
 @st.composite
-def profiles(draw: st.DrawFn, *, contention: bool = False, max_layers: int = 7) -> Profile:
-    """A small model on any machine. Without `contention` compute and link do not slow each other down."""
+def profiles(draw: st.DrawFn, *, contention: bool = False, max_layers: int = 7, disk: bool = False) -> Profile:
+    """A small model on any machine; with `disk`, of three tiers.
+
+    Without `contention` compute and links do not slow each other down.
+    """
     layer_bytes = draw(st.lists(sizes, min_size=1, max_size=max_layers))
     visits = draw(orders(len(layer_bytes)))
     count = len(visits)
     slowdowns = st.integers(10, 20).map(lambda tenths: tenths / 10) if contention else st.just(1.0)
+    rates, latencies = st.sampled_from([0.5, 3.0, 10.0, 50.0, 1000.0]), st.sampled_from([0.0, 0.1, 1.0])
+    behind = link(
+        source=Tier.DISK,
+        bytes_per_s=draw(rates) if disk else 1.0,
+        latency_s=draw(latencies) if disk else 0.0,
+        link_slowdown=draw(slowdowns) if disk else 1.0,
+        compute_slowdown=draw(slowdowns) if disk else 1.0,
+    )
     return profile(
         layer_bytes,
         visits,
@@ -266,8 +303,19 @@ def profiles(draw: st.DrawFn, *, contention: bool = False, max_layers: int = 7) 
         repeats=draw(st.integers(1, 3)),
         resident_bytes=draw(st.integers(0, 30)),
         workspace_bytes=draw(st.integers(0, 30)),
-        bytes_per_s=draw(st.sampled_from([0.5, 3.0, 10.0, 50.0, 1000.0])),
-        latency_s=draw(st.sampled_from([0.0, 0.1, 1.0])),
+        bytes_per_s=draw(rates),
+        latency_s=draw(latencies),
         link_slowdown=draw(slowdowns),
         compute_slowdown=draw(slowdowns),
+        disk=behind if disk else None,
     )
+
+
+def candidates_of(measured: Profile) -> st.SearchStrategy[Candidate]:
+    """Any setting for a profile; with layers on disk where it knows the disk."""
+    parts = measured.partition
+    return candidates(parts.visits, disk_of=len(parts.layers) if measured.disk_link else 0)
+
+
+any_profiles = st.booleans().flatmap(lambda disk: profiles(contention=True, disk=disk))
+"""Of two tiers or three."""

@@ -8,13 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from autosp.devices import AcceleratorDevice, CpuDevice, Device
+from autosp.devices import AcceleratorDevice, CpuDevice, Device, VirtualDevice
 from autosp.spec import Tier
 
 
 def _kinds() -> list[object]:
     gpu = [] if torch.accelerator.is_available() else [pytest.mark.skip(reason="torch sees no accelerator here")]
     return ["cpu-disk", "cpu-host", pytest.param("accelerator", marks=[pytest.mark.gpu, *gpu])]
+
+
+@pytest.fixture(params=[*_kinds(), "virtual"])
+def any_device(request: pytest.FixtureRequest) -> Iterator[Device]:
+    """Every implementation, the one with a clock of its own among them."""
+    made = VirtualDevice(bytes_per_s=1e9) if request.param == "virtual" else _make(request.param)
+    yield made
+    made.close()
 
 
 @pytest.fixture(autouse=True)
@@ -26,10 +34,12 @@ def private_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(params=_kinds())
 def device(request: pytest.FixtureRequest) -> Iterator[Device]:
     """Every implementation of the protocol that can run here."""
-    made: Device = {
-        "cpu-disk": lambda: CpuDevice(),
-        "cpu-host": lambda: CpuDevice(slow_tier=Tier.HOST),
-        "accelerator": lambda: AcceleratorDevice(),
-    }[request.param]()
+    made = _make(request.param)
     yield made
     made.close()
+
+
+def _make(kind: str) -> Device:
+    if kind == "accelerator":
+        return AcceleratorDevice()
+    return CpuDevice(slow_tier=Tier.HOST if kind == "cpu-host" else Tier.DISK)

@@ -120,6 +120,32 @@ class FusedViews(nn.Module):
         return (self.query(x) + self.key(x) * self.value(x)) @ self.transposed
 
 
+class Written(nn.Module):
+    """Four layers with a buffer each that a pass may write to."""
+
+    class Layer(nn.Module):
+        """Adds to its history what it sees."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(64, 64) / 8)
+            self.register_buffer("history", torch.zeros(300, 64))  # too large for the small-buffer rule
+
+        def forward(self, x: torch.Tensor, write: bool = False) -> torch.Tensor:
+            if write:
+                self.history.add_(x.mean(dim=0))
+            return x @ self.weight + self.history[0]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Written.Layer() for _ in range(4))
+
+    def forward(self, x: torch.Tensor, write: bool = False) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x, write)
+        return x
+
+
 def tokens(*shape: int) -> torch.Tensor:
     """Token ids."""
     return torch.arange(int(torch.tensor(shape).prod())).reshape(shape) % 500

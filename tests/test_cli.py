@@ -368,6 +368,8 @@ def test_the_users_own_error_keeps_its_traceback(factory: str, error: type[Excep
         (("export", "tiny", "-o", "no/plan.json"), "there is no folder no"),
         (("tune", "tiny_models:make", *ROOM, "-o", "no/plan.json"), "there is no folder no"),
         (("tune", "tiny_models:make", "--max-gpu-gb", "much"), "max_gpu_gb='much' is not a positive amount"),
+        (("tune", "tiny_models:make", *ROOM, "--max-cpu-gb", "some"), "max_cpu_gb='some' is not a positive amount"),
+        (("estimate", "--study", "tiny", *ROOM, "--max-cpu-gb", "1KB"), "no setting fits .* the least that works"),
         (("tune", "tiny_models:make", *ROOM, "--max-trials", "0"), "max_trials=0"),
         (("tune", "tiny_models:make", *ROOM, "--device", "tpu9"), "is not a torch device"),
         (("tune", "tiny_models:wider", *ROOM, "--study-name", "tiny"), "study 'tiny' was made for something else"),

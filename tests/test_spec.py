@@ -74,7 +74,7 @@ def test_file_is_readable_json(tmp_path: Path) -> None:
     assert text.endswith("}\n")
     data = json.loads(text)
     assert data["schema_version"] == PLAN_SCHEMA_VERSION == 3
-    assert data["candidate"] == {"k": 3, "k_prime": 1, "residents": [1]}
+    assert data["candidate"] == {"k": 3, "k_prime": 1, "residents": [1], "on_disk": [], "read_ahead": 0}
     assert data["device"]["slow_tier"] == "disk"
     assert data["why"] == "für Zoë: ≤ 5 GB ✓"
 
@@ -293,11 +293,62 @@ def a_key(**changes: Any) -> StudyKey:
     return StudyKey(**(fields | changes))
 
 
+def before_the_disk_tier(data: dict[str, Any]) -> None:
+    """As schema 2 had it."""
+    data["schema_version"] = 2
+    del data["host_budget_bytes"], data["candidate"]["on_disk"], data["candidate"]["read_ahead"]
+    if data["prediction"]:
+        del data["prediction"]["read_bytes"], data["prediction"]["host_bytes"]
+
+
+def test_a_plan_of_before_the_disk_tier_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(changed(before_the_disk_tier), encoding="utf-8")
+    assert Plan.load(path) == PLAN.model_copy(update={"schema_version": 2})
+
+
+def test_a_plan_whose_transfer_lies_on_two_tiers_is_refused(tmp_path: Path) -> None:
+    count = len(PLAN.partition.layers)
+    candidate = {"k": count, "k_prime": count, "residents": [], "on_disk": [0], "read_ahead": 1}
+    text = changed(lambda data: data.update(candidate=candidate))
+    assert_refused(tmp_path / "plan.json", text, "travel together, and only some of them rest on disk")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        pytest.param({"on_disk": (1,)}, "1 layers rest on disk, and 0 groups are read ahead", id="no staging"),
+        pytest.param({"read_ahead": 1}, "0 layers rest on disk, and 1 groups are read ahead", id="nothing to read"),
+        pytest.param(
+            {"on_disk": (1,), "read_ahead": 1, "residents": (1, 2)}, "a layer is resident and on disk", id="both"
+        ),
+    ],
+)
+def test_candidates_that_contradict_themselves(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Candidate(k=3, k_prime=1, **changes)
+
+
+def test_groups_of_a_candidate() -> None:
+    candidate = Candidate(k=3, k_prime=2, residents=(1,), on_disk=(0, 3, 5), read_ahead=1)
+    assert candidate.groups((4, 2, 4, 1, 3, 0)) == [(4, 2), (3, 0)]
+    assert candidate.split_groups((4, 2, 4, 1, 3, 0)) == []
+    assert candidate.split_groups((4, 3, 2, 0)) == [(4, 3), (2, 0)]
+    assert candidate.label() == "k=3 k'=2 residents=1 on disk=3 read-ahead=1"
+
+
 def test_key_fingerprint() -> None:
     assert a_key().fingerprint == a_key().fingerprint
     assert len(a_key().fingerprint) == 32
-    others = [a_key(**{name: "other"}).fingerprint for name in set(StudyKey.model_fields) - {"mode", "budget_bytes"}]
-    assert len({a_key().fingerprint, a_key(budget_bytes=5).fingerprint, *others}) == len(others) + 2
+    numbers = {"budget_bytes", "host_budget_bytes"}
+    others = [a_key(**{name: "other"}).fingerprint for name in set(StudyKey.model_fields) - {"mode", *numbers}]
+    others += [a_key(**{name: 5}).fingerprint for name in numbers]
+    assert len({a_key().fingerprint, *others}) == len(others) + 1
+
+
+def test_key_fingerprint_of_a_database_of_before_the_disk_tier() -> None:
+    """A study without a budget of host memory is found where it was entered before there was one."""
+    assert a_key().fingerprint == "fd465f50bcd1566694cc87ccc685816c"
 
 
 def test_key_differences() -> None:

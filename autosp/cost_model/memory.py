@@ -1,4 +1,4 @@
-"""Device memory of a plan: what it reserves, and what of it is occupied over time."""
+"""Memory of a plan: what it reserves on the device and the host, and what of the arena is occupied over time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from autosp.schedule.actions import Kind
 from autosp.schedule.timeline import Timeline
-from autosp.spec import Candidate, Profile
+from autosp.spec import Candidate, Partition, Profile, Tier
 
 
 def peak_bytes(profile: Profile, candidate: Candidate, arena_bytes: int) -> int:
@@ -17,6 +17,20 @@ def peak_bytes(profile: Profile, candidate: Candidate, arena_bytes: int) -> int:
     layers = profile.partition.layers
     residents = sum(layers[index].n_bytes for index in candidate.residents)
     return profile.partition.resident_bytes + residents + arena_bytes + profile.workspace_bytes
+
+
+def host_bytes(profile: Profile, candidate: Candidate, staging_bytes: int) -> int:
+    """Host memory of a plan; none where the slow tier is the disk, for there all of a plan's RAM is the device's."""
+    if profile.device.slow_tier is not Tier.HOST:
+        return 0
+    return resting_bytes(profile.partition, candidate) + staging_bytes
+
+
+def resting_bytes(partition: Partition, candidate: Candidate) -> int:
+    """What rests on the host: lookup tables, and layers that are neither resident nor on disk."""
+    elsewhere = {*candidate.residents, *candidate.on_disk}
+    tables = partition.lookups.n_bytes if partition.lookups else 0
+    return tables + sum(layer.n_bytes for layer in partition.layers if layer.index not in elsewhere)
 
 
 def occupancy(timeline: Timeline, layer_bytes: Sequence[int]) -> list[tuple[float, int]]:

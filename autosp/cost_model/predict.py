@@ -1,25 +1,30 @@
 """Latency of many candidates at once: the simulator's recurrence over arrays, one column per candidate.
 
-`copy_end[j] = max(copy_end[j-1], comp_end[s(j)]) + latency + bytes_j / bandwidth`
+`read_end[j] = max(read_end[j-1], copy_end[e(j)]) + latency + bytes_j / disk bandwidth`, where layers rest on disk
+`copy_end[j] = max(copy_end[j-1], comp_end[s(j)], read_end[j]) + latency + bytes_j / bandwidth`
 `comp_end[i] = max(comp_end[i-1] + before_i, copy_end[i]) + forward_i`
 
-iterated over periods until steady. The same numbers as `simulate` on the lowered action list (a property test holds the
-two together), about a thousand times faster per candidate.
+iterated over periods until steady; s(j) frees the memory of the j-th copy, e(j) empties the staging of the j-th read.
+The same numbers as `simulate` on the lowered action list (a property test holds the two together), about a thousand
+times faster per candidate.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from autosp.cost_model.memory import peak_bytes
+from autosp.cost_model.memory import host_bytes, peak_bytes
 from autosp.cost_model.simulate import PERIODS, Costs, costs_of
 from autosp.schedule.streaming import Ring, build_ring
 from autosp.spec import Candidate, Prediction, Profile
 
 Array = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.intp]
 
 CONTENTION_ROUNDS = 4
 """Rounds of the fixed point between overlap and slowdown; it moves less than 0.1 % after three."""
@@ -27,85 +32,134 @@ CONTENTION_ROUNDS = 4
 
 def predict(profile: Profile, candidates: Sequence[Candidate]) -> list[Prediction]:
     """One prediction per candidate, in their order."""
-    if not candidates:
-        return []
     layer_bytes = [layer.n_bytes for layer in profile.partition.layers]
     visits = profile.partition.visits
+    return predict_rings(profile, candidates, [build_ring(candidate, layer_bytes, visits) for candidate in candidates])
+
+
+def predict_rings(profile: Profile, candidates: Sequence[Candidate], rings: Sequence[Ring]) -> list[Prediction]:
+    """`predict`, where the candidates' rings are at hand."""
+    if not candidates:
+        return []
     repeats = profile.partition.repeats
-    rings = [build_ring(candidate, layer_bytes, visits) for candidate in candidates]
-    latency_s, stall_s, _, _ = contended_periods(profile, rings)
-    moved = [sum(ring.groups[transfer.group].n_bytes for transfer in ring.transfers) for ring in rings]
+    periods = contended_periods(profile, rings)
     return [
         Prediction(
             candidate=candidate,
-            latency_s=float(latency_s[column]) * repeats,
-            stall_s=float(stall_s[column]) * repeats,
-            moved_bytes=moved[column] * repeats,
+            latency_s=float(periods.period_s[column]) * repeats,
+            stall_s=float(periods.stall_s[column]) * repeats,
+            moved_bytes=sum(ring.groups[transfer.group].n_bytes for transfer in ring.transfers) * repeats,
             peak_bytes=peak_bytes(profile, candidate, ring.arena_bytes),
+            read_bytes=sum(ring.groups[read.group].n_bytes for read in ring.staging.reads) * repeats,
+            host_bytes=host_bytes(profile, candidate, ring.staging.n_bytes),
         )
         for column, (candidate, ring) in enumerate(zip(candidates, rings, strict=True))
     ]
 
 
-def contended_periods(profile: Profile, rings: Sequence[Ring]) -> tuple[Array, Array, Array, Array]:
-    """Steady period, stall, compute factor and link factor of each ring, in seconds and ratios. Shapes: [C].
+class Periods(NamedTuple):
+    """The steady period of each of C rings, and how many times longer everything takes in it. Shapes: [C]."""
 
-    Compute is slowed in proportion to the time the link is busy, and the link in proportion to the time compute is.
+    period_s: Array
+    stall_s: Array
+    compute_factor: Array
+    link_factor: Array
+    disk_factor: Array
+
+
+def contended_periods(profile: Profile, rings: Sequence[Ring]) -> Periods:
+    """Steady period and stall of each ring, while compute, link and disk slow each other down.
+
+    Compute is slowed in proportion to the time that link and disk are busy, each of these in proportion to the time
+    that compute is.
     """
     costs = costs_of(profile)
-    link = profile.link
-    load_s, after = _tables(rings, costs)
+    link, disk = profile.link, profile.disk_link
+    tables = _tables(rings, costs)
     compute_alone = sum(costs.before_s) + sum(costs.forward_s) + costs.tail_s
-    link_alone = load_s.sum(axis=0)
-    compute_factor = np.ones(len(rings))
-    link_factor = np.ones(len(rings))
-    period, stall = _steady(costs, load_s, after, compute_factor, link_factor)
-    if link.compute_slowdown == 1 and link.link_slowdown == 1:
-        return period, stall, compute_factor, link_factor
+    link_alone = tables.load_s.sum(axis=0)
+    disk_alone = tables.read_s.sum(axis=0)
+    ones = np.ones(len(rings))
+    found = Periods(*_steady(costs, tables, ones, ones, ones), ones, ones, ones)
+    slowdowns = [link.compute_slowdown, link.link_slowdown]
+    slowdowns += [disk.compute_slowdown, disk.link_slowdown] if disk else [1.0, 1.0]
+    if max(slowdowns) == 1:
+        return found
+    by_link, on_link, by_disk, on_disk = (slowdown - 1 for slowdown in slowdowns)
     for _ in range(CONTENTION_ROUNDS):
-        link_busy = np.minimum(1.0, link_alone * link_factor / period)
-        compute_busy = np.minimum(1.0, compute_alone * compute_factor / period)
-        compute_factor = 1 + (link.compute_slowdown - 1) * link_busy
-        link_factor = 1 + (link.link_slowdown - 1) * compute_busy
-        period, stall = _steady(costs, load_s, after, compute_factor, link_factor)
-    return period, stall, compute_factor, link_factor
+        link_busy = np.minimum(1.0, link_alone * found.link_factor / found.period_s)
+        disk_busy = np.minimum(1.0, disk_alone * found.disk_factor / found.period_s)
+        compute_busy = np.minimum(1.0, compute_alone * found.compute_factor / found.period_s)
+        factors = (
+            1 + by_link * link_busy + by_disk * disk_busy,
+            1 + on_link * compute_busy,
+            1 + on_disk * compute_busy,
+        )
+        found = Periods(*_steady(costs, tables, *factors), *factors)
+    return found
 
 
-def _tables(rings: Sequence[Ring], costs: Costs) -> tuple[Array, npt.NDArray[np.intp]]:
-    """Per visit and candidate: seconds of the transfer it needs (0: none), and the visit that frees its memory.
+@dataclass(frozen=True)
+class _Tables:
+    """Per visit and candidate, of the transfer that the visit needs. Shapes: [visits, candidates]."""
 
-    Shapes: [visits, candidates].
-    """
-    shape = (len(costs.forward_s), len(rings))
-    load_s = np.zeros(shape)
-    after = np.zeros(shape, dtype=np.intp)
+    load_s: Array
+    """0: none."""
+    after: Indices
+    """The visit that frees its memory; negative in the period before."""
+    read_s: Array
+    """0: it does not rest on disk."""
+    emptied: Indices
+    """The visit whose transfer empties its place of staging; negative in the period before."""
+
+
+def _tables(rings: Sequence[Ring], costs: Costs) -> _Tables:
+    n_visits = len(costs.forward_s)
+    shape = (n_visits, len(rings))
+    tables = _Tables(np.zeros(shape), np.zeros(shape, np.intp), np.zeros(shape), np.zeros(shape, np.intp))
     for column, ring in enumerate(rings):
         for transfer in ring.transfers:
             n_bytes = ring.groups[transfer.group].n_bytes
-            load_s[transfer.before, column] = costs.link_latency_s + n_bytes / costs.link_bytes_per_s
-            after[transfer.before, column] = transfer.after
-    return load_s, after
+            tables.load_s[transfer.before, column] = costs.link_latency_s + n_bytes / costs.link_bytes_per_s
+            tables.after[transfer.before, column] = transfer.after
+        for read in ring.staging.reads:
+            visit = ring.transfers[read.transfer].before
+            n_bytes = ring.groups[read.group].n_bytes
+            tables.read_s[visit, column] = costs.disk_latency_s + n_bytes / costs.disk_bytes_per_s
+            emptied = (ring.transfers[transfer].before - n_visits * before for transfer, before in read.waits)
+            tables.emptied[visit, column] = max(emptied, default=-n_visits)  # none: reads before it waited for them
+    return tables
 
 
 def _steady(
-    costs: Costs, load_s: Array, after: npt.NDArray[np.intp], compute_factor: Array, link_factor: Array
+    costs: Costs, tables: _Tables, compute_factor: Array, link_factor: Array, disk_factor: Array
 ) -> tuple[Array, Array]:
     """Mean period and stall over the last two of `PERIODS` periods. Shapes: [C]."""
-    n_visits, columns = load_s.shape
-    needs = load_s > 0
+    n_visits, columns = tables.load_s.shape
+    needs, reads = tables.load_s > 0, tables.read_s > 0
+    from_disk = bool(reads.any())
     every = np.arange(columns)
     comp_end = np.zeros((2 * n_visits, columns))  # the period before, then this one
+    copies = np.zeros((2 * n_visits if from_disk else 0, columns))  # likewise: the end of the copy for each visit
     now = np.zeros(columns)
     copy_end = np.zeros(columns)
+    read_end = np.zeros(columns)
     ends: list[Array] = []
     stalls: list[Array] = []
     for _ in range(PERIODS):
         comp_end[:n_visits] = comp_end[n_visits:]
+        copies[:n_visits] = copies[n_visits:]
         stall = np.zeros(columns)
         for visit in range(n_visits):
-            freed = comp_end[after[visit] + n_visits, every]
-            done = np.maximum(copy_end, freed) + load_s[visit] * link_factor
-            copy_end = np.where(needs[visit], done, copy_end)
+            begin = np.maximum(copy_end, comp_end[tables.after[visit] + n_visits, every])
+            if from_disk:
+                emptied = copies[tables.emptied[visit] + n_visits, every]
+                read = np.maximum(read_end, emptied) + tables.read_s[visit] * disk_factor
+                read_end = np.where(reads[visit], read, read_end)
+                begin = np.where(reads[visit], np.maximum(begin, read_end), begin)
+            copy_end = np.where(needs[visit], begin + tables.load_s[visit] * link_factor, copy_end)
+            if from_disk:
+                copies[n_visits + visit] = copy_end
             now = now + costs.before_s[visit] * compute_factor
             ready = np.where(needs[visit], copy_end, now)
             stall += np.maximum(0.0, ready - now)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -20,13 +21,19 @@ class Costs:
     layer_bytes: Sequence[int]
     link_latency_s: float
     link_bytes_per_s: float
+    disk_latency_s: float = 0.0
+    disk_bytes_per_s: float = math.inf
 
     def load_s(self, layers: Sequence[int]) -> float:
         """One transfer of `layers`: latency plus bytes over bandwidth."""
         return self.link_latency_s + sum(self.layer_bytes[layer] for layer in layers) / self.link_bytes_per_s
 
-    def contended(self, compute_factor: float, link_factor: float) -> Costs:
-        """The same work while compute and link slow each other down by these factors."""
+    def read_s(self, layers: Sequence[int]) -> float:
+        """One read of `layers` from disk."""
+        return self.disk_latency_s + sum(self.layer_bytes[layer] for layer in layers) / self.disk_bytes_per_s
+
+    def contended(self, compute_factor: float, link_factor: float, disk_factor: float = 1.0) -> Costs:
+        """The same work while compute, link and disk slow each other down by these factors."""
         return replace(
             self,
             before_s=[seconds * compute_factor for seconds in self.before_s],
@@ -34,11 +41,14 @@ class Costs:
             tail_s=self.tail_s * compute_factor,
             link_latency_s=self.link_latency_s * link_factor,
             link_bytes_per_s=self.link_bytes_per_s / link_factor,
+            disk_latency_s=self.disk_latency_s * disk_factor,
+            disk_bytes_per_s=self.disk_bytes_per_s / disk_factor,
         )
 
 
 def costs_of(profile: Profile) -> Costs:
     """The costs of one period of the profiled pass, uncontended. The pass's tail is spread over its periods."""
+    disk = profile.disk_link
     return Costs(
         before_s=[visit.before_s for visit in profile.visits],
         forward_s=[visit.forward_s for visit in profile.visits],
@@ -46,6 +56,8 @@ def costs_of(profile: Profile) -> Costs:
         layer_bytes=[layer.n_bytes for layer in profile.partition.layers],
         link_latency_s=profile.link.latency_s,
         link_bytes_per_s=profile.link.bytes_per_s,
+        disk_latency_s=disk.latency_s if disk else 0.0,
+        disk_bytes_per_s=disk.bytes_per_s if disk else math.inf,
     )
 
 
@@ -63,13 +75,15 @@ def simulate(schedule: Schedule, costs: Costs, periods: int = PERIODS) -> Timeli
     spans: list[Span] = []
     ends: list[float] = []
     arrived: dict[int, float] = {}  # layer -> end of its cold load
-    for load in schedule.cold:
-        start = free[Resource.LINK]
-        free[Resource.LINK] = start + costs.load_s(load.layers)
-        arrived.update(dict.fromkeys(load.layers, free[Resource.LINK]))
-        spans.append(Span(load, 0, start, free[Resource.LINK]))
     done: dict[Ref, float] = {}
-    previous: dict[Ref, float] = {}
+    for action in schedule.cold:
+        start = max([free[RESOURCE[action.kind]], *(done[ref] for ref in action.waits)])
+        end = start + (costs.load_s(action.layers) if action.kind is Kind.LOAD else costs.read_s(action.layers))
+        free[RESOURCE[action.kind]] = done[action.ref] = end
+        if action.kind is Kind.LOAD:
+            arrived.update(dict.fromkeys(action.layers, end))
+        spans.append(Span(action, 0, start, end))
+    previous, done = done, {}
     for period in range(periods):
         forward = 0
         for action in schedule.actions:
@@ -84,6 +98,8 @@ def simulate(schedule: Schedule, costs: Costs, periods: int = PERIODS) -> Timeli
                 forward += 1
             elif action.kind is Kind.LOAD:
                 end = max(begin, ready) + costs.load_s(action.layers)
+            elif action.kind is Kind.READ:
+                end = max(begin, ready) + costs.read_s(action.layers)
             else:
                 end = max(begin, ready)
             free[RESOURCE[action.kind]] = done[action.ref] = end

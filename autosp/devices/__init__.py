@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from autosp.devices.accelerator import AcceleratorDevice
-from autosp.devices.base import Copied, CopyTimes, Device, Event, Region, Stamp
+from autosp.devices.base import Copied, CopyTimes, Device, Event, Piece, Region, Stamp
 from autosp.devices.cpu import CpuDevice
 from autosp.devices.virtual import VirtualDevice
 from autosp.errors import SettingError
@@ -17,6 +17,7 @@ __all__ = [
     "CpuDevice",
     "Device",
     "Event",
+    "Piece",
     "Region",
     "Stamp",
     "VirtualDevice",

@@ -1,18 +1,31 @@
-"""CUDA, ROCm and XPU through torch's device modules: one copy stream beside the user's compute stream."""
+"""CUDA, ROCm and XPU through torch's device modules: one copy stream beside the user's compute stream.
+
+[Note: copies keep their order] Copies are asked for by the host in an order in which a later one may overwrite what an
+earlier one brings. One whose source is still being read cannot be put on the stream yet, so neither can those asked for
+after it: they wait in a queue, which the reader's thread empties as far as it can after each read. By the time that it
+comes to a read, every copy asked for before that read has been issued, for the reads that those need were asked for
+before them and are over: so the copies that a read waits for are on the stream, and the stream waits only for compute
+that was launched before. See [Note: no read waits for a later call].
+"""
 
 from __future__ import annotations
 
 import hashlib
+import threading
+import time
 import warnings
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from autosp.devices import memory as pages
-from autosp.devices.base import Region
+from autosp.devices.base import Piece, Region
+from autosp.devices.worker import CopyEvent, Worker
 from autosp.errors import TierError
 from autosp.spec import DeviceInfo, Tier
 
@@ -30,21 +43,67 @@ class _HostBytes:
         }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
+class StreamTimes:
+    """Two timing events on the copy stream, before and after a copy, once it was issued."""
+
+    began: Any = None
+    ended: Any = None
+
+
 class StreamCopy:
-    """Two timing events on the copy stream, before and after the copy."""
+    """A copy that was asked for. It is issued at once, or by the reader's thread when its bytes are there."""
 
-    began: Any
-    ended: Any
+    __slots__ = ("_issued", "error", "times")
 
-    @property
-    def times(self) -> StreamCopy:
-        """Stamps of the device's clock."""
-        return self
+    def __init__(self) -> None:
+        self._issued = threading.Lock()
+        self._issued.acquire()
+        self.times = StreamTimes()
+        self.error: BaseException | None = None
+
+    def set_issued(self) -> None:
+        """It is on the stream, or has failed."""
+        self._issued.release()
+
+    def is_issued(self) -> bool:
+        """Whether that was called."""
+        return not self._issued.locked()
+
+    def wait_issued(self) -> None:
+        """Block until it is. Raises what its read, or issuing it, raised."""
+        with self._issued:  # held until then
+            pass
+        if self.error is not None:
+            raise self.error
+
+    def settle(self) -> None:
+        """Block until it is over, however it ended; the GIL is free meanwhile."""
+        with self._issued:
+            pass
+        if self.error is None:
+            self.times.ended.synchronize()
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A copy with its (target, source) runs, the compute that it comes after, and the read that brings its source."""
+
+    copied: StreamCopy
+    runs: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    after: Any
+    read: CopyEvent | None
+
+    def can_be_issued(self) -> bool:
+        """Whether its source is there, or never will be."""
+        return self.read is None or self.read.over()
 
 
 class AcceleratorDevice:
-    """Host memory -> device memory. The host never blocks on a copy: `wait` orders streams, not the host."""
+    """Host memory -> device memory. The host never blocks on a copy: `wait` orders streams, not the host.
+
+    Only for a copy whose bytes are still being read from disk the host waits, until it can be issued.
+    """
 
     def __init__(self, device: torch.device | str | None = None) -> None:
         chosen = torch.device(device) if device is not None else torch.accelerator.current_accelerator()
@@ -54,6 +113,12 @@ class AcceleratorDevice:
         self.torch_device = chosen
         self._module = torch.get_device_module(chosen)
         self._copies = self._module.Stream(chosen)
+        # A thread that waits for a blocking event sleeps; for others it would take a core.
+        self._event_options = {"blocking": True} if chosen.type == "cuda" else {}
+        self._reader = Worker("autosp-reader", self._issue_asked)
+        self._asked: deque[_Asked] = deque()
+        self._asking = threading.Lock()
+        self._anchor: tuple[Any, float] | None = None
         self._baseline = 0
         self.reads_host = self._can_read_host()
         self.info = self._describe()
@@ -82,44 +147,63 @@ class AcceleratorDevice:
 
     def copy(self, regions: Sequence[Region], target: torch.Tensor, after: Any = None) -> StreamCopy:
         """One `cudaMemcpyAsync` (or its like) per region, on the copy stream."""
-        if after is not None:
-            self._copies.wait_event(after)
-        with self._module.stream(self._copies):
-            began = self._timing_event()
-            done = 0
-            for region in regions:
-                assert region.host is not None, "an accelerator streams from host memory"
-                target[done : done + region.n_bytes].copy_(region.host, non_blocking=True)
-                done += region.n_bytes
-            return StreamCopy(began, self._timing_event())
+        runs = []
+        done = 0
+        for region in regions:
+            assert region.host is not None, "an accelerator streams from host memory"
+            runs.append((target[done : done + region.n_bytes], region.host))
+            done += region.n_bytes
+        return self._ask(_Asked(StreamCopy(), runs, after, None))
+
+    def read(self, regions: Sequence[Region], staging: torch.Tensor, after: Sequence[StreamCopy]) -> CopyEvent:
+        """On the reader's thread."""
+        return self._reader.start(partial(pages.read_regions, regions, staging), after)
+
+    def copy_staged(
+        self, read: CopyEvent, staging: torch.Tensor, pieces: Sequence[Piece], target: torch.Tensor, after: Any = None
+    ) -> StreamCopy:
+        """One `cudaMemcpyAsync` (or its like) per piece, on the copy stream."""
+        runs = [
+            (target[one.target : one.target + one.n_bytes], staging[one.source : one.source + one.n_bytes])
+            for one in pieces
+        ]
+        return self._ask(_Asked(StreamCopy(), runs, after, read))
 
     def record(self) -> Any:
         """On the user's current stream."""
         return self._module.current_stream(self.torch_device).record_event()
 
     def wait(self, copied: StreamCopy | None) -> None:
-        """The user's current stream waits; the host does not."""
+        """The user's current stream waits; the host does not, once the copy is issued."""
         if copied is not None:
-            self._module.current_stream(self.torch_device).wait_event(copied.ended)
+            copied.wait_issued()
+            self._module.current_stream(self.torch_device).wait_event(copied.times.ended)
 
     def finished(self, copied: StreamCopy | None) -> bool:
         """Query the event at its end."""
-        return copied is None or bool(copied.ended.query())
+        if copied is None:
+            return True
+        return copied.is_issued() and (copied.error is not None or bool(copied.times.ended.query()))
 
     def finish_compute(self) -> None:
         """Wait for the user's current stream."""
         self._module.current_stream(self.torch_device).synchronize()
 
     def synchronize(self) -> None:
-        """Wait for all streams of the device."""
+        """Wait for the reader, and for all streams of the device."""
+        self._reader.settle()
+        self._issue_asked()
         self._module.synchronize(self.torch_device)
+        self._anchor = None
 
     def stamp(self) -> Any:
         """A timing event on the current stream."""
         return self._timing_event()
 
     def seconds(self, start: Any, end: Any) -> float:
-        """From the device's own clock."""
+        """From the device's own clock; where a stamp is a read's, from the host's, on which events are placed."""
+        if isinstance(start, float) or isinstance(end, float):
+            return self._on_host_clock(end) - self._on_host_clock(start)
         return float(start.elapsed_time(end)) / 1e3
 
     def start_measuring(self) -> None:
@@ -159,14 +243,62 @@ class AcceleratorDevice:
         return isinstance(error, torch.OutOfMemoryError)
 
     def close(self) -> None:
-        """Wait for copies in flight: their sources may be freed next."""
+        """Wait for reads and copies in flight: their memory may be freed next."""
+        self._reader.close()
         self.synchronize()
+
+    def _ask(self, asked: _Asked) -> StreamCopy:
+        """See [Note: copies keep their order]."""
+        with self._asking:
+            self._asked.append(asked)
+            self._issue_what_can_be()
+        return asked.copied
+
+    def _issue_asked(self) -> None:
+        """On the reader's thread, or where all reads are over."""
+        with self._asking:
+            self._issue_what_can_be()
+
+    def _issue_what_can_be(self) -> None:
+        while self._asked and self._asked[0].can_be_issued():
+            self._issue(self._asked.popleft())
+
+    def _issue(self, asked: _Asked) -> None:
+        """Put a copy on the copy stream. What goes wrong is for its waiter to raise; Ctrl-C is raised here, too."""
+        copied = asked.copied
+        try:
+            if asked.read is not None:
+                asked.read.wait()  # it is over: raises its error
+            if asked.after is not None:
+                self._copies.wait_event(asked.after)
+            with self._module.stream(self._copies):
+                copied.times.began = self._timing_event()
+                for target, source in asked.runs:
+                    target.copy_(source, non_blocking=True)
+                copied.times.ended = self._timing_event()
+        except BaseException as error:
+            copied.error = error
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            copied.set_issued()
 
     def _timing_event(self) -> Any:
         """Recorded on the stream that is current now."""
-        event = self._module.Event(enable_timing=True)
+        event = self._module.Event(enable_timing=True, **self._event_options)
         event.record(self._module.current_stream(self.torch_device))
         return event
+
+    def _on_host_clock(self, stamp: Any) -> float:
+        """Seconds of `time.perf_counter`, by an event of which the time on both clocks is known."""
+        if isinstance(stamp, float):
+            return stamp
+        if self._anchor is None:  # a new one after each `synchronize`: what is read of the clock is not far from it
+            event = self._timing_event()
+            event.synchronize()
+            self._anchor = event, time.perf_counter()
+        event, now_s = self._anchor
+        return now_s - float(stamp.elapsed_time(event)) / 1e3
 
     def _can_read_host(self) -> bool:
         """Tried once, on a page: CUDA and ROCm can where host and device share one address space."""

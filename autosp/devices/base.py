@@ -3,6 +3,12 @@
 [Note: two orders] A device has a compute order (what the model runs) and a copy order (what `copy` starts). Nothing
 relates the two but events: a copy starts after `after`, compute that follows `wait(event)` starts after that copy.
 
+[Note: no read waits for a later call] Where weights rest on disk there is a third order, of reads. A read waits for
+the copies that empty its memory, a staged copy for its read, and both queues go in the order of the calls. Each job
+waits only for jobs asked for before it, in its own queue or in the other, or for compute launched before it: so the
+earliest job that is not over can always go on, and there is no deadlock, whatever is called when. The host may ask for
+more, raise, or wait for any of them at any time; a job that fails is over, and says so to who waits for it.
+
 [Note: nothing small on the heap] A lock or another small piece of the C heap that is kept over passes pins the free
 memory below it, so that activations cannot be laid where earlier ones were: eight passes' events once doubled the peak
 of a small model on a CPU. Python objects have arenas of their own and do no harm.
@@ -12,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -61,6 +68,15 @@ class Copied(Protocol):
         """What may be kept of it for long: [Note: nothing small on the heap]."""
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A run of bytes that a staged copy moves: where it begins in staging, where on the device, and its length."""
+
+    source: int
+    target: int
+    n_bytes: int
+
+
 class Device(Protocol):
     """One device tier with its copy engine."""
 
@@ -84,11 +100,29 @@ class Device(Protocol):
     def copy(self, regions: Sequence[Region], target: torch.Tensor, after: Event | None) -> Copied:
         """Start filling `target` with the regions, one after another, once `after` is over. Does not block."""
 
+    def read(self, regions: Sequence[Region], staging: torch.Tensor, after: Sequence[Any]) -> Any:
+        """Start filling host memory with the regions, one after another, once its own copies `after` are over.
+
+        `staging` is a run of `anonymous` memory that was pinned. Does not block: see [Note: no read waits for a later
+        call]. What it gives is for `copy_staged`, and has `times` as a copy has.
+        """
+
+    def copy_staged(
+        self, read: Any, staging: torch.Tensor, pieces: Sequence[Piece], target: torch.Tensor, after: Event | None
+    ) -> Copied:
+        """Start moving pieces of what one of its own reads brings, once that and `after` are over. Does not block.
+
+        Copies go in the order of the calls, staged ones and others. If the read fails, so does the copy.
+        """
+
     def record(self) -> Event:
         """A point in the compute order: over when everything launched so far is."""
 
     def wait(self, copied: Any) -> None:
-        """Order all further compute after one of its own copies. Raises what that raised, where the host can see it."""
+        """Order all further compute after one of its own copies. Raises what that, or its read, raised.
+
+        Blocks the host no longer than until a staged copy's read is over, where copies are asynchronous.
+        """
 
     def finished(self, copied: Any) -> bool:
         """Whether a copy is over. Does not block."""
@@ -97,13 +131,13 @@ class Device(Protocol):
         """Block until the compute launched so far is over; copies go on."""
 
     def synchronize(self) -> None:
-        """Block until compute and copies are over."""
+        """Block until compute, copies and reads are over."""
 
     def stamp(self) -> Stamp:
         """A timed point in the compute order."""
 
     def seconds(self, start: Stamp, end: Stamp) -> float:
-        """Time between two stamps, after `synchronize`."""
+        """Time between two stamps, those of copies and reads among them, after `synchronize`."""
 
     def start_measuring(self) -> None:
         """Give unused memory back and begin a new peak, counted from what is in use now."""

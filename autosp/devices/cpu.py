@@ -1,78 +1,39 @@
-"""The device tier on a machine without an accelerator: budgeted RAM, filled by one reader thread."""
+"""The device tier on a machine without an accelerator: budgeted RAM, filled by one copying thread."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import platform
-import queue
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import psutil
 import torch
 
-from autosp.devices.base import Region
-from autosp.devices.memory import anonymous, free_kernel_buffers, memory_of, settle_heap, status_bytes, trim_heap
+from autosp.devices.base import Piece, Region
+from autosp.devices.memory import (
+    anonymous,
+    copy_bytes,
+    free_kernel_buffers,
+    memory_of,
+    read_regions,
+    settle_heap,
+    status_bytes,
+    trim_heap,
+)
+from autosp.devices.worker import CopyEvent, Worker
 from autosp.spec import DeviceInfo, Tier
-
-
-@dataclass(slots=True)
-class ReadTimes:
-    """Seconds of `time.perf_counter`."""
-
-    began: float = 0.0
-    ended: float = 0.0
-
-
-class CopyEvent:
-    """The end of one job of the reader thread, with the exception it ended in."""
-
-    __slots__ = ("_done", "error", "times")
-
-    def __init__(self) -> None:
-        self._done = threading.Lock()
-        self._done.acquire()
-        self.times = ReadTimes()
-        self.error: BaseException | None = None
-
-    def begin(self) -> None:
-        """The reader took the job."""
-        self.times.began = time.perf_counter()
-
-    def set(self) -> None:
-        """The job is over."""
-        self.times.ended = time.perf_counter()
-        self._done.release()
-
-    def over(self) -> bool:
-        """Whether it is."""
-        return not self._done.locked()
-
-    def settle(self) -> None:
-        """Block until it is over, however it ended."""
-        with self._done:  # held until then
-            pass
-
-    def wait(self) -> None:
-        """Block until it is over. Raises what the reader raised."""
-        self.settle()
-        if self.error is not None:
-            raise self.error
-
-
-_Job = tuple[Sequence[Region], torch.Tensor, CopyEvent]
 
 
 class CpuDevice:
     """Compute is synchronous with the host, so a point in the compute order is over when it is made.
 
-    `slow_tier` is where streamed weights rest: DISK, or HOST for a study or test of the host -> device path.
+    `slow_tier` is where streamed weights rest: DISK, or HOST for a study or test of the host -> device path, with a
+    second thread for what rests on disk behind it.
     `paced_bytes_per_s` makes every copy take at least its bytes over that: a stand-in for a link, never a default.
     """
 
@@ -82,9 +43,8 @@ class CpuDevice:
         self.torch_device = torch.device("cpu")
         self.info = _info(slow_tier, paced_bytes_per_s)
         self._pace = paced_bytes_per_s
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._reader: threading.Thread | None = None
-        self._last: CopyEvent | None = None
+        self._copier = Worker("autosp-copier")
+        self._reader = Worker("autosp-reader")
         self._baseline = 0
 
     def allocate(self, n_bytes: int) -> torch.Tensor:
@@ -94,7 +54,7 @@ class CpuDevice:
         return memory
 
     def pin(self, memory: torch.Tensor) -> None:
-        """The reader copies with the processor, which pages need no pinning for."""
+        """The copier copies with the processor, which pages need no pinning for."""
 
     def host_view(self, memory: torch.Tensor) -> torch.Tensor:
         """Itself."""
@@ -102,33 +62,37 @@ class CpuDevice:
 
     def copy(self, regions: Sequence[Region], target: torch.Tensor, after: None = None) -> CopyEvent:
         """Queue the job. The compute that `after` stands for is over already."""
-        if self._reader is None:
-            self._reader = threading.Thread(target=self._read_jobs, name="autosp-reader", daemon=True)
-            self._reader.start()
-        event = CopyEvent()
-        self._last = event
-        self._jobs.put((regions, target, event))
-        return event
+        return self._copier.start(partial(self._fill, regions, target))
+
+    def read(self, regions: Sequence[Region], staging: torch.Tensor, after: Sequence[CopyEvent]) -> CopyEvent:
+        """Queue the job for the other thread."""
+        return self._reader.start(partial(self._read, regions, staging), after)
+
+    def copy_staged(
+        self, read: CopyEvent, staging: torch.Tensor, pieces: Sequence[Piece], target: torch.Tensor, after: None = None
+    ) -> CopyEvent:
+        """Queue the job, which waits for the other thread's."""
+        return self._copier.start(partial(self._upload, read, staging, pieces, target), (read,))
 
     def record(self) -> None:
         """Nothing to mark: the host has waited for all compute."""
 
-    def wait(self, event: CopyEvent | None) -> None:
+    def wait(self, copied: CopyEvent | None) -> None:
         """Block until the copy is over."""
-        if event is not None:
-            event.wait()
+        if copied is not None:
+            copied.wait()
 
-    def finished(self, event: CopyEvent | None) -> bool:
-        """Whether the reader is done with it."""
-        return event is None or event.over()
+    def finished(self, copied: CopyEvent | None) -> bool:
+        """Whether the copier is done with it."""
+        return copied is None or copied.over()
 
     def finish_compute(self) -> None:
         """It is finished when its call returns."""
 
     def synchronize(self) -> None:
-        """Block until the last copy is over; its error, if any, is its waiter's to raise."""
-        if self._last is not None:
-            self._last.settle()
+        """Block until the last copy and the last read are over; their errors, if any, are their waiters' to raise."""
+        self._copier.settle()
+        self._reader.settle()
 
     def stamp(self) -> float:
         """Seconds of the monotonic clock."""
@@ -173,34 +137,32 @@ class CpuDevice:
         )
 
     def close(self) -> None:
-        """End the reader thread after its queued jobs."""
-        if self._reader is not None:
-            self._jobs.put(None)
-            self._reader.join()
-            self._reader = None
-
-    def _read_jobs(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            regions, target, event = job
-            del job
-            event.begin()
-            try:
-                self._fill(regions, target)
-            except BaseException as error:  # noqa: BLE001 - handed to the thread that waits for the event
-                event.error = error
-            del regions, target
-            event.set()
-            del event
+        """End both threads after their queued jobs: the reader first, which may wait for the copier."""
+        self._reader.close()
+        self._copier.close()
 
     def _fill(self, regions: Sequence[Region], target: torch.Tensor) -> None:
+        """A copy from the slow tier, at its pace."""
+        start = time.perf_counter()
+        self._pause(start, read_regions(regions, target))
+
+    def _read(self, regions: Sequence[Region], staging: torch.Tensor) -> None:
+        """A read from disk behind the slow tier."""
+        read_regions(regions, staging)
+
+    def _upload(self, read: CopyEvent, staging: torch.Tensor, pieces: Sequence[Piece], target: torch.Tensor) -> None:
+        """A copy of what was read, at the link's pace."""
+        read.wait()  # it is over: raises its error
         start = time.perf_counter()
         view = memory_of(target)
-        done = 0
-        for region in regions:
-            region.read_into(view[done : done + region.n_bytes])
-            done += region.n_bytes
+        for piece in pieces:
+            source = staging[piece.source : piece.source + piece.n_bytes]
+            copy_bytes(source, view[piece.target : piece.target + piece.n_bytes])
+        self._pause(start, sum(piece.n_bytes for piece in pieces))
+
+    def _pause(self, start_s: float, n_bytes: int) -> None:
         if self._pace is not None:
-            time.sleep(max(0.0, start + done / self._pace - time.perf_counter()))
+            time.sleep(max(0.0, start_s + n_bytes / self._pace - time.perf_counter()))
 
 
 def resident_bytes() -> tuple[int, int]:

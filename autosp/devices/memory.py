@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 import mmap
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from weakref import WeakValueDictionary, finalize
 
 import torch
+
+from autosp.devices.base import Region
 
 HUGE_PAGE_BYTES = 2 * 2**20
 
@@ -22,6 +24,9 @@ PORTABLE_AND_MAPPED = 3
 """cudaHostRegisterPortable | cudaHostRegisterMapped: for every context, and readable by kernels."""
 
 
+_memmove = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
+    ctypes.cast(ctypes.memmove, ctypes.c_void_p).value or 0
+)
 _LIBC = ctypes.CDLL(None)
 _madvise = _LIBC.madvise
 _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -65,6 +70,22 @@ def memory_at(address: int, n_bytes: int) -> memoryview:
     if n_bytes == 0:
         return memoryview(b"")
     return memoryview((ctypes.c_char * n_bytes).from_address(address)).cast("B")
+
+
+def copy_bytes(source: torch.Tensor, target: memoryview) -> None:
+    """A plain copy of a uint8 tensor; the GIL is free meanwhile."""
+    if len(target):
+        _memmove(ctypes.addressof(ctypes.c_char.from_buffer(target)), source.data_ptr(), len(target))
+
+
+def read_regions(regions: Sequence[Region], target: torch.Tensor) -> int:
+    """Fill the beginning of `target` with the regions, one after another. The bytes that it took."""
+    view = memory_of(target)
+    done = 0
+    for region in regions:
+        region.read_into(view[done : done + region.n_bytes])
+        done += region.n_bytes
+    return done
 
 
 def pin(memory: torch.Tensor, device: torch.device) -> bool:

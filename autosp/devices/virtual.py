@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-from autosp.devices.base import Region
-from autosp.devices.memory import memory_of
+from autosp.devices.base import Piece, Region
+from autosp.devices.memory import read_regions
+from autosp.errors import AutospError
 from autosp.spec import DeviceInfo, Tier
 
 
 @dataclass(frozen=True)
 class VirtualCopy:
-    """Start and end on the virtual clock."""
+    """Start and end of a copy or a read on the virtual clock, and what it raised."""
 
     began: float
     ended: float
+    error: AutospError | None = None
 
     @property
     def times(self) -> VirtualCopy:
@@ -27,14 +30,21 @@ class VirtualCopy:
 
 
 class VirtualDevice:
-    """Copies move real bytes at once but take virtual time; compute takes the time that `spend` is told.
+    """Copies and reads move real bytes at once but take virtual time; compute takes the time that `spend` is told.
 
     Events and stamps are seconds of the virtual clock.
     """
 
     reads_host = True
 
-    def __init__(self, *, bytes_per_s: float, latency_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        *,
+        bytes_per_s: float,
+        latency_s: float = 0.0,
+        disk_bytes_per_s: float = math.inf,
+        disk_latency_s: float = 0.0,
+    ) -> None:
         self.torch_device = torch.device("cpu")
         self.info = DeviceInfo(
             kind="virtual",
@@ -42,14 +52,19 @@ class VirtualDevice:
             slow_tier=Tier.HOST,
             memory_bytes=2**40,
             torch_version=str(torch.__version__),
-            fingerprint=f"virtual-{bytes_per_s}-{latency_s}",
+            fingerprint=f"virtual-{bytes_per_s}-{latency_s}-{disk_bytes_per_s}-{disk_latency_s}",
         )
         self.now_s = 0.0
         self.copies: list[tuple[float, float, int]] = []
         """Every copy so far: its start, its end, its bytes."""
+        self.reads: list[tuple[float, float, int]] = []
+        """Every read so far, likewise."""
         self._bytes_per_s = bytes_per_s
         self._latency_s = latency_s
         self._link_free_s = 0.0
+        self._disk_bytes_per_s = disk_bytes_per_s
+        self._disk_latency_s = disk_latency_s
+        self._disk_free_s = 0.0
 
     def spend(self, seconds: float) -> None:
         """Compute for that long."""
@@ -68,15 +83,34 @@ class VirtualDevice:
 
     def copy(self, regions: Sequence[Region], target: torch.Tensor, after: float | None = None) -> VirtualCopy:
         """After the copies before it, after `after`, and not before it is issued."""
-        view = memory_of(target)
-        done = 0
-        for region in regions:
-            region.read_into(view[done : done + region.n_bytes])
-            done += region.n_bytes
-        start = max(self._link_free_s, self.now_s, after or 0.0)
-        self._link_free_s = start + self._latency_s + done / self._bytes_per_s
-        self.copies.append((start, self._link_free_s, done))
-        return VirtualCopy(start, self._link_free_s)
+        return self._moved(read_regions(regions, target), after or 0.0)
+
+    def read(self, regions: Sequence[Region], staging: torch.Tensor, after: Sequence[VirtualCopy]) -> VirtualCopy:
+        """After the reads before it, after the copies `after`, and not before it is issued."""
+        start = max([self._disk_free_s, self.now_s, *(copied.ended for copied in after)])
+        try:
+            done = read_regions(regions, staging)
+        except AutospError as error:
+            return VirtualCopy(start, start, error)
+        self._disk_free_s = start + self._disk_latency_s + done / self._disk_bytes_per_s
+        self.reads.append((start, self._disk_free_s, done))
+        return VirtualCopy(start, self._disk_free_s)
+
+    def copy_staged(
+        self,
+        read: VirtualCopy,
+        staging: torch.Tensor,
+        pieces: Sequence[Piece],
+        target: torch.Tensor,
+        after: float | None = None,
+    ) -> VirtualCopy:
+        """As `copy`, and after its read."""
+        if read.error is not None:
+            return read
+        for piece in pieces:
+            source = staging[piece.source : piece.source + piece.n_bytes]
+            target[piece.target : piece.target + piece.n_bytes].copy_(source)
+        return self._moved(sum(piece.n_bytes for piece in pieces), max(after or 0.0, read.ended))
 
     def record(self) -> float:
         """Now."""
@@ -85,6 +119,8 @@ class VirtualDevice:
     def wait(self, copied: VirtualCopy | None) -> None:
         """Compute stands still until its end."""
         if copied is not None:
+            if copied.error is not None:
+                raise copied.error
             self.now_s = max(self.now_s, copied.ended)
 
     def finished(self, copied: VirtualCopy | None) -> bool:
@@ -129,3 +165,9 @@ class VirtualDevice:
 
     def close(self) -> None:
         """Nothing is held."""
+
+    def _moved(self, n_bytes: int, after_s: float) -> VirtualCopy:
+        start = max(self._link_free_s, self.now_s, after_s)
+        self._link_free_s = start + self._latency_s + n_bytes / self._bytes_per_s
+        self.copies.append((start, self._link_free_s, n_bytes))
+        return VirtualCopy(start, self._link_free_s)

@@ -10,7 +10,7 @@ from typing import Any
 from autosp.batch import tensors_in
 from autosp.devices import Device, Stamp
 from autosp.runtime.bench import Bench
-from autosp.schedule.streaming import arena_bytes
+from autosp.schedule.arena import arena_bytes
 from autosp.spec import Candidate, LayerProfile, Measurement, Outcome
 
 LEAST_PASSES = 3
@@ -35,12 +35,12 @@ class Observation:
     measurement: Measurement
 
 
-def observe(bench: Bench, run: Callable[[], Any], progress: Callable[[str], None]) -> Observation:
-    """Run the least-memory plan: a cold pass, one for memory, and some for time."""
+def observe(bench: Bench, candidate: Candidate, run: Callable[[], Any], progress: Callable[[str], None]) -> Observation:
+    """Run the least-memory plan, wherever its layers rest: a cold pass, one for memory, and some for time."""
     partition = bench.partition
     device = bench.device
     plan_bytes = partition.resident_bytes + arena_bytes([layer.n_bytes for layer in partition.layers], 1)
-    streamed = bench.apply(LEAST_MEMORY)
+    streamed = bench.apply(candidate)
     try:
         samples: list[float] = []
         progress("cold pass")

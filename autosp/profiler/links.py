@@ -1,18 +1,20 @@
-"""Measures the link that weights take: latency and bandwidth alone, and what link and compute cost each other."""
+"""Measures the links that weights take: latency and bandwidth alone, and what link and compute cost each other."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from statistics import median
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from autosp.devices import Copied, Device
+from autosp.devices import Copied, Device, Piece, Region
+from autosp.devices.memory import anonymous, unpin
 from autosp.partition.tensors import LAYER_ALIGNMENT
 from autosp.spec import LinkPoint, LinkProfile, Tier
-from autosp.tiers import Store
+from autosp.tiers.host import HostRegion
 
 SMALLEST_BYTES = 64 * 2**10
 REPEATS = 5
@@ -27,9 +29,16 @@ CHUNK_BYTES = 16 * 2**20
 """Bytes of each of its transfers, at most."""
 
 
+class Windowed(Protocol):
+    """What transfers can be measured from: a store, or memory made for it."""
+
+    def window(self, offset: int, n_bytes: int) -> Region:
+        """See `Store`."""
+
+
 def measure_link(
     device: Device,
-    store: Store,
+    store: Windowed,
     store_bytes: int,
     largest_bytes: int,
     dtype: torch.dtype,
@@ -44,22 +53,77 @@ def measure_link(
     target = device.allocate(2 * largest)
     sweep = _Sweep(device, store, store_bytes, target)
     beside = _Sweep(device, store, store_bytes, target[:largest])
+    step = _compute_step(device, target[largest:], dtype)
+    return _measure(device, sweep, beside, largest, step, (device.info.slow_tier, Tier.DEVICE), progress)
+
+
+def measure_disk(
+    device: Device,
+    store: Windowed,
+    store_bytes: int,
+    largest_bytes: int,
+    dtype: torch.dtype,
+    progress: Callable[[str], None],
+) -> LinkProfile:
+    """The same for reads from disk to the host, of what rests behind it: beside them compute, and no copies."""
+    largest = min(largest_bytes, store_bytes) // LAYER_ALIGNMENT * LAYER_ALIGNMENT
+    memory = device.allocate(largest)
+    staging = anonymous(2 * largest)
+    staging.zero_()
+    device.pin(staging)
+    sweep = _DiskSweep(device, store, store_bytes, staging, memory)
+    beside = _DiskSweep(device, store, store_bytes, staging[:largest], memory)
+    found = _measure(
+        device, sweep, beside, largest, _compute_step(device, memory, dtype), (Tier.DISK, Tier.HOST), progress
+    )
+    device.synchronize()
+    unpin(staging)
+    return found
+
+
+def _measure(
+    device: Device,
+    sweep: _Sweep,
+    beside: _Sweep,
+    largest: int,
+    step: Callable[[], None],
+    ends: tuple[Tier, Tier],
+    progress: Callable[[str], None],
+) -> LinkProfile:
     points = []
     for n_bytes in _sizes(largest):
-        progress(f"link, {n_bytes / 1e6:.3g} MB")
+        progress(f"{ends[0].value} → {ends[1].value}, {n_bytes / 1e6:.3g} MB")
         points.append(LinkPoint(n_bytes=n_bytes, seconds=median(sweep.seconds(n_bytes) for _ in range(REPEATS))))
     latency_s, bytes_per_s = fit([(point.n_bytes, point.seconds) for point in points])
-    progress("link under compute")
-    compute_slowdown, link_slowdown = _contention(device, beside, _compute_step(device, target[largest:], dtype))
+    progress(f"{ends[0].value} → {ends[1].value} under compute")
+    compute_slowdown, link_slowdown = _contention(device, beside, step)
     return LinkProfile(
-        source=device.info.slow_tier,
-        target=Tier.DEVICE,
+        source=ends[0],
+        target=ends[1],
         latency_s=latency_s,
         bytes_per_s=bytes_per_s,
         link_slowdown=link_slowdown,
         compute_slowdown=compute_slowdown,
         points=tuple(points),
     )
+
+
+class HostProbe:
+    """Pinned host memory to measure the link from, where no layer rests on the host. Its window is all there is."""
+
+    def __init__(self, device: Device, n_bytes: int) -> None:
+        self._memory = anonymous(n_bytes)
+        self._memory.zero_()
+        device.pin(self._memory)
+
+    def window(self, offset: int, n_bytes: int) -> HostRegion:
+        """A run of it."""
+        offset = offset // LAYER_ALIGNMENT * LAYER_ALIGNMENT
+        return HostRegion(self._memory[offset : offset + n_bytes], n_bytes)
+
+    def close(self) -> None:
+        """Nothing may be under way."""
+        unpin(self._memory)
 
 
 def fit(points: list[tuple[int, float]]) -> tuple[float, float]:
@@ -85,7 +149,7 @@ def _sizes(largest: int) -> list[int]:
 class _Sweep:
     """Transfers of any size from rotating places of the store."""
 
-    def __init__(self, device: Device, store: Store, store_bytes: int, target: torch.Tensor) -> None:
+    def __init__(self, device: Device, store: Windowed, store_bytes: int, target: torch.Tensor) -> None:
         self._device = device
         self._store = store
         self._store_bytes = store_bytes
@@ -95,6 +159,10 @@ class _Sweep:
 
     def start(self, n_bytes: int) -> Copied:
         """Begin one transfer."""
+        region, target = self._next_places(n_bytes)
+        return self._device.copy([region], target, self._device.record())
+
+    def _next_places(self, n_bytes: int) -> tuple[Region, torch.Tensor]:
         if self._next + n_bytes > self._store_bytes:
             self._next = 0
         if self._place + n_bytes > self.target.numel():
@@ -103,7 +171,7 @@ class _Sweep:
         target = self.target[self._place : self._place + n_bytes]
         self._next += n_bytes
         self._place += n_bytes
-        return self._device.copy([region], target, self._device.record())
+        return region, target
 
     def seconds(self, n_bytes: int) -> float:
         """One transfer, alone."""
@@ -113,6 +181,30 @@ class _Sweep:
         end = self._device.stamp()
         self._device.synchronize()
         return self._device.seconds(begin, end)
+
+
+class _DiskSweep(_Sweep):
+    """Reads into rotating places of staging, each followed by a copy of a page: what a device can wait for."""
+
+    def __init__(
+        self, device: Device, store: Windowed, store_bytes: int, staging: torch.Tensor, memory: torch.Tensor
+    ) -> None:
+        super().__init__(device, store, store_bytes, staging)
+        self._page = memory[:LAYER_ALIGNMENT]
+
+    def start(self, n_bytes: int) -> Copied:
+        """Begin one read."""
+        region, target = self._next_places(n_bytes)
+        self._read = self._device.read([region], target, [])
+        page = Piece(0, 0, self._page.numel())
+        return self._device.copy_staged(self._read, target, [page], self._page, self._device.record())
+
+    def seconds(self, n_bytes: int) -> float:
+        """One read, alone."""
+        self._device.synchronize()
+        self._device.wait(self.start(n_bytes))
+        self._device.synchronize()
+        return self._device.seconds(self._read.times.began, self._read.times.ended)
 
 
 def _contention(device: Device, sweep: _Sweep, step: Callable[[], None]) -> tuple[float, float]:

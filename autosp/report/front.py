@@ -68,6 +68,7 @@ def front(
     path: str | os.PathLike[str],
     *,
     chosen: Candidate | None = None,
+    host_budget_bytes: int | None = None,
 ) -> None:
     """Every prediction as a dot, coloured by its residents; validated ones joined to what was measured of them.
 
@@ -81,7 +82,10 @@ def front(
     peaks = [peak for peak, _ in everything] + list(budgets_bytes)
     low, high = min(peaks, default=0), max(peaks, default=1)
     margin = MARGIN * (high - low or high)
-    floor = [(float(x), floor_s(profile, round(x))) for x in np.linspace(low - margin, high + margin, FLOOR_POINTS)]
+    floor = [
+        (float(x), floor_s(profile, round(x), host_budget_bytes))
+        for x in np.linspace(low - margin, high + margin, FLOOR_POINTS)
+    ]
     latencies_s = [latency_s for _, latency_s in (*everything, *floor)]
     scale = _Scale(*size_unit(high), *time_unit(max(latencies_s)))
 

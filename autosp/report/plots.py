@@ -21,6 +21,7 @@ from autosp.report.drawing import (
     ORANGE,
     PALE_GREY,
     PURPLE,
+    SKY,
     VERMILLION,
     checked_path,
     new_figure,
@@ -102,6 +103,7 @@ class _Group:
 
     name: str
     bounds_s: tuple[float, ...]
+    reads: list[Span]
     loads: list[Span]
     forwards: list[Span]
     stalls: Bars
@@ -119,8 +121,8 @@ class _Group:
             (end - costs.tail_s, end) for end in timeline.period_ends_s
         ]
         bounds = timeline.period_ends_s[PERIODS - 3 : PERIODS]
-        loads = timeline.of_kind(Kind.LOAD)
-        return cls("predicted", bounds, loads, forwards, waits, between, GREY, BETWEEN)
+        reads, loads = timeline.of_kind(Kind.READ), timeline.of_kind(Kind.LOAD)
+        return cls("predicted", bounds, reads, loads, forwards, waits, between, GREY, BETWEEN)
 
     @classmethod
     def measured(cls, timeline: Timeline, profile: Profile, candidate: Candidate) -> _Group:
@@ -129,11 +131,11 @@ class _Group:
         waits = [(span.start_s - span.stall_s, span.start_s) for span in forwards]
         ends = [bounds[0], *(span.end_s for span in forwards)]
         between = list(zip(ends, [*(wait for wait, _ in waits), bounds[-1]], strict=True))
-        loads = timeline.of_kind(Kind.LOAD)
+        reads, loads = timeline.of_kind(Kind.READ), timeline.of_kind(Kind.LOAD)
         if not candidate.residents:
-            return cls("measured", bounds, loads, forwards, waits, between, GREY, BETWEEN)
+            return cls("measured", bounds, reads, loads, forwards, waits, between, GREY, BETWEEN)
         label = "resident layers and compute between, not timed apart"
-        return cls("measured", bounds, loads, forwards, waits, between, PALE_GREY, label)
+        return cls("measured", bounds, reads, loads, forwards, waits, between, PALE_GREY, label)
 
 
 def _measured_bounds(
@@ -171,17 +173,25 @@ def _title(profile: Profile, candidate: Candidate, shown: _Group, measured: Time
 def _draw_groups(axes: Axes, groups: Sequence[_Group], candidate: Candidate, axis: _Axis) -> None:
     label = once()
     names: dict[float, str] = {}
+    rows = 3 if any(group.reads for group in groups) else 2
+    height = rows + 0.25
     for position, group in enumerate(reversed(groups)):
-        base = 2.25 * position
+        base = height * position
         prefix = f"{group.name}\n" if len(groups) > 1 else ""
         names |= {base + 1: f"{prefix}link", base: f"{prefix}compute"}
+        names |= {base + 2: f"{prefix}disk"} if rows == 3 else {}
         _draw_group(axes, group, base, candidate, axis, label)
         for bound_s in group.bounds_s[1:]:
             axes.vlines(
-                (bound_s - group.bounds_s[0]) / axis.unit_s, base - 0.5, base + 1.5, color=DARK_GREY, lw=0.9, ls=":"
+                (bound_s - group.bounds_s[0]) / axis.unit_s,
+                base - 0.5,
+                base + rows - 0.5,
+                color=DARK_GREY,
+                lw=0.9,
+                ls=":",
             )
     axes.set_yticks(list(names), list(names.values()))
-    axes.set_ylim(-0.5, 2.25 * len(groups) - 0.75)
+    axes.set_ylim(-0.5, height * len(groups) - 0.75)
     axes.tick_params(axis="y", length=0)
     _frame(axes, axis)
 
@@ -192,6 +202,7 @@ def _draw_group(
     resident = [span for span in group.forwards if span.action.layers[0] in candidate.residents]
     streamed = [span for span in group.forwards if span.action.layers[0] not in candidate.residents]
     for row, spans, colour, name in (
+        (base + 2, group.reads, SKY, "read from disk"),
         (base + 1, group.loads, BLUE, "transfer"),
         (base, streamed, ORANGE, "compute, streamed layer"),
         (base, resident, GREEN, "compute, resident layer"),

@@ -70,6 +70,12 @@ def traffic_table(plan: Plan, predicted: Traffic | None, measured: Traffic) -> T
         (f"{link}, busy", lambda one: one.link_busy_s, seconds),
         (f"{link}, while busy", lambda one: one.bytes_per_s, rate),
     )
+    if plan.candidate.on_disk:
+        rows += (
+            ("disk → host, read", lambda one: one.read_bytes, size),
+            ("disk → host, busy", lambda one: one.disk_busy_s, seconds),
+            ("disk → host, while busy", lambda one: one.disk_bytes_per_s, rate),
+        )
     for name, figure, show in rows:
         said = None if predicted is None else figure(predicted)
         found = figure(measured)

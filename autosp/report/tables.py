@@ -66,7 +66,7 @@ def trials_table(
             size(said.peak_bytes),
             f"> {size(budget_bytes)}" if over else size(found.peak_bytes),
             "chosen" if won else found.outcome.value,
-            _trivial(said.candidate),
+            _remarks(said.candidate),
             style=CHOSEN if won else None if found.outcome is Outcome.FITS else FAILED,
         )
     return table
@@ -87,7 +87,7 @@ def predictions_table(predictions: Sequence[Prediction], floor_s: float, limit: 
             seconds(prediction.stall_s),
             size(prediction.moved_bytes),
             size(prediction.peak_bytes),
-            _trivial(prediction.candidate),
+            _remarks(prediction.candidate),
         )
     return table
 
@@ -120,12 +120,14 @@ def plan_table(plan: Plan) -> Table:
     """A plan, what it promises, what was measured of it, and why it was chosen."""
     found, said, candidate = plan.measurement, plan.prediction, plan.candidate
     latency_s = found.latency_s if found is not None else None
+    on_disk = _on_disk(candidate, plan.partition)
     rows = [
         ("model", f"{plan.model_name} on {plan.batch_signature}"),
         ("device", f"{plan.device.name}, weights stream from {plan.device.slow_tier.value}"),
         ("layers", _layers(plan.partition)),
         ("setting", f"k={candidate.k}, k'={candidate.k_prime}: {candidate.ring} layers in the ring"),
         ("residents", _residents(candidate, plan.partition)),
+        *([("on disk", on_disk)] if on_disk else []),
     ]
     if said is not None:
         rows.append(("predicted", f"{seconds(said.latency_s)} a pass, {seconds(said.stall_s)} of it stalled"))
@@ -139,6 +141,9 @@ def plan_table(plan: Plan) -> Table:
         rows.append(("peak", f"{size(found.peak_bytes)}{share}"))
     if plan.budget_bytes is not None:
         rows.append(("budget", size(plan.budget_bytes)))
+    if plan.host_budget_bytes is not None:
+        took = "" if said is None else f", of which {size(said.host_bytes)} are predicted to be taken"
+        rows.append(("host budget", f"{size(plan.host_budget_bytes)}{took}"))
     rows.append(("why", plan.why or NOTHING))
     return facts_table("Plan" if plan.study_name is None else f"Plan of study {plan.study_name}", rows)
 
@@ -216,11 +221,13 @@ def _setting(candidate: Candidate) -> tuple[str, str, str]:
     return str(candidate.k), str(candidate.k_prime), str(len(candidate.residents))
 
 
-def _trivial(candidate: Candidate) -> str:
-    """The baseline that a candidate is, if it is one."""
+def _remarks(candidate: Candidate) -> str:
+    """The baseline that a candidate is, if it is one, and what of it rests on disk behind the host."""
     if not candidate.ring:
         return "everything resident"
-    return "" if candidate.residents else "sliding window"
+    window = "" if candidate.residents else "sliding window"
+    resting = f"{len(candidate.on_disk)} on disk, {candidate.read_ahead} ahead" if candidate.on_disk else ""
+    return ", ".join(filter(None, (window, resting)))
 
 
 def over_floor(latency_s: float | None, floor_s: float) -> str:
@@ -249,3 +256,9 @@ def _residents(candidate: Candidate, partition: Partition) -> str:
         return "none: a sliding window over all layers"
     n_bytes = sum(partition.layers[index].n_bytes for index in candidate.residents)
     return f"{len(candidate.residents)} layers, {size(n_bytes)}: {ranges(candidate.residents)}"
+
+
+def _on_disk(candidate: Candidate, partition: Partition) -> str:
+    n_bytes = sum(partition.layers[index].n_bytes for index in candidate.on_disk)
+    ahead = f"read into a ring of {candidate.read_ahead} transfers in host memory"
+    return f"{len(candidate.on_disk)} layers, {size(n_bytes)}, {ahead}: {ranges(candidate.on_disk)}" if n_bytes else ""

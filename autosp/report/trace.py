@@ -22,8 +22,8 @@ from autosp.spec import Partition, Plan
 
 Event = dict[str, Any]
 
-PASSES, COMPUTE, STALLS, LINK = "passes", "compute", "stalls", "link"
-TRACKS = (PASSES, COMPUTE, STALLS, LINK)
+PASSES, COMPUTE, STALLS, LINK, DISK = "passes", "compute", "stalls", "link", "disk"
+TRACKS = (PASSES, COMPUTE, STALLS, LINK, DISK)
 OCCUPIED = "arena, occupied"
 
 TICKS_PER_US = 8
@@ -50,7 +50,8 @@ class _Slice:
 
 
 def chrome_trace(plan: Plan, predicted: Timeline | None, measured: Timeline | None) -> dict[str, Any]:
-    """The trace of one plan: a process per timeline, with the tracks passes, compute, stalls and link, and a counter.
+    """The trace of one plan: a process per timeline, with the tracks passes, compute, stalls and link, a counter,
+    and the track disk where layers rest on disk behind the host.
 
     Of what was measured there are streamed layers only: resident ones ran between the slices of the compute track.
     """
@@ -88,7 +89,8 @@ def _process(process: int, name: str, timeline: Timeline, plan: Plan, flows: Ite
         PASSES: _passes(timeline, "pass" if partition.repeats == 1 else "period"),
         COMPUTE: [_forward(span, partition, plan.candidate.residents) for span in forwards],
         STALLS: [_stall(span, partition) for span in forwards if span.stall_s > 0],
-        LINK: [_load(span, partition) for span in timeline.of_kind(Kind.LOAD)],
+        LINK: [_transfer(LINK, "arena offset", span, partition) for span in timeline.of_kind(Kind.LOAD)],
+        DISK: [_transfer(DISK, "staging offset", span, partition) for span in timeline.of_kind(Kind.READ)],
     }
     slices = {track: _laned(tracks[track]) for track in TRACKS}
     everything = [one for track in TRACKS for one in slices[track]]
@@ -121,7 +123,7 @@ def _stall(span: Span, partition: Partition) -> _Slice:
     return _slice(STALLS, name, span.start_s - span.stall_s, span.start_s, {"layer": span.action.layers[0]})
 
 
-def _load(span: Span, partition: Partition) -> _Slice:
+def _transfer(track: str, address: str, span: Span, partition: Partition) -> _Slice:
     layers = span.action.layers
     n_bytes = sum(partition.layers[layer].n_bytes for layer in layers)
     took_s = span.end_s - span.start_s
@@ -129,8 +131,8 @@ def _load(span: Span, partition: Partition) -> _Slice:
     if took_s > 0:
         arguments["GB/s"] = round(n_bytes / took_s / 1e9, 3)
     if span.action.offset is not None:
-        arguments["arena offset"] = span.action.offset
-    return _slice(LINK, _name(layers, partition), span.start_s, span.end_s, arguments)
+        arguments[address] = span.action.offset
+    return _slice(track, _name(layers, partition), span.start_s, span.end_s, arguments)
 
 
 def _passes(timeline: Timeline, word: str) -> list[_Slice]:
@@ -176,8 +178,9 @@ def _thread(process: int, track: str, lane: int = 0) -> int:
 
 
 def _thread_names(process: int, slices: Sequence[_Slice]) -> list[Event]:
-    """The four tracks in their order, whether anything is on them or not, and the lanes that were needed."""
-    names = {_thread(process, track): track for track in TRACKS}
+    """The first four tracks in their order, whether anything is on them or not, the disk's, and the lanes needed."""
+    used = {one.track for one in slices}
+    names = {_thread(process, track): track for track in TRACKS if track is not DISK or track in used}
     names |= {_thread(process, one.track, one.lane): f"{one.track} ({one.lane + 1})" for one in slices if one.lane}
     return [
         {"ph": "M", "pid": process, "tid": thread, "name": kind, "args": {field: value}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -9,7 +10,7 @@ from autosp.cost_model.predict import contended_periods
 from autosp.cost_model.simulate import Costs, costs_of, simulate
 from autosp.schedule.actions import Kind
 from autosp.schedule.streaming import build_ring, lower
-from autosp.schedule.timeline import Timeline
+from autosp.schedule.timeline import Span, Timeline
 from autosp.spec import Candidate, Partition, Profile
 
 
@@ -23,18 +24,27 @@ class Traffic:
     stall_s: float
     layer_stalls_s: dict[int, float]
     """Layer -> seconds that compute waited for it, over all its visits. Streamed layers only."""
+    read_bytes: float = 0.0
+    """From disk to host, where layers rest behind it."""
+    disk_busy_s: float = 0.0
 
     @property
     def bytes_per_s(self) -> float | None:
         """The link's bandwidth while it was busy; None if it never was."""
         return self.moved_bytes / self.link_busy_s if self.link_busy_s > 0 else None
 
+    @property
+    def disk_bytes_per_s(self) -> float | None:
+        """The disk's bandwidth while it was busy; None if it never was."""
+        return self.read_bytes / self.disk_busy_s if self.disk_busy_s > 0 else None
+
 
 def expected_costs(profile: Profile, candidate: Candidate) -> Costs:
     """What each action takes while link and compute slow each other down as they do under this candidate."""
     ring = build_ring(candidate, [layer.n_bytes for layer in profile.partition.layers], profile.partition.visits)
-    _, _, compute_factor, link_factor = contended_periods(profile, [ring])
-    return costs_of(profile).contended(float(compute_factor[0]), float(link_factor[0]))
+    found = contended_periods(profile, [ring])
+    factors = (float(factor[0]) for factor in (found.compute_factor, found.link_factor, found.disk_factor))
+    return costs_of(profile).contended(*factors)
 
 
 def expected(profile: Profile, candidate: Candidate, periods: int) -> Timeline:
@@ -75,7 +85,14 @@ def traffic(timeline: Timeline, partition: Partition, candidate: Candidate) -> T
     periods = calls_periods(timeline, partition, candidate)
     # The timeline's last periods -> periods of the partition -> one pass.
     share = partition.repeats / (periods * len(lengths))
-    loads = [span for span in timeline.of_kind(Kind.LOAD) if span.period >= first]
+    loads, reads = (
+        [span for span in timeline.of_kind(kind) if span.period >= first] for kind in (Kind.LOAD, Kind.READ)
+    )
+
+    def moved(spans: Sequence[Span]) -> tuple[float, float]:
+        n_bytes = sum(partition.layers[layer].n_bytes for span in spans for layer in span.action.layers)
+        return n_bytes * share, sum(span.end_s - span.start_s for span in spans) * share
+
     stalls = dict.fromkeys((layer for layer in partition.visits if layer not in candidate.residents), 0.0)
     for span in timeline.of_kind(Kind.FORWARD):
         layer = span.action.layers[0]
@@ -83,8 +100,10 @@ def traffic(timeline: Timeline, partition: Partition, candidate: Candidate) -> T
             stalls[layer] += span.stall_s * share
     return Traffic(
         pass_s=median(lengths) * partition.repeats / periods,
-        moved_bytes=sum(partition.layers[layer].n_bytes for load in loads for layer in load.action.layers) * share,
-        link_busy_s=sum(load.end_s - load.start_s for load in loads) * share,
+        moved_bytes=moved(loads)[0],
+        link_busy_s=moved(loads)[1],
+        read_bytes=moved(reads)[0],
+        disk_busy_s=moved(reads)[1],
         stall_s=sum(stalls.values()),
         layer_stalls_s=stalls,
     )

@@ -12,21 +12,39 @@ from autosp.partition import bind
 from autosp.runtime.streamed_model import StreamedModel
 from autosp.schedule.streaming import lower
 from autosp.spec import Candidate, Partition
-from autosp.tiers import Originals, open_store
+from autosp.tiers import DiskStore, HostStore, Originals, Store, TieredStore, open_store
 
 
 class Bench:
-    """Holds all layers on the slow tier. After each trial the model is at rest again; at the end it is as it was."""
+    """Holds all layers on the slow tier. After each trial the model is at rest again; at the end it is as it was.
 
-    def __init__(self, model: nn.Module, partition: Partition, device: Device, cache_dir: Path) -> None:
-        """Raises: DiskFullError if the slow tier has no room; PlanMismatchError if the partition is another model's;
+    Where the host has a budget that they exceed, all layers are on disk instead, and each trial moves to the host what
+    rests there under its candidate, for as long as it lasts.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        partition: Partition,
+        device: Device,
+        cache_dir: Path,
+        host_budget_bytes: int | None = None,
+    ) -> None:
+        """`host_budget_bytes`: None where the slow tier has room for all.
+
+        Raises: DiskFullError if the slow tier has no room; PlanMismatchError if the partition is another model's;
         ReadError if a file that weights are mapped from was truncated or replaced.
         """
         self.model = model
         self.device = device
+        self.host_budget_bytes = host_budget_bytes
         self._bound = bind(model, partition, device.info.slow_tier)
         self.partition = self._bound.partition
-        self.store = open_store(device, self._bound.stored(), cache_dir, Originals.KEPT)
+        self.store: Store
+        if host_budget_bytes is None:
+            self.store = open_store(device, self._bound.stored(), cache_dir, Originals.KEPT)
+        else:
+            self.store = DiskStore(self._bound.layers, cache_dir, Originals.KEPT)
 
     def __enter__(self) -> Bench:
         return self
@@ -40,4 +58,9 @@ class Bench:
         """The model under `candidate`, until `remove()`."""
         layer_bytes = [layer.n_bytes for layer in self.partition.layers]
         schedule = lower(candidate, layer_bytes, self.partition.visits)
-        return StreamedModel(self._bound, schedule, self.device, self.store, Originals.KEPT)
+        if self.host_budget_bytes is None:
+            return StreamedModel(self._bound, schedule, self.device, self.store, Originals.KEPT)
+        stored = self._bound.stored({*candidate.residents, *candidate.on_disk})
+        host = HostStore(stored, self.device)
+        store = TieredStore(host, self.store, candidate.on_disk)
+        return StreamedModel(self._bound, schedule, self.device, store, Originals.KEPT, host.close)

@@ -16,11 +16,12 @@ from typing import Any, Protocol
 import torch
 
 from autosp.batch import map_tensors, tensors_in
-from autosp.devices import Device
+from autosp.devices import Copied, Device
 from autosp.runtime.recorder import Recorder
+from autosp.runtime.staging import Staging
 from autosp.runtime.streamed_layer import StreamedLayer
-from autosp.runtime.transfers import State, TransferGroup, prefetches
-from autosp.schedule.actions import Schedule
+from autosp.runtime.transfers import Prefetch, State, TransferGroup, build_groups, prefetches
+from autosp.schedule.actions import Kind, Schedule
 from autosp.tiers import Store
 
 
@@ -37,6 +38,9 @@ class Counters:
     """Visits that found their group still loading."""
     temporary_loads: int = 0
     """Misses whose place was in use, served from memory taken for the occasion."""
+    reads: int = 0
+    read_bytes: int = 0
+    """From disk to host, of what rests behind it."""
 
 
 class Observer(Protocol):
@@ -56,8 +60,15 @@ class Executor:
     """Streams the layers of one model through one arena. One pass at a time: other threads wait for their turn."""
 
     def __init__(
-        self, schedule: Schedule, layers: Sequence[StreamedLayer], device: Device, store: Store, arena: torch.Tensor
+        self,
+        schedule: Schedule,
+        layers: Sequence[StreamedLayer],
+        device: Device,
+        store: Store,
+        arena: torch.Tensor,
+        staging: torch.Tensor,
     ) -> None:
+        """`arena` and `staging` hold what the schedule says that they must."""
         self.counters = Counters()
         self.recorder = Recorder(device)
         self.observer: Observer | None = None
@@ -66,9 +77,12 @@ class Executor:
         self._store = store
         self._arena = arena
         self._by_index = {layer.layer.index: layer for layer in layers}
-        self._group_of: dict[int, TransferGroup] = {}
         self._present: list[TransferGroup] = []
-        groups = self._build_groups(schedule)
+        self._staging = Staging(staging, device, self._was_read)
+        groups = build_groups(schedule, self._by_index, store, arena)
+        self._group_of = {index: group for group in groups.values() for index in group.indices}
+        for layer in layers:
+            layer.place(self._group_of[layer.layer.index].place_of(layer))
         self._visits = [a.layers[0] for a in schedule.forwards if a.layers[0] in self._group_of]
         self._start, self._after = prefetches(schedule, groups, self._visits)
         self._cursor = 0
@@ -125,7 +139,7 @@ class Executor:
             self._release(layer, group)
         if visit is not None:
             for prefetch in self._after[visit]:
-                self._load(prefetch.group)
+                self._issue(prefetch)
         return output
 
     def running_here(self) -> bool:
@@ -136,6 +150,7 @@ class Executor:
         """Bring every layer to rest and let go of the arena, so that its memory is free when this returns."""
         self._device.synchronize()
         self._abort()
+        self._staging.close()
         for layer in self._by_index.values():
             layer.leave()
         self._by_index.clear()
@@ -153,17 +168,20 @@ class Executor:
         self.recorder.begin_pass()
         if not self._primed:
             self._primed = True
-            for group in self._start:
-                self._load(group)
+            for prefetch in self._start:
+                self._issue(prefetch)
+        # Written at rest since they were prefetched:
+        for group in self._staging.ahead():
+            if group.written_since(group.read_version):
+                group.read = None
         for group in tuple(self._present):
-            # Written at rest since they were prefetched.
-            if group.version != _version(group) or group.sample not in (None, _sample(group)):
+            if group.written_since(group.loaded_version):
                 self._evict(group)
 
     def _end_pass(self) -> None:
         """Until the next pass anybody may write to the weights, also where no version counter sees it (`.data`)."""
-        for group in self._present:
-            group.sample = _sample(group)
+        for group in {*self._present, *self._staging.ahead()}:
+            group.take_sample()
 
     def _advance(self, index: int) -> int | None:
         """Move the cursor past this visit and return its position; None if the schedule has no such visit."""
@@ -187,7 +205,7 @@ class Executor:
                 for passed in range(skipped):
                     for prefetch in self._after[(self._cursor + passed) % period]:
                         if passed + prefetch.needed_in > skipped:
-                            self._load(prefetch.group)
+                            self._issue(prefetch)
             self._cursor = (position + 1) % period
             return position
         return None
@@ -227,7 +245,13 @@ class Executor:
         if group is not None:
             group.running -= 1
         else:
-            layer.place(self._place_of(layer))
+            layer.place(self._group_of[layer.layer.index].place_of(layer))
+
+    def _issue(self, prefetch: Prefetch) -> None:
+        if prefetch.kind is Kind.READ:
+            self._staging.read(prefetch.group)
+        else:
+            self._load(prefetch.group)
 
     def _load(self, group: TransferGroup) -> bool:
         """Start the group's copy if it is not there. False if a layer that is running needs the place."""
@@ -238,23 +262,37 @@ class Executor:
             return False
         for rival in rivals:
             self._evict(rival)
-        group.version = _version(group)
-        # All compute that can read the old bytes was launched before this point of the compute order.
-        group.ready = self._device.copy(group.regions, group.target, self._device.record())
+        group.loaded_version = group.version()
+        group.ready = self._copy(group)
         group.state = State.LOADING
         self._present.append(group)
         self.recorder.loaded(group.indices, group.begin, group.ready, tuple(rival.indices for rival in rivals))
         self.counters.loads += 1
-        self.counters.moved_bytes += group.end - group.begin
+        self.counters.moved_bytes += group.n_bytes
         return True
+
+    def _copy(self, group: TransferGroup) -> Copied:
+        """To its target, once that is free: what can read the old bytes was launched before this point of compute."""
+        free = self._device.record()
+        if group.staging_offset is None:
+            return self._device.copy(group.regions, group.target, free)
+        return self._staging.load(group, free)
+
+    def _was_read(self, group: TransferGroup) -> None:
+        self.recorder.was_read(group.indices, group.staging_offset or 0, group.read)
+        self.counters.reads += 1
+        self.counters.read_bytes += group.n_bytes
 
     def _load_temporarily(self, layer: StreamedLayer) -> None:
         """A layer whose place is taken by one that is running around it: right, at the price of memory."""
+        index, n_bytes = layer.layer.index, layer.layer.n_bytes
         self.counters.temporary_loads += 1
-        self.counters.moved_bytes += layer.layer.n_bytes
-        memory = self._device.allocate(layer.layer.n_bytes)
-        event = self._device.copy(self._store.regions([layer.layer.index]), memory, self._device.record())
-        self._device.wait(event)
+        self.counters.moved_bytes += n_bytes
+        memory = self._device.allocate(n_bytes)
+        staging_offset = None if self._group_of[index].staging_offset is None else 0
+        self._device.wait(
+            self._copy(TransferGroup((layer,), self._store.regions([index]), memory, 0, n_bytes, staging_offset))
+        )
         layer.place(memory)
         layer.bind_device()
         layer.running = 1
@@ -282,40 +320,11 @@ class Executor:
             if layer.running:
                 layer.bind_rest()
                 layer.running = 0
-                layer.place(self._place_of(layer))
+                layer.place(self._group_of[layer.layer.index].place_of(layer))
         for group in set(self._group_of.values()):
             group.running = 0
         self._cursor = 0
         self.recorder.drop_pass()
-
-    # -- construction ---------------------------------------------------------------------------------------------
-
-    def _build_groups(self, schedule: Schedule) -> dict[tuple[int, ...], TransferGroup]:
-        """One group per distinct load; a layer that no load brings gets a group of its own at the arena's start."""
-        places = {load.layers: load.offset or 0 for load in (*schedule.cold, *schedule.loads)}
-        loaded = {index for layers in places for index in layers}
-        places.update({(index,): 0 for index in self._by_index if index not in loaded})
-        groups: dict[tuple[int, ...], TransferGroup] = {}
-        for indices, begin in places.items():
-            layers = tuple(self._by_index[index] for index in indices)
-            end = begin + sum(layer.layer.n_bytes for layer in layers)
-            group = TransferGroup(layers, self._store.regions(indices), self._arena[begin:end], begin, end)
-            groups[indices] = group
-            for layer in layers:
-                self._group_of[layer.layer.index] = group
-        for group in groups.values():
-            for layer in group.layers:
-                layer.place(self._place_of(layer))
-        return groups
-
-    def _place_of(self, layer: StreamedLayer) -> torch.Tensor:
-        group = self._group_of[layer.layer.index]
-        begin = group.begin
-        for member in group.layers:
-            if member is layer:
-                break
-            begin += member.layer.n_bytes
-        return self._arena[begin : begin + layer.layer.n_bytes]
 
 
 @contextmanager
@@ -330,11 +339,3 @@ def _uncached_autocast(kind: str) -> Iterator[None]:
         yield
     finally:
         torch.set_autocast_cache_enabled(cached)
-
-
-def _sample(group: TransferGroup) -> int:
-    return hash(tuple(layer.sample() for layer in group.layers))
-
-
-def _version(group: TransferGroup) -> int:
-    return sum(layer.version() for layer in group.layers)

@@ -34,6 +34,15 @@ class Load:
     evicted: tuple[tuple[int, ...], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Read:
+    """One read from disk, to `offset` of the staging ring."""
+
+    layers: tuple[int, ...]
+    offset: int
+    times: CopyTimes
+
+
 @dataclass(slots=True)
 class Pass:
     """One outermost call of the model."""
@@ -42,6 +51,7 @@ class Pass:
     end: Stamp = None
     visits: list[Visit] = field(default_factory=list)
     loads: list[Load] = field(default_factory=list)
+    reads: list[Read] = field(default_factory=list)
 
 
 class Recorder:
@@ -91,6 +101,11 @@ class Recorder:
         if self._now is not None:
             self._now.loads.append(Load(layers, offset, copied.times, evicted))
 
+    def was_read(self, layers: tuple[int, ...], offset: int, read: Copied) -> None:
+        """A read was issued."""
+        if self._now is not None:
+            self._now.reads.append(Read(layers, offset, read.times))
+
     # -- what is read from it: waits for the device, so not for use within a pass ------------------------------------
 
     def pass_s(self) -> list[float]:
@@ -128,6 +143,9 @@ class Recorder:
                 numbers[kind, layers] += 1
                 return Action(kind, layers, numbers[kind, layers] - 1, (), offset)
 
+            for read in one.reads:
+                begin, end = at(read.times.began), at(read.times.ended)
+                spans.append(Span(action(Kind.READ, read.layers, read.offset), period, begin, end))
             for load in one.loads:
                 begin, end = at(load.times.began), at(load.times.ended)
                 spans += (Span(action(Kind.EVICT, gone), period, begin, begin) for gone in load.evicted)

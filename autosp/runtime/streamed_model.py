@@ -13,6 +13,7 @@ from torch import nn
 
 from autosp.batch import call_on
 from autosp.devices import Device
+from autosp.devices.memory import anonymous
 from autosp.intercept import Intercepted
 from autosp.partition import BoundModel, NamedTensor
 from autosp.partition.placed import Placed, settle, tensors_of
@@ -41,6 +42,9 @@ class Stats:
     temporary_loads: int
     peak_bytes: int
     """Most device memory in use since the plan was applied, beyond what was in use before."""
+    reads: int
+    read_bytes: int
+    """From disk to host, where layers rest behind it."""
     link_bytes: dict[str, int]
     """Bytes moved over each link, such as "host->device"."""
     pass_s: tuple[float, ...]
@@ -72,6 +76,7 @@ class StreamedModel(Generic[M]):
         self._originals = originals
         self._on_close = on_close
         self._floor_s = floor_s
+        self._disk_layers = schedule.on_disk
         self._wrappers: list[Intercepted] = []
         self._guests: Guests | None = None
         self._removed = False
@@ -86,6 +91,9 @@ class StreamedModel(Generic[M]):
         self._addresses: list[int | None] = []
         self._layers: list[StreamedLayer] = []
         forget_pages(source for place in _all_placed(bound) if (source := place.extent.source) is not None)
+        staging = anonymous(schedule.staging_bytes)
+        staging.zero_()  # its pages are taken before anything is measured, and before a pass
+        device.pin(staging)
         device.start_measuring()
         try:
             self._residents = Residents(staying, device)
@@ -98,8 +106,8 @@ class StreamedModel(Generic[M]):
             self._addresses = [_address(named.tensor) for named in kept]
             self._layers = [StreamedLayer(layer) for layer in streamed]
             arena = device.allocate(schedule.arena_bytes)
-            self._executor = Executor(schedule, self._layers, device, store, arena)
-            del arena
+            self._executor = Executor(schedule, self._layers, device, store, arena, staging)
+            del arena, staging
             self._executor.before_pass = store.check
             self._intercept()
             if device.torch_device.type != "cpu":
@@ -132,10 +140,13 @@ class StreamedModel(Generic[M]):
         counters, recorder = self._executor.counters, self._executor.recorder
         pass_s = tuple(recorder.pass_s())
         names = {layer.layer.index: layer.layer.name for layer in self._bound.layers}
+        link_bytes = {f"{self._device.info.slow_tier}->{Tier.DEVICE}": counters.moved_bytes}
+        if self._disk_layers:
+            link_bytes[f"{Tier.DISK}->{Tier.HOST}"] = counters.read_bytes
         return Stats(
             **asdict(counters),
             peak_bytes=peak_bytes,
-            link_bytes={f"{self._device.info.slow_tier}->{Tier.DEVICE}": counters.moved_bytes},
+            link_bytes=link_bytes,
             pass_s=pass_s,
             stall_s={names[layer]: seconds for layer, seconds in recorder.stall_s().items() if seconds > 0},
             over_floor=median(pass_s) / self._floor_s if pass_s and self._floor_s else None,

@@ -1,16 +1,18 @@
-"""What moves together, and when: the executor's view of a schedule's loads."""
+"""What moves together, and when: the executor's view of a schedule's loads and reads."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import Any
 
 import torch
 
-from autosp.devices import Copied, Region
+from autosp.devices import Copied, Piece, Region
 from autosp.runtime.streamed_layer import StreamedLayer
-from autosp.schedule.actions import Kind, Ref, Schedule
+from autosp.schedule.actions import Action, Kind, Ref, Schedule
+from autosp.tiers import Store
 
 
 class State(Enum):
@@ -33,59 +35,142 @@ class TransferGroup:
     target: torch.Tensor
     begin: int
     end: int
+    staging_offset: int | None = None
+    """Where it is read to if it rests on disk, else None."""
     state: State = State.ABSENT
     ready: Copied | None = None
     running: int = 0
     """Layers of the group that are in a forward right now."""
-    version: int = 0
+    loaded_version: int = 0
+    """`version()` when the bytes in the arena left their place at rest."""
     sample: int | None = None
-    """Checksum of its weights at rest at the end of the last pass, if it was on the device then."""
-    indices: tuple[int, ...] = ()
+    """Checksum of its weights at rest at the end of the last pass, if they were in the arena or in staging then."""
+    read: Any = None
+    """A read of its bytes that no load has taken yet."""
+    read_version: int = 0
+    """`version()` when that was asked for."""
+    emptied: Copied | None = None
+    """The load that took its bytes from their place in staging, if nothing was read there since."""
+    indices: tuple[int, ...] = field(init=False)
     """Of its layers."""
 
     def __post_init__(self) -> None:
         self.indices = tuple(layer.layer.index for layer in self.layers)
 
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of one load."""
+        return self.end - self.begin
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """How its bytes in staging lie on the device: as they are."""
+        return (Piece(0, 0, self.n_bytes),)
+
+    def version(self) -> int:
+        """Changes when its weights at rest are written to."""
+        return sum(layer.version() for layer in self.layers)
+
+    def take_sample(self) -> None:
+        """Of its weights at rest, for `written_since`."""
+        self.sample = self._checksum()
+
+    def written_since(self, version: int) -> bool:
+        """Whether its weights at rest were written to since they had that version, or since the last sample."""
+        return version != self.version() or self.sample not in (None, self._checksum())
+
+    def place_of(self, layer: StreamedLayer) -> torch.Tensor:
+        """The device memory of one of its layers."""
+        begin = sum(one.layer.n_bytes for one in self.layers[: self.layers.index(layer)])
+        return self.target[begin : begin + layer.layer.n_bytes]
+
+    def _checksum(self) -> int:
+        return hash(tuple(layer.sample() for layer in self.layers))
+
+
+def build_groups(
+    schedule: Schedule, by_index: Mapping[int, StreamedLayer], store: Store, arena: torch.Tensor
+) -> dict[tuple[int, ...], TransferGroup]:
+    """One group per distinct load; a layer that no load brings gets one of its own, at the beginning of both rings."""
+    actions = (*schedule.cold, *schedule.actions)
+    places = {action.layers: action.offset or 0 for action in actions if action.kind is Kind.LOAD}
+    staged = {action.layers: action.offset or 0 for action in actions if action.kind is Kind.READ}
+    loaded = {index for layers in places for index in layers}
+    for index in by_index:
+        if index not in loaded:
+            places[index,] = 0
+            if index in schedule.on_disk:
+                staged[index,] = 0
+    groups: dict[tuple[int, ...], TransferGroup] = {}
+    for indices, begin in places.items():
+        layers = tuple(by_index[index] for index in indices)
+        end = begin + sum(layer.layer.n_bytes for layer in layers)
+        regions = store.regions(indices)
+        groups[indices] = TransferGroup(layers, regions, arena[begin:end], begin, end, staged.get(indices))
+    return groups
+
 
 @dataclass(frozen=True)
 class Prefetch:
+    """A load, or a read, that is issued ahead of its need."""
+
+    kind: Kind
     group: TransferGroup
     needed_in: int
     """Visits between the one that issues it and the one that needs it."""
 
 
 def prefetches(
-    schedule: Schedule, groups: dict[tuple[int, ...], TransferGroup], visits: Sequence[int]
-) -> tuple[list[TransferGroup], list[list[Prefetch]]]:
-    """What to load before the first pass, and after each visit of a streamed layer.
+    schedule: Schedule, groups: Mapping[tuple[int, ...], TransferGroup], visits: Sequence[int]
+) -> tuple[list[Prefetch], list[list[Prefetch]]]:
+    """What to issue before the first pass, and after each visit of a streamed layer, in this order.
 
-    A load is due after the last of the visits that its waits stand for, and not before the load ahead of it.
+    A load is due after the last of the visits that its waits stand for, a read with the last of the loads that its
+    waits stand for; neither before the one ahead of it in its queue. What is due before a pass begins is issued in the
+    pass before; a read may be due as early as the one before that.
     """
     period = len(visits)
     streamed = {index for layers in groups for index in layers}
     forwards = [action for action in schedule.forwards if action.layers[0] in streamed]
-    position = {action.ref: visit for visit, action in enumerate(forwards)}
-    evicted_after = {action.ref: position[action.waits[0]] for action in schedule.actions if action.kind is Kind.EVICT}
-    needed_by: dict[Ref, int] = {}
+    needed_by: dict[tuple[tuple[int, ...], int], int] = {}
     for visit, action in enumerate(forwards):
         for ref in action.waits:
-            needed_by.setdefault(ref, visit)
+            needed_by.setdefault((ref.layers, ref.occurrence), visit)
+    visit_of = {action.ref: visit for visit, action in enumerate(forwards)}
+    evicted = {action.ref: visit_of[action.waits[0]] for action in schedule.actions if action.kind is Kind.EVICT}
+    loaded = _due(schedule.loads, evicted, period)
+    due = loaded | _due(schedule.reads, loaded, period)
+    start = [(-3 * period, 0, 0, Prefetch(one.kind, groups[one.layers], 0)) for one in schedule.cold]
+    after: list[list[tuple[int, int, Prefetch]]] = [[] for _ in visits]
+    for number, action in enumerate(schedule.actions):
+        if action.ref not in due:
+            continue
+        visit = due[action.ref]
+        needed_in = needed_by[action.layers, action.occurrence] - visit
+        prefetch = Prefetch(action.kind, groups[action.layers], needed_in)
+        ahead = -(visit // period)  # for a pass so many later than the one that issues it
+        after[visit % period].append((ahead, number, prefetch))
+        start += ((visit + passed * period, passed, number, prefetch) for passed in range(ahead))
+    return [prefetch for *_, prefetch in sorted(start, key=lambda entry: entry[:3])], [
+        [prefetch for *_, prefetch in sorted(entries, key=lambda entry: entry[:2])] for entries in after
+    ]
+
+
+def _due(queue: Sequence[Action], visit_of: Mapping[Ref, int], period: int) -> dict[Ref, int]:
+    """The visit of a pass after which each action of a queue is issued; negative ones are of the passes before.
+
+    `visit_of`: the same of what they wait for; other waits are for what comes before the first pass.
+    """
+
+    def earliest(ref: Ref) -> int:
+        plain = Ref(ref.kind, ref.layers, ref.occurrence)
+        return visit_of.get(plain, -2 * period) - (period if ref.previous_pass else 0)
+
     due = [
-        max((_visit_of(ref, evicted_after, period) for ref in load.waits), default=-period) for load in schedule.loads
+        max((earliest(ref) for ref in action.waits if ref.kind is not Kind.READ), default=-period) for action in queue
     ]
     latest = max(due, default=0) - period  # of the pass before
-    start = [groups[load.layers] for load in schedule.cold]
-    after: list[list[Prefetch]] = [[] for _ in visits]
-    for load, visit in zip(schedule.loads, due, strict=True):
-        latest = max(latest, visit)
-        prefetch = Prefetch(groups[load.layers], needed_by[load.ref] - latest)
-        after[latest % period].append(prefetch)
-        if latest < 0:
-            start.append(prefetch.group)
-    return start, after
-
-
-def _visit_of(ref: Ref, evicted_after: dict[Ref, int], period: int) -> int:
-    """The visit after which an eviction happens; negative for one of the pass before."""
-    plain = Ref(ref.kind, ref.layers, ref.occurrence)
-    return evicted_after[plain] - period if ref.previous_pass else evicted_after[plain]
+    found: dict[Ref, int] = {}
+    for action, visit in zip(queue, due, strict=True):
+        found[action.ref] = latest = max(latest, visit)
+    return found

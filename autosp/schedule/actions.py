@@ -5,6 +5,7 @@ Text form, one token per action: `<layers><kind><occurrence>[@<offset>][<waits>]
     4+5L0@8192[1E0]   load layers 4 and 5 in one transfer to arena offset 8192, once layer 1 was evicted
     4F0[4+5L0]        forward of layer 4, the first one in this pass
     3L0@0[-6E0]       a load of the next pass's beginning: `-` is an action of the pass before
+    7R0@4096[5L0]     read layer 7 from disk to offset 4096 of the host's staging ring, once layer 5 was loaded from it
 
 Actions of one resource run in list order; a wait names an action of any resource.
 """
@@ -12,7 +13,6 @@ Actions of one resource run in list order; a wait names an action of any resourc
 from __future__ import annotations
 
 import re
-from collections import Counter
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -20,6 +20,7 @@ from enum import StrEnum
 class Kind(StrEnum):
     """What an action does."""
 
+    READ = "R"
     LOAD = "L"
     FORWARD = "F"
     EVICT = "E"
@@ -30,11 +31,19 @@ class Resource(StrEnum):
 
     COMPUTE = "compute"
     LINK = "link"
+    DISK = "disk"
 
 
-RESOURCE = {Kind.LOAD: Resource.LINK, Kind.FORWARD: Resource.COMPUTE, Kind.EVICT: Resource.COMPUTE}
+RESOURCE = {
+    Kind.READ: Resource.DISK,
+    Kind.LOAD: Resource.LINK,
+    Kind.FORWARD: Resource.COMPUTE,
+    Kind.EVICT: Resource.COMPUTE,
+}
 
-_REF = re.compile(r"(?P<before>-?)(?P<layers>\d+(?:\+\d+)*)(?P<kind>[LFE])(?P<occurrence>\d+)")
+_LAYERS = r"\d+(?:,\d+)*"
+_HEAD = re.compile(rf"arena=(\d+)(?: staging=(\d+) on_disk=({_LAYERS}))? residents=(-|{_LAYERS})")
+_REF = re.compile(r"(?P<before>-?)(?P<layers>\d+(?:\+\d+)*)(?P<kind>[RLFE])(?P<occurrence>\d+)")
 _TOKEN = re.compile(rf"{_REF.pattern}(?:@(?P<offset>\d+))?(?:\[(?P<waits>[^\]]*)\])?")
 
 
@@ -54,7 +63,7 @@ class Ref:
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """One step. `offset` is the arena address in bytes, for loads only."""
+    """One step. `offset` is an address in bytes: of a LOAD in the arena, of a READ in the staging ring."""
 
     kind: Kind
     layers: tuple[int, ...]
@@ -77,16 +86,20 @@ class Action:
 class Schedule:
     """One steady pass, and the `cold` loads: what it finds in the arena from the pass before.
 
-    A layer in neither list's loads is resident, or never visited. `arena_bytes` holds every load's address range.
+    A layer in neither list's loads is resident, or never visited. `arena_bytes` holds every load's address range,
+    `staging_bytes` every read's. A load of layers `on_disk` follows a read of them, a cold one a cold read.
     """
 
     actions: tuple[Action, ...]
     cold: tuple[Action, ...]
     residents: tuple[int, ...]
     arena_bytes: int
+    on_disk: tuple[int, ...] = ()
+    staging_bytes: int = 0
 
     def __str__(self) -> str:
-        head = f"arena={self.arena_bytes} residents={','.join(map(str, self.residents)) or '-'}"
+        disk = f" staging={self.staging_bytes} on_disk={','.join(map(str, self.on_disk))}" if self.on_disk else ""
+        head = f"arena={self.arena_bytes}{disk} residents={','.join(map(str, self.residents)) or '-'}"
         return "\n".join([head, " ".join(map(str, self.cold)), " ".join(map(str, self.actions))])
 
     @property
@@ -99,6 +112,11 @@ class Schedule:
         """The transfers of one steady pass, in order."""
         return tuple(action for action in self.actions if action.kind is Kind.LOAD)
 
+    @property
+    def reads(self) -> tuple[Action, ...]:
+        """The reads of one steady pass, in order."""
+        return tuple(action for action in self.actions if action.kind is Kind.READ)
+
 
 def parse(text: str) -> Schedule:
     """The schedule whose `str()` is `text`.
@@ -106,11 +124,13 @@ def parse(text: str) -> Schedule:
     Raises: ValueError naming the first token that is not an action.
     """
     head, cold, body = (text.split("\n", 2) + ["", ""])[:3]
-    match = re.fullmatch(r"arena=(\d+) residents=(-|\d+(?:,\d+)*)", head)
+    match = _HEAD.fullmatch(head)
     if match is None:
         raise ValueError(f"not a schedule's first line: {head!r}")
-    residents = () if match[2] == "-" else tuple(int(part) for part in match[2].split(","))
-    return Schedule(_parse_actions(body), _parse_actions(cold), residents, int(match[1]))
+    residents = () if match[4] == "-" else tuple(int(part) for part in match[4].split(","))
+    on_disk = tuple(int(part) for part in match[3].split(",")) if match[3] else ()
+    staging_bytes = int(match[2] or 0)
+    return Schedule(_parse_actions(body), _parse_actions(cold), residents, int(match[1]), on_disk, staging_bytes)
 
 
 def _parse_actions(text: str) -> tuple[Action, ...]:
@@ -137,83 +157,3 @@ def _parse_ref(text: str) -> Ref:
 def _ref(match: re.Match[str]) -> Ref:
     layers = tuple(int(part) for part in match["layers"].split("+"))
     return Ref(Kind(match["kind"]), layers, int(match["occurrence"]), match["before"] == "-")
-
-
-def validate(schedule: Schedule, layer_bytes: tuple[int, ...]) -> None:
-    """Check that a schedule computes with the right weights, whatever the speed of the link.
-
-    Guarantees, for the cold loads and two passes in list order: every FORWARD finds its layer on the device, and waits
-    for the load that brought it in this pass; a LOAD overwrites evicted layers only, and waits for their evictions;
-    waits name earlier actions; loads stay inside the arena.
-
-    Raises: ValueError naming the action.
-    """
-    names = Counter(action.ref for action in schedule.actions)
-    twice = next((ref for ref, count in names.items() if count > 1), None)
-    if twice is not None:
-        raise ValueError(f"{twice} is in the schedule twice")
-    arena = _Arena(schedule, layer_bytes)
-    for load in schedule.cold:
-        arena.load(load, 0)
-    for number in (1, 2):
-        done: set[Ref] = set()
-        for action in schedule.actions:
-            _check_waits(action, done, names)
-            arena.apply(action, number)
-            done.add(action.ref)
-
-
-def _check_waits(action: Action, done: set[Ref], names: Counter[Ref]) -> None:
-    for ref in action.waits:
-        if ref.previous_pass:
-            if Ref(ref.kind, ref.layers, ref.occurrence) not in names:
-                raise ValueError(f"{action.ref} waits for {ref}, which is in no pass")
-        elif ref not in done:
-            raise ValueError(f"{action.ref} waits for {ref}, which comes later or never")
-
-
-class _Arena:
-    """Which layers are in the arena, which left it, and by which actions of which pass."""
-
-    def __init__(self, schedule: Schedule, layer_bytes: tuple[int, ...]) -> None:
-        self._schedule = schedule
-        self._layer_bytes = layer_bytes
-        self._present: dict[int, tuple[int, int, Ref, int]] = {}  # layer -> begin, end, its load, the load's pass
-        self._left: dict[int, tuple[int, int, Ref, int]] = {}  # layer -> begin, end, its eviction, that one's pass
-
-    def apply(self, action: Action, number: int) -> None:
-        """Take one action of pass `number`."""
-        if action.kind is Kind.LOAD:
-            self.load(action, number)
-        elif action.kind is Kind.EVICT:
-            for layer in action.layers:
-                if layer in self._present:
-                    begin, end, _, _ = self._present.pop(layer)
-                    self._left[layer] = begin, end, action.ref, number
-        elif action.layers[0] not in self._schedule.residents:
-            if action.layers[0] not in self._present:
-                raise ValueError(f"{action.ref} runs without its weights")
-            _, _, load, when = self._present[action.layers[0]]
-            if when == number and load not in action.waits:
-                raise ValueError(f"{action.ref} does not wait for {load}, which brings its weights")
-
-    def load(self, action: Action, number: int) -> None:
-        """Bring layers to the action's offset."""
-        if action.offset is None:
-            raise ValueError(f"{action.ref} has no address")
-        begin = action.offset
-        end = begin + sum(self._layer_bytes[layer] for layer in action.layers)
-        if end > self._schedule.arena_bytes:
-            raise ValueError(f"{action.ref} ends at {end}, beyond the arena's {self._schedule.arena_bytes} bytes")
-        for layer, (low, high, _, _) in self._present.items():
-            if low < end and begin < high:
-                raise ValueError(f"{action.ref} overwrites layer {layer}, which was not evicted")
-        for layer, (low, high, eviction, when) in list(self._left.items()):
-            expected = Ref(eviction.kind, eviction.layers, eviction.occurrence, previous_pass=when < number)
-            if expected in action.waits:
-                del self._left[layer]  # over for all later loads too: the link is a queue
-            elif low < end and begin < high:
-                raise ValueError(f"{action.ref} does not wait for {expected}, which frees its place")
-        for layer in action.layers:
-            self._present[layer] = (begin, begin + self._layer_bytes[layer], action.ref, number)
-            begin += self._layer_bytes[layer]

@@ -1,4 +1,4 @@
-"""Lowers a candidate to the action list of an inference pass: a resident set and a ring for the rest.
+"""Lowers a candidate to the action list of an inference pass: a resident set, a ring for the rest, a ring before it.
 
 The Superpipeline paper's sliding window (arXiv 2410.08791, k layers on the device, k' moved per transfer) is the case
 without residents.
@@ -6,12 +6,12 @@ without residents.
 
 from __future__ import annotations
 
-import itertools
-from bisect import insort
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autosp.schedule.actions import Action, Kind, Ref, Schedule
+from autosp.schedule.arena import place
+from autosp.schedule.staging import EMPTY, Staging, build_staging
 from autosp.spec import Candidate
 
 
@@ -49,15 +49,7 @@ class Ring:
     groups: tuple[Group, ...]
     arena_bytes: int
     transfers: tuple[Transfer, ...]
-
-
-def arena_bytes(group_bytes: Sequence[int], window: int) -> int:
-    """The most bytes that any `window` neighbouring groups of one pass have together: no smaller arena holds them."""
-    total = peak = sum(group_bytes[:window])
-    for index in range(window, len(group_bytes)):
-        total += group_bytes[index] - group_bytes[index - window]
-        peak = max(peak, total)
-    return peak
+    staging: Staging = EMPTY
 
 
 def build_ring(candidate: Candidate, layer_bytes: Sequence[int], visits: Sequence[int]) -> Ring:
@@ -65,50 +57,39 @@ def build_ring(candidate: Candidate, layer_bytes: Sequence[int], visits: Sequenc
 
     Groups of `k_prime` layers, in the order of their first visit, get places in which any `ring // k_prime` neighbours
     (at least one) do not overlap. The arena also has room for any one layer that was never visited, should it be called
-    after all.
+    after all, and the staging ring for any such layer that rests on disk.
+
+    Raises: ValueError if only some layers of a group rest on disk.
     """
-    size = candidate.k_prime
-    residents = frozenset(candidate.residents)
-    streamed = [layer for layer in dict.fromkeys(visits) if layer not in residents]
-    members = [tuple(streamed[start : start + size]) for start in range(0, len(streamed), size)]
+    members = candidate.groups(visits)
     sizes = [sum(layer_bytes[layer] for layer in group) for group in members]
-    offsets = _place(sizes, max(1, candidate.ring // size))
+    offsets = place(sizes, max(1, candidate.ring // candidate.k_prime))
     groups = [Group(*group) for group in zip(members, offsets, sizes, strict=True)]
-    unvisited = set(range(len(layer_bytes))).difference(visits, residents)
+    unvisited = set(range(len(layer_bytes))).difference(visits, candidate.residents)
     ends = [*(group.offset + group.n_bytes for group in groups), *(layer_bytes[layer] for layer in unvisited)]
-    return Ring(tuple(groups), max(ends, default=0), _time_transfers(groups, visits))
+    ring = Ring(tuple(groups), max(ends, default=0), _time_transfers(groups, visits))
+    return replace(ring, staging=stage(ring, candidate, layer_bytes, visits)) if candidate.on_disk else ring
 
 
-def _place(sizes: Sequence[int], window: int) -> list[int]:
-    """An offset for each group, free of the `window - 1` groups before it.
+def stage(ring: Ring, candidate: Candidate, layer_bytes: Sequence[int], visits: Sequence[int]) -> Staging:
+    """The staging ring of a candidate's groups on disk, for a ring that is the same wherever its groups rest.
 
-    The bottom of the arena is tried first, then its top, then the gaps between. So with two groups in the window the
-    arena is never larger than its largest two neighbours, and with equal sizes never larger than `window` of them;
-    otherwise it grows where no gap is wide enough.
+    Raises: ValueError if only some layers of a group rest on disk.
     """
-    capacity = arena_bytes(sizes, window)
-    offsets: list[int] = []
-    live: list[tuple[int, int]] = []  # (begin, end) of the groups before this one, sorted
-    for index, size in enumerate(sizes):
-        if index >= window:
-            gone = index - window
-            live.remove((offsets[gone], offsets[gone] + sizes[gone]))
-        offset, capacity = _free_offset(live, size, capacity)
-        offsets.append(offset)
-        insort(live, (offset, offset + size))
-    return offsets
-
-
-def _free_offset(live: Sequence[tuple[int, int]], size: int, capacity: int) -> tuple[int, int]:
-    """Where `size` bytes fit beside the sorted live ranges, and the capacity, which grows if they fit nowhere."""
-    if not live or live[0][0] >= size:
-        return 0, capacity
-    if capacity - live[-1][1] >= size:
-        return capacity - size, capacity
-    for (_, low), (high, _) in itertools.pairwise(live):
-        if high - low >= size:
-            return low, capacity
-    return live[-1][1], live[-1][1] + size
+    split = candidate.split_groups(visits)
+    if split:
+        raise ValueError(f"layers {split[0]} travel together, and only some of them rest on disk")
+    on_disk = frozenset(candidate.on_disk)
+    group_bytes = {
+        index: group.n_bytes for index, group in enumerate(ring.groups) if not on_disk.isdisjoint(group.layers)
+    }
+    return build_staging(
+        group_bytes,
+        [transfer.group for transfer in ring.transfers],
+        _cold_groups(ring, visits),
+        candidate.read_ahead,
+        max((layer_bytes[layer] for layer in on_disk.difference(visits)), default=0),
+    )
 
 
 def _time_transfers(groups: Sequence[Group], visits: Sequence[int]) -> tuple[Transfer, ...]:
@@ -157,56 +138,117 @@ def _runs(groups: Sequence[Group], visits: Sequence[int]) -> list[tuple[int, int
     return runs
 
 
-def lower(candidate: Candidate, layer_bytes: Sequence[int], visits: Sequence[int]) -> Schedule:
-    """The action list of one steady period of `visits` (layer index per call) under `candidate`."""
-    ring = build_ring(candidate, layer_bytes, visits)
-    period = len(visits)
-    load_of = _number((transfer.group, transfer.before) for transfer in ring.transfers)
-    eviction_of = _number(
-        (group, last_use % period) for transfer in ring.transfers for group, last_use in transfer.evicts
-    )
-    forward_of = _number((layer, visit) for visit, layer in enumerate(visits))
-    group_of = {layer: index for index, group in enumerate(ring.groups) for layer in group.layers}
-    evicted_after: dict[int, list[int]] = {}
-    for group, visit in eviction_of:
-        evicted_after.setdefault(visit, []).append(group)
-    pending = list(reversed(ring.transfers))  # sorted by `before`, and so by `after`
-    brought: dict[int, Ref] = {}
-    actions: list[Action] = []
-
-    def issue_until(visit: int) -> None:
-        while pending and pending[-1].after <= visit:
-            transfer = pending.pop()
-            group = ring.groups[transfer.group]
-            waits = tuple(
-                Ref(Kind.EVICT, ring.groups[other].layers, eviction_of[other, last_use % period], last_use < 0)
-                for other, last_use in transfer.evicts
-            )
-            load = Action(Kind.LOAD, group.layers, load_of[transfer.group, transfer.before], waits, group.offset)
-            actions.append(load)
-            brought[transfer.group] = load.ref
-
-    issue_until(-1)
-    for visit, layer in enumerate(visits):
-        index = group_of.get(layer)
-        waits = (brought[index],) if index in brought else ()
-        forward = Action(Kind.FORWARD, (layer,), forward_of[layer, visit], waits)
-        actions.append(forward)
-        for group in sorted(evicted_after.get(visit, ())):
-            layers = ring.groups[group].layers
-            actions.append(Action(Kind.EVICT, layers, eviction_of[group, visit], (forward.ref,)))
-        issue_until(visit)
-    return Schedule(tuple(actions), _cold_loads(ring, visits), candidate.residents, ring.arena_bytes)
-
-
-def _cold_loads(ring: Ring, visits: Sequence[int]) -> tuple[Action, ...]:
+def _cold_groups(ring: Ring, visits: Sequence[int]) -> tuple[int, ...]:
     """The groups that a steady period finds in the arena, left there by the period before."""
     brought = {(transfer.group, transfer.before) for transfer in ring.transfers}
+    first_visit = {layer: visit for visit, layer in reversed(list(enumerate(visits)))}
     return tuple(
-        Action(Kind.LOAD, group.layers, 0, (), group.offset)
+        index
         for index, group in enumerate(ring.groups)
-        if (index, min(visits.index(layer) for layer in group.layers)) not in brought
+        if (index, min(first_visit[layer] for layer in group.layers)) not in brought
     )
+
+
+def lower(candidate: Candidate, layer_bytes: Sequence[int], visits: Sequence[int]) -> Schedule:
+    """The action list of one steady period of `visits` (layer index per call) under `candidate`.
+
+    Raises: ValueError if only some layers of a group rest on disk.
+    """
+    ring = build_ring(candidate, layer_bytes, visits)
+    lowering = _Lowering(ring, visits)
+    cold = lowering.cold()
+    actions = lowering.steady()
+    return Schedule(
+        actions, cold, candidate.residents, ring.arena_bytes, tuple(sorted(candidate.on_disk)), ring.staging.n_bytes
+    )
+
+
+class _Lowering:
+    """The names of a ring's transfers and reads, and the actions in their order."""
+
+    def __init__(self, ring: Ring, visits: Sequence[int]) -> None:
+        self._ring = ring
+        self._visits = visits
+        self._load_of = _number((transfer.group, transfer.before) for transfer in ring.transfers)
+        self._eviction_of = _number(
+            (group, last_use % len(visits)) for transfer in ring.transfers for group, last_use in transfer.evicts
+        )
+        self._actions: list[Action] = []
+        self._next_transfer = 0
+        self._next_read = 0
+
+    def cold(self) -> tuple[Action, ...]:
+        """The loads before the first pass, each from disk right after its read."""
+        actions: list[Action] = []
+        reads = {read.group: read for read in self._ring.staging.cold}
+        for index in _cold_groups(self._ring, self._visits):
+            group = self._ring.groups[index]
+            waits: tuple[Ref, ...] = ()
+            if index in reads:
+                emptied = tuple(Ref(Kind.LOAD, self._ring.groups[other].layers, 0) for other in reads[index].cold)
+                offset = self._ring.staging.offsets[index]
+                actions.append(Action(Kind.READ, group.layers, 0, emptied, offset))
+                waits = (actions[-1].ref,)
+            actions.append(Action(Kind.LOAD, group.layers, 0, waits, group.offset))
+        return tuple(actions)
+
+    def steady(self) -> tuple[Action, ...]:
+        """One period."""
+        groups = self._ring.groups
+        forward_of = _number((layer, visit) for visit, layer in enumerate(self._visits))
+        group_of = {layer: index for index, group in enumerate(groups) for layer in group.layers}
+        evicted_after: dict[int, list[int]] = {}
+        for group, visit in self._eviction_of:
+            evicted_after.setdefault(visit, []).append(group)
+        brought: dict[int, Ref] = {}
+        self._read_until(-1)
+        self._load_until(-1, brought)
+        for visit, layer in enumerate(self._visits):
+            index = group_of.get(layer)
+            waits = (brought[index],) if index in brought else ()
+            forward = Action(Kind.FORWARD, (layer,), forward_of[layer, visit], waits)
+            self._actions.append(forward)
+            for group in sorted(evicted_after.get(visit, ())):
+                eviction = self._eviction_of[group, visit]
+                self._actions.append(Action(Kind.EVICT, groups[group].layers, eviction, (forward.ref,)))
+            self._load_until(visit, brought)
+        return tuple(self._actions)
+
+    def _load_until(self, visit: int, brought: dict[int, Ref]) -> None:
+        """The loads that may be issued after a visit; they are sorted by `before`, and so by `after`."""
+        transfers = self._ring.transfers
+        while self._next_transfer < len(transfers) and transfers[self._next_transfer].after <= visit:
+            transfer = transfers[self._next_transfer]
+            group = self._ring.groups[transfer.group]
+            waits = [self._eviction(other, last_use) for other, last_use in transfer.evicts]
+            load = Ref(Kind.LOAD, group.layers, self._load_of[transfer.group, transfer.before])
+            if transfer.group in self._ring.staging.offsets:
+                waits.append(Ref(Kind.READ, group.layers, load.occurrence))
+            self._actions.append(Action(Kind.LOAD, group.layers, load.occurrence, tuple(waits), group.offset))
+            brought[transfer.group] = load
+            self._read_until(self._next_transfer)
+            self._next_transfer += 1
+
+    def _read_until(self, transfer: int) -> None:
+        """The reads into places that the loads up to a transfer empty."""
+        staging = self._ring.staging
+        while self._next_read < len(staging.reads) and staging.reads[self._next_read].after <= transfer:
+            read = staging.reads[self._next_read]
+            ref = self._load(read.transfer)
+            emptied = [self._load(other, before) for other, before in read.waits]
+            emptied += (Ref(Kind.LOAD, self._ring.groups[other].layers, 0, True) for other in read.cold)
+            waits = tuple(dict.fromkeys(emptied))
+            self._actions.append(Action(Kind.READ, ref.layers, ref.occurrence, waits, staging.offsets[read.group]))
+            self._next_read += 1
+
+    def _load(self, transfer: int, previous_pass: bool = False) -> Ref:
+        one = self._ring.transfers[transfer]
+        occurrence = self._load_of[one.group, one.before]
+        return Ref(Kind.LOAD, self._ring.groups[one.group].layers, occurrence, previous_pass)
+
+    def _eviction(self, group: int, last_use: int) -> Ref:
+        occurrence = self._eviction_of[group, last_use % len(self._visits)]
+        return Ref(Kind.EVICT, self._ring.groups[group].layers, occurrence, last_use < 0)
 
 
 def _number(events: Iterable[tuple[int, int]]) -> dict[tuple[int, int], int]:

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from autosp.schedule.streaming import arena_bytes
+from autosp.cost_model.placement import evenly_spread
+from autosp.schedule.arena import arena_bytes
 from autosp.spec import Profile
 
 Spread = Callable[[Sequence[int], int], tuple[int, ...]]
@@ -87,8 +88,3 @@ class Filling:
             else:
                 stay.append(visit.layer)
         return tuple(stay)
-
-
-def evenly_spread(pool: Sequence[int], count: int) -> tuple[int, ...]:
-    """`count` of the pool at even distances."""
-    return tuple(pool[int((position + 0.5) * len(pool) / count)] for position in range(count))

@@ -11,10 +11,11 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from autosp.search.correction import Correction
-from autosp.search.space import key_of
+from autosp.search.space import Key, key_of
 from autosp.spec import Prediction
 
-PARAMETERS = ("k", "k_prime", "residents")
+PARAMETERS = ("k", "k_prime", "residents", "on_disk", "read_ahead")
+"""As in `key_of`."""
 
 
 class CostModelSampler(BaseSampler):
@@ -24,14 +25,14 @@ class CostModelSampler(BaseSampler):
         self._ranked = ranked
         self._budget_bytes = budget_bytes
         self.correction = Correction(1.0, 1.0, 0.0, 0)
-        largest = max(prediction.candidate.k for prediction in ranked)
-        self.space: dict[str, IntDistribution] = {
-            "k": IntDistribution(0, largest),
-            "k_prime": IntDistribution(1, max(prediction.candidate.k_prime for prediction in ranked)),
-            "residents": IntDistribution(0, largest),
+        most = [max(numbers) for numbers in zip(*(key_of(prediction.candidate) for prediction in ranked), strict=True)]
+        most[PARAMETERS.index("residents")] = most[PARAMETERS.index("k")]
+        least = {"k_prime": 1}
+        self.space = {
+            name: IntDistribution(least.get(name, 0), high) for name, high in zip(PARAMETERS, most, strict=True)
         }
 
-    def best_unvalidated(self, tried: set[tuple[int, int, int]]) -> Prediction | None:
+    def best_unvalidated(self, tried: set[Key]) -> Prediction | None:
         """The next candidate; None if all that fit were tried."""
         open_candidates = [
             prediction
@@ -42,19 +43,20 @@ class CostModelSampler(BaseSampler):
         return min(open_candidates, key=self.correction.latency_s, default=None)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """k, k' and the number of residents are chosen together."""
+        """All numbers are chosen together."""
         return dict(self.space)
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """The next candidate's numbers."""
-        tried = {
-            tuple(other.params[name] for name in PARAMETERS)
-            for other in study.get_trials(deepcopy=False)
-            if other.params and other.state is not TrialState.FAIL  # a failed trial measured nothing
-        }
-        best = self.best_unvalidated({(k, k_prime, residents) for k, k_prime, residents in tried})
+        tried: set[Key] = set()
+        for other in study.get_trials(deepcopy=False):
+            if other.params and other.state is not TrialState.FAIL:  # a failed trial measured nothing
+                # A study of before the disk tier has no more than the first three.
+                k, k_prime, residents, on_disk, read_ahead = (other.params.get(name, 0) for name in PARAMETERS)
+                tried.add((k, k_prime, residents, on_disk, read_ahead))
+        best = self.best_unvalidated(tried)
         if best is None:
             return {}
         return dict(zip(PARAMETERS, key_of(best.candidate), strict=True))

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from autosp.cost_model.predict import predict
+from autosp.cost_model.floor import unknown_disk
+from autosp.cost_model.memory import peak_bytes
+from autosp.cost_model.placement import Placing, evenly_spread, exceeds, host_too_small, least_host_bytes
+from autosp.cost_model.predict import predict, predict_rings
 from autosp.errors import BudgetTooSmallError
-from autosp.search.residents import Filling, evenly_spread
+from autosp.schedule.streaming import Ring
+from autosp.search.residents import Filling
 from autosp.spec import Candidate, Prediction, Profile
 
 DEPTHS = (1, 2, 3, 4)
 """Groups in the ring. Overlap needs two; more absorb layers of unlike compute. Beyond that, memory is better spent on
 residents."""
+
+READ_AHEAD = (1, 2, 4)
+"""Groups in the host's staging ring. With two, one is read while another is loaded; more absorb unlike sizes."""
 
 EVERY_K_PRIME = 12
 """Up to here each k' is tried; beyond, neighbouring ones differ too little in copy size to matter."""
@@ -42,19 +49,28 @@ def _left_free(profile: Profile, budget_bytes: int, share_of_workspace: float) -
     return int(share_of_workspace * profile.workspace_bytes + HEAP_NOISE_OF_BUDGET * budget_bytes)
 
 
-def rank(profile: Profile, budget_bytes: int) -> list[Prediction]:
+Key = tuple[int, int, int, int, int]
+"""See `key_of`."""
+
+
+def rank(profile: Profile, budget_bytes: int, host_budget_bytes: int | None = None) -> list[Prediction]:
     """Every candidate predicted to fit, the fastest first; of equally fast ones, the one with less memory.
 
     For each ring (k', number of groups) the budget is filled with residents. Besides these there are every k with its
-    residents spread evenly, the plain sliding windows (no residents), and everything resident, k' on the `rungs`.
+    residents spread evenly, the plain sliding windows (no residents), and everything resident, k' on the `rungs`. Where
+    the host has no room for what each of them streams, as little of it as fits rests on disk, for each of `READ_AHEAD`.
 
-    Raises: BudgetTooSmallError if nothing is predicted to fit.
+    Raises: BudgetTooSmallError if nothing is predicted to fit; SettingError if the profile does not know the disk.
     """
     usable = usable_bytes(profile, budget_bytes)
     candidates = dict.fromkeys([*_filled(profile, usable), *grid(profile), *sliding_windows(profile)])
     candidates[all_resident(profile)] = None
-    best: dict[tuple[int, int, int], Prediction] = {}
-    for prediction in predict(profile, list(candidates)):
+    if host_budget_bytes is not None and exceeds(profile.partition, host_budget_bytes):
+        predictions = _within(profile, candidates, usable, host_budget_bytes)
+    else:
+        predictions = predict(profile, list(candidates))
+    best: dict[Key, Prediction] = {}
+    for prediction in predictions:
         if prediction.peak_bytes > usable:
             continue
         key = key_of(prediction.candidate)
@@ -65,9 +81,9 @@ def rank(profile: Profile, budget_bytes: int) -> list[Prediction]:
     return sorted(best.values(), key=_order)
 
 
-def key_of(candidate: Candidate) -> tuple[int, int, int]:
-    """What names a candidate within a study: k, k', and the number of residents."""
-    return candidate.k, candidate.k_prime, len(candidate.residents)
+def key_of(candidate: Candidate) -> Key:
+    """What names a candidate within a study: k, k', the numbers of residents and of layers on disk, the read-ahead."""
+    return candidate.k, candidate.k_prime, len(candidate.residents), len(candidate.on_disk), candidate.read_ahead
 
 
 def rungs(most: int) -> list[int]:
@@ -133,8 +149,23 @@ def suggested_gb(least_bytes: int) -> str:
     return f"{least_bytes * 1.05 / 1e9:.4g}"
 
 
-def _order(prediction: Prediction) -> tuple[float, int]:
-    return round(prediction.latency_s, 6), prediction.peak_bytes
+def _order(prediction: Prediction) -> tuple[float, int, int]:
+    return round(prediction.latency_s, 6), prediction.peak_bytes, prediction.host_bytes
+
+
+def _within(profile: Profile, candidates: Iterable[Candidate], usable: int, host_budget_bytes: int) -> list[Prediction]:
+    """The candidates that fit the device, with layers on disk, as far as they fit the host then."""
+    partition = profile.partition
+    if profile.disk_link is None:
+        raise unknown_disk()
+    if host_budget_bytes < least_host_bytes(partition):
+        raise host_too_small(partition, host_budget_bytes)
+    found: dict[Candidate, Ring] = {}
+    for candidate in candidates:
+        placing = Placing(candidate, partition, host_budget_bytes)
+        if peak_bytes(profile, candidate, placing.ring.arena_bytes) <= usable:
+            found.update(filter(None, map(placing.with_read_ahead, READ_AHEAD)))
+    return predict_rings(profile, list(found), list(found.values()))
 
 
 def _filled(profile: Profile, budget_bytes: int) -> Iterator[Candidate]:

@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 from autosp.search.correction import learn
 from autosp.search.limits import Limits
 from autosp.search.sampler import PARAMETERS, CostModelSampler
-from autosp.search.space import acceptable_bytes, all_resident, key_of, usable_bytes
+from autosp.search.space import Key, acceptable_bytes, all_resident, key_of, usable_bytes
 from autosp.spec import Candidate, Measurement, Outcome, Prediction, Profile, Trial
 from autosp.store.trials import running_trial
 
@@ -73,7 +73,7 @@ def run_study(
         sampler.correction = learn(trials)
         with running_trial(study, storage) as trial:
             key = tuple(trial.suggest_int(p, sampler.space[p].low, sampler.space[p].high) for p in PARAMETERS)
-            prediction = by_key.get((key[0], key[1], key[2]))
+            prediction = by_key.get((key[0], key[1], key[2], key[3], key[4]))
             if prediction is None:  # enqueued by hand, and no candidate under this budget
                 study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
                 continue
@@ -121,12 +121,12 @@ def judge(trials: Sequence[Trial], ranked: Sequence[Prediction], usable_bytes: i
     return Verdict(best, why, finished=False)
 
 
-def _baselines(profile: Profile, ranked: Sequence[Prediction]) -> list[tuple[int, int, int]]:
+def _baselines(profile: Profile, ranked: Sequence[Prediction]) -> list[Key]:
     """Keys of the candidates that are always validated, of those that fit."""
-    everything = key_of(all_resident(profile))
-    keys = {key_of(prediction.candidate) for prediction in ranked}
+    resident = all_resident(profile).residents
+    everything = next((key_of(p.candidate) for p in ranked if p.candidate.residents == resident), None)
     window = next((key_of(p.candidate) for p in ranked if not p.candidate.residents), None)
-    found = [everything] if everything in keys else []
+    found = [everything] if everything is not None else []
     return [*found, window] if window is not None else found
 
 

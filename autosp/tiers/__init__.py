@@ -1,8 +1,9 @@
-"""Where streamed weights rest: pinned host memory, the files they are mapped from, or a packed file."""
+"""Where streamed weights rest: pinned host memory, the files they are mapped from, a packed file; or some here, some
+there."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -14,8 +15,19 @@ from autosp.spec import Tier
 from autosp.tiers.disk import DiskStore, Originals
 from autosp.tiers.host import HostStore
 from autosp.tiers.inplace import forget_pages, read_extent, shows
+from autosp.tiers.tiered import TieredStore
 
-__all__ = ["DiskStore", "HostStore", "Originals", "Store", "forget_pages", "open_store", "read_extent", "shows"]
+__all__ = [
+    "DiskStore",
+    "HostStore",
+    "Originals",
+    "Store",
+    "TieredStore",
+    "forget_pages",
+    "open_store",
+    "read_extent",
+    "shows",
+]
 
 
 class Store(Protocol):
@@ -37,14 +49,30 @@ class Store(Protocol):
         """Give moved layers memory of their own again, then free the store's. Views from `rest` end with it."""
 
 
-def open_store(device: Device, layers: Sequence[BoundLayer], cache_dir: Path, originals: Originals) -> Store:
-    """Put the layers' bytes on the device's slow tier, in this order, unless they can be read where they are.
+def open_store(
+    device: Device,
+    layers: Sequence[BoundLayer],
+    cache_dir: Path,
+    originals: Originals,
+    on_disk: Collection[int] = (),
+) -> Store:
+    """Put the layers' bytes on the device's slow tier, in this order, unless they can be read where they are; those
+    `on_disk` on disk in any case.
 
     In host memory they are moved whatever `originals` says: a second copy of the weights is what RAM has no room for.
+    What goes to disk goes first, so that its memory is there for the others.
 
     Raises: DiskFullError or HostMemoryError if there is no room for them, ReadError if a file that they are mapped from
     was replaced; the model is as before then.
     """
     if device.info.slow_tier is Tier.DISK:
         return DiskStore(layers, cache_dir, originals)
-    return HostStore(layers, device)
+    if not on_disk:
+        return HostStore(layers, device)
+    disk = DiskStore([bound for bound in layers if bound.layer.index in on_disk], cache_dir, originals)
+    try:
+        host = HostStore([bound for bound in layers if bound.layer.index not in on_disk], device)
+    except BaseException:
+        disk.close()
+        raise
+    return TieredStore(host, disk, on_disk)

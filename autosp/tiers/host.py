@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +10,11 @@ import psutil
 import torch
 
 from autosp.devices import Device
-from autosp.devices.memory import anonymous, anonymous_bytes, part, trim_heap, unpin
+from autosp.devices.memory import anonymous, anonymous_bytes, copy_bytes, part, trim_heap, unpin
 from autosp.errors import HostMemoryError
 from autosp.partition import BoundLayer
 from autosp.partition.placed import copy_to, move_out, settle
 from autosp.partition.tensors import LAYER_ALIGNMENT
-
-_memmove = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
-    ctypes.cast(ctypes.memmove, ctypes.c_void_p).value or 0
-)
 
 CGROUP_FILES = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -37,8 +32,7 @@ class HostRegion:
 
     def read_into(self, target: memoryview) -> None:
         """A plain copy; the GIL is free meanwhile."""
-        if self.n_bytes:
-            _memmove(ctypes.addressof(ctypes.c_char.from_buffer(target)), self.host.data_ptr(), self.n_bytes)
+        copy_bytes(self.host, target)
 
 
 class HostStore:

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from autosp.cost_model.floor import floor_s
 from autosp.cost_model.predict import predict
+from autosp.errors import SettingError
 from autosp.search.space import rank
-from autosp.spec import Profile
-from builders import candidates, profile, profiles, quick, thorough
+from autosp.spec import Profile, Tier
+from builders import candidates, candidates_of, link, profile, profiles, quick, thorough
 
 # Four layers of 100 B at 10 B/s: 40 s of transfers. Compute: 4 * 1 s. 30 B are resident, the workspace takes 20 B.
 PROFILE = profile((100,) * 4, bytes_per_s=10.0, resident_bytes=30, workspace_bytes=20)
@@ -79,3 +80,38 @@ def test_below_any_plan_at_its_own_peak(profile: Profile, data: st.DataObject) -
 def test_more_budget_never_raises_it(profile: Profile, budget: int, more: int) -> None:
     assert floor_s(profile, budget + more) <= floor_s(profile, budget)
     assert floor_s(profile, budget) >= profile.least_compute_s
+
+
+# The same behind a disk of 4 B/s.
+THREE_TIERS = profile(
+    (100,) * 4, bytes_per_s=10.0, resident_bytes=30, workspace_bytes=20, disk=link(source=Tier.DISK, bytes_per_s=4.0)
+)
+
+
+@pytest.mark.parametrize(
+    ("budget_bytes", "host_bytes", "expected_s"),
+    [
+        pytest.param(50, 0, 100, id="everything is read: 400 B"),
+        pytest.param(50, 200, 50, id="200 B rest on the host"),
+        pytest.param(150, 200, 30, id="100 B resident: 300 B move, 100 B are read in 25 s"),
+        pytest.param(150, 180, 30, id="bytes, not layers: 120 B are read in 30 s"),
+        pytest.param(450, 0, 4, id="everything fits the device"),
+        pytest.param(50, 400, 40, id="everything fits the host"),
+    ],
+)
+def test_the_disk_bounds_what_neither_holds(budget_bytes: int, host_bytes: int, expected_s: float) -> None:
+    assert floor_s(THREE_TIERS, budget_bytes, host_bytes) == expected_s
+
+
+def test_a_bound_by_an_unknown_disk() -> None:
+    assert floor_s(PROFILE, 50, 400) == 40
+    with pytest.raises(SettingError, match="no measurement of the disk: make it with max_cpu_gb"):
+        floor_s(PROFILE, 50, 399)
+
+
+@thorough
+@given(profiles(disk=True), st.data())
+def test_below_any_plan_of_three_tiers(profile: Profile, data: st.DataObject) -> None:
+    (predicted,) = predict(profile, [data.draw(candidates_of(profile))])
+    floor = floor_s(profile, predicted.peak_bytes, predicted.host_bytes)
+    assert floor <= predicted.latency_s * (1 + 1e-9)

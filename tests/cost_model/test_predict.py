@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 
 from autosp.cost_model.predict import contended_periods, predict
 from autosp.cost_model.simulate import costs_of, simulate
-from autosp.schedule.actions import Kind
 from autosp.schedule.streaming import build_ring, lower
 from autosp.spec import Candidate, Profile
-from builders import candidates, profile, profiles, thorough
+from builders import any_profiles, candidates_of, profile, profiles, thorough
 
 
 def close(left: float, right: float) -> bool:
@@ -22,30 +21,32 @@ def close(left: float, right: float) -> bool:
 
 
 @thorough
-@given(profiles(contention=True), st.data())
+@given(any_profiles, st.data())
 def test_predict_is_simulate_on_the_lowered_list(profile: Profile, data: st.DataObject) -> None:
-    candidate = data.draw(candidates(profile.partition.visits))
+    candidate = data.draw(candidates_of(profile))
     layer_bytes = [layer.n_bytes for layer in profile.partition.layers]
     visits = profile.partition.visits
     repeats = profile.partition.repeats
     (predicted,) = predict(profile, [candidate])
-    _, _, compute_factor, link_factor = contended_periods(profile, [build_ring(candidate, layer_bytes, visits)])
+    periods = contended_periods(profile, [build_ring(candidate, layer_bytes, visits)])
     schedule = lower(candidate, layer_bytes, visits)
-    timeline = simulate(schedule, costs_of(profile).contended(float(compute_factor[0]), float(link_factor[0])))
+    factors = (float(factor[0]) for factor in (periods.compute_factor, periods.link_factor, periods.disk_factor))
+    timeline = simulate(schedule, costs_of(profile).contended(*factors))
     last_two = (len(timeline.period_ends_s) - 2, len(timeline.period_ends_s) - 1)
     stall_s = sum(span.stall_s for span in timeline.spans if span.period in last_two) / 2
-    loads = [action for action in schedule.actions if action.kind is Kind.LOAD]
-    moved = sum(layer_bytes[layer] for action in loads for layer in action.layers)
+    moved = sum(layer_bytes[layer] for action in schedule.loads for layer in action.layers)
+    read = sum(layer_bytes[layer] for action in schedule.reads for layer in action.layers)
     assert predicted.candidate == candidate
     assert close(predicted.latency_s, timeline.steady_s * repeats)
     assert close(predicted.stall_s, stall_s * repeats)
     assert predicted.moved_bytes == moved * repeats
+    assert predicted.read_bytes == read * repeats
 
 
 @thorough
-@given(profiles(contention=True), st.data())
+@given(any_profiles, st.data())
 def test_many_at_once_are_each_by_itself(profile: Profile, data: st.DataObject) -> None:
-    some = data.draw(st.lists(candidates(profile.partition.visits), min_size=2, max_size=5))
+    some = data.draw(st.lists(candidates_of(profile), min_size=2, max_size=5))
     together = predict(profile, some)
     alone = [predict(profile, [candidate])[0] for candidate in some]
     assert [prediction.candidate for prediction in together] == some
@@ -56,24 +57,24 @@ def test_many_at_once_are_each_by_itself(profile: Profile, data: st.DataObject) 
 
 
 @thorough
-@given(profiles(), st.data())
-def test_four_periods_are_enough(profile: Profile, data: st.DataObject) -> None:
+@given(st.booleans().flatmap(lambda disk: profiles(disk=disk)), st.data())
+def test_the_periods_are_enough(profile: Profile, data: st.DataObject) -> None:
     """Steady means steady: a hundred periods later it takes no more and no less."""
-    candidate = data.draw(candidates(profile.partition.visits))
+    candidate = data.draw(candidates_of(profile))
     schedule = lower(candidate, [layer.n_bytes for layer in profile.partition.layers], profile.partition.visits)
     costs = costs_of(profile)
     assert close(simulate(schedule, costs).steady_s, simulate(schedule, costs, periods=100).steady_s)
 
 
 @thorough
-@given(profiles(contention=True), st.data())
+@given(any_profiles, st.data())
 def test_a_pass_is_compute_and_stall(profile: Profile, data: st.DataObject) -> None:
-    candidate = data.draw(candidates(profile.partition.visits))
+    candidate = data.draw(candidates_of(profile))
     layer_bytes = [layer.n_bytes for layer in profile.partition.layers]
     (predicted,) = predict(profile, [candidate])
     ring = build_ring(candidate, layer_bytes, profile.partition.visits)
-    _, _, compute_factor, _ = contended_periods(profile, [ring])
-    assert close(predicted.latency_s, profile.compute_s * float(compute_factor[0]) + predicted.stall_s)
+    compute_factor = float(contended_periods(profile, [ring]).compute_factor[0])
+    assert close(predicted.latency_s, profile.compute_s * compute_factor + predicted.stall_s)
 
 
 def test_nothing_to_predict() -> None:
@@ -150,8 +151,8 @@ def test_link_beside_compute_that_never_rests() -> None:
     (predicted,) = predict(measured, [candidate])
     assert (predicted.latency_s, predicted.stall_s) == (8, 0)
     ring = build_ring(candidate, (10,) * 4, range(4))
-    _, _, compute_factor, link_factor = contended_periods(measured, [ring])
-    assert (float(compute_factor[0]), float(link_factor[0])) == (1, 1.5)
+    periods = contended_periods(measured, [ring])
+    assert (float(periods.compute_factor[0]), float(periods.link_factor[0])) == (1, 1.5)
 
 
 def test_slowdown_in_proportion_to_overlap() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import autosp
-from autosp.devices import AcceleratorDevice, accelerator
+from autosp.devices import AcceleratorDevice, Piece, accelerator
+from autosp.errors import ReadError
 
 BACKENDS = [pytest.param(torch.cuda, id="cuda"), pytest.param(torch.xpu, id="xpu")]
 TOTAL_BYTES = 16 * 2**30
@@ -37,11 +39,30 @@ class Region:
         raise AssertionError("an accelerator copies from host memory")
 
 
-def device_of(module: Any, monkeypatch: pytest.MonkeyPatch) -> AcceleratorDevice:
+class OnDisk:
+    """Bytes that are read once `there` is set."""
+
+    host = None
+
+    def __init__(self, *values: int, error: ReadError | None = None) -> None:
+        self.n_bytes = len(values)
+        self.there = threading.Event()
+        self._values = values
+        self._error = error
+        self.there.set()
+
+    def read_into(self, target: memoryview) -> None:
+        self.there.wait()
+        if self._error is not None:
+            raise self._error
+        target[:] = bytes(self._values)
+
+
+def device_of(module: Any, monkeypatch: pytest.MonkeyPatch, kind: str = "cuda") -> AcceleratorDevice:
     """An AcceleratorDevice whose torch module is `module`; what it allocates is ordinary memory."""
     monkeypatch.setattr(torch, "get_device_module", lambda device: module)
-    made = AcceleratorDevice("cuda:0")
-    assert made.torch_device == torch.device("cuda:0")
+    made = AcceleratorDevice(f"{kind}:0")
+    assert made.torch_device == torch.device(f"{kind}:0")
     made.torch_device = torch.device("cpu")
     return made
 
@@ -78,11 +99,14 @@ def checked(kind: type, answer: Any) -> Callable[..., Any]:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_call_is_one_that_torch_takes(backend: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     module = strict(backend)
-    device = device_of(module, monkeypatch)
+    device = device_of(module, monkeypatch, backend.__name__.removeprefix("torch."))
     assert (device.info.name, device.info.memory_bytes) == ("a device", TOTAL_BYTES)
     copied = device.copy([Region(1, 2)], torch.empty(2, dtype=torch.uint8), device.record())
     device.wait(copied)
     device.finished(copied)
+    staging = torch.empty(2, dtype=torch.uint8)
+    read = device.read([OnDisk(3, 4)], staging, [copied])
+    device.wait(device.copy_staged(read, staging, [Piece(0, 0, 2)], torch.empty(2, dtype=torch.uint8), device.record()))
     assert device.seconds(device.stamp(), device.stamp()) == 1.5
     device.start_measuring()
     assert device.peak_bytes() == 2 * 2**20
@@ -298,6 +322,90 @@ def test_a_pass_of_copies_never_blocks_the_host(fake: Fake) -> None:
         device.stamp()
         device.wait(copied)
     assert "host" not in {stream for _, stream in verbs(module)}
+
+
+PIECES = [Piece(0, 0, 2)]
+
+
+def staged(device: AcceleratorDevice, region: OnDisk, target: torch.Tensor, after: Any = None) -> tuple[Any, Any]:
+    """A read that goes on until the region is there, and the copy of what it brings."""
+    region.there.clear()
+    staging = torch.zeros(2, dtype=torch.uint8)
+    read = device.read([region], staging, [])
+    return read, device.copy_staged(read, staging, PIECES, target, after)
+
+
+def test_a_copy_of_what_is_still_read_is_issued_when_it_is_there_and_in_its_turn(fake: Fake) -> None:
+    device, module = fake
+    region, target, other = OnDisk(1, 2), torch.zeros(2, dtype=torch.uint8), torch.zeros(1, dtype=torch.uint8)
+    first, second = device.record(), device.record()
+    module.log.clear()
+    read, copied = staged(device, region, target, first)
+    later = device.copy([Region(9)], other, second)
+    assert module.log == []  # neither may overtake
+    assert not device.finished(copied) and not device.finished(later)
+    region.there.set()
+    device.wait(later)
+    waits = [(stream, event) for verb, stream, event in module.log if verb == "wait"]
+    assert waits == [("copies", first), ("copies", second), ("compute", later.times.ended)]
+    assert read.over()
+    assert (target.tolist(), other.tolist()) == ([1, 2], [9])
+    device.close()
+
+
+def test_a_copy_of_what_was_read_is_issued_at_once(fake: Fake) -> None:
+    device, module = fake
+    target = torch.zeros(2, dtype=torch.uint8)
+    staging = torch.zeros(2, dtype=torch.uint8)
+    read = device.read([OnDisk(1, 2)], staging, [])
+    read.settle()
+    with Copies(module):
+        device.copy_staged(read, staging, [Piece(1, 0, 1), Piece(0, 1, 1)], target, None)
+        assert [verb for verb, _ in verbs(module) if verb != "record"] == ["copy_", "copy_"]
+    assert target.tolist() == [2, 1]
+    device.close()
+
+
+def test_a_read_waits_on_the_host_for_the_copies_that_empty_its_memory(fake: Fake) -> None:
+    device, module = fake
+    copied = device.copy([Region(1)], torch.zeros(1, dtype=torch.uint8), None)
+    module.log.clear()
+    device.read([OnDisk(5)], torch.zeros(1, dtype=torch.uint8), [copied]).settle()
+    assert module.log == [("synchronize", "host", copied.times.ended)]
+    device.close()
+
+
+def test_a_failed_read_fails_its_copy_and_no_other(fake: Fake) -> None:
+    device, _ = fake
+    region, other = OnDisk(1, 2, error=ReadError("layer 3 is gone")), torch.zeros(1, dtype=torch.uint8)
+    _, copied = staged(device, region, torch.zeros(2, dtype=torch.uint8))
+    later = device.copy([Region(9)], other, None)
+    region.there.set()
+    device.wait(later)
+    assert other.tolist() == [9]
+    with pytest.raises(ReadError, match="layer 3 is gone"):
+        device.wait(copied)
+    assert device.finished(copied)
+    device.read([OnDisk(5)], torch.zeros(1, dtype=torch.uint8), [copied]).wait()  # its memory is free all the same
+    device.close()
+
+
+def test_what_goes_wrong_on_the_stream_is_raised_where_it_is_waited_for(fake: Fake) -> None:
+    device, _ = fake
+    copied = device.copy([Region(1, 2, 3)], torch.zeros(2, dtype=torch.uint8), None)  # too much for its target
+    with pytest.raises(RuntimeError, match="size"):
+        device.wait(copied)
+
+
+def test_synchronize_waits_for_reads_and_for_what_they_bring(fake: Fake) -> None:
+    device, _ = fake
+    region, target = OnDisk(1, 2), torch.zeros(2, dtype=torch.uint8)
+    _, copied = staged(device, region, target)
+    threading.Timer(0.02, region.there.set).start()
+    device.synchronize()
+    assert copied.is_issued()
+    assert target.tolist() == [1, 2]
+    device.close()
 
 
 def test_the_limit_is_what_is_held_and_the_budget_and_ends_with_an_error(fake: Fake) -> None:

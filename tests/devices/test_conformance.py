@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from autosp.devices import CpuDevice, Device, VirtualDevice, choose_device
+from autosp.devices import CpuDevice, Device, Piece, VirtualDevice, choose_device
 from autosp.devices.memory import anonymous, memory_of
 from autosp.errors import ReadError, SettingError
 from autosp.partition import bind, partition
-from autosp.tiers import Originals, open_store
+from autosp.tiers import DiskStore, Originals, open_store
 from models import make
 
 MIB = 2**20
@@ -91,17 +92,112 @@ def test_out_of_memory_is_recognised(device: Device) -> None:
     assert not device.is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
+def _disk_store(tmp_path: Path):
+    model, batch = make("stack")
+    parts = partition(model, lambda: model(batch), torch.device("cpu"))
+    return DiskStore(bind(model, parts).layers, tmp_path, Originals.KEPT), parts
+
+
+def _whole(n_bytes: int) -> list[Piece]:
+    return [Piece(0, 0, n_bytes)]
+
+
+def _staging(device: Device, n_bytes: int) -> torch.Tensor:
+    memory = anonymous(n_bytes)
+    device.pin(memory)
+    return memory
+
+
+def test_what_is_read_is_copied_in_pieces(any_device: Device, tmp_path: Path) -> None:
+    device = any_device
+    store, parts = _disk_store(tmp_path)
+    n_bytes = max(layer.n_bytes for layer in parts.layers)
+    staging, target = _staging(device, n_bytes), device.allocate(n_bytes)
+    for layer in parts.layers:
+        target.fill_(0)
+        half = layer.n_bytes // 2
+        read = device.read(store.regions([layer.index]), staging, [])
+        pieces = [Piece(half, 0, layer.n_bytes - half), Piece(0, layer.n_bytes - half, half)]
+        copied = device.copy_staged(read, staging, pieces, target, device.record())
+        device.wait(copied)
+        device.synchronize()
+        assert device.finished(copied)
+        rest = store.rest(layer.index)
+        assert torch.equal(target.cpu()[: layer.n_bytes], torch.cat([rest[half:], rest[:half]]))
+    store.close()
+
+
+def test_one_place_of_staging_serves_many_reads_ahead_of_their_copies(any_device: Device, tmp_path: Path) -> None:
+    """All is asked for at once: reads wait for the copies before them, copies for their reads, compute for copies."""
+    device = any_device
+    store, parts = _disk_store(tmp_path)
+    staging = _staging(device, max(layer.n_bytes for layer in parts.layers))
+    targets = [device.allocate(layer.n_bytes) for layer in parts.layers]
+    for _ in range(3):
+        emptied: list[object] = []
+        copies = []
+        for layer, target in zip(parts.layers, targets, strict=True):
+            target.fill_(0)
+            place = staging[: layer.n_bytes]
+            read = device.read(store.regions([layer.index]), place, emptied)
+            copied = device.copy_staged(read, place, _whole(layer.n_bytes), target, device.record())
+            emptied = [copied]
+            copies.append(copied)
+        for layer, target, copied in zip(parts.layers, targets, copies, strict=True):
+            device.wait(copied)
+            assert torch.equal(target.cpu(), store.rest(layer.index))
+    store.close()
+
+
+def test_a_failed_read_reaches_who_waits_for_its_copy_and_nobody_else(any_device: Device, tmp_path: Path) -> None:
+    device = any_device
+    store, parts = _disk_store(tmp_path)
+    layer = parts.layers[0]
+    staging, target = _staging(device, layer.n_bytes), device.allocate(layer.n_bytes)
+    read = device.read([_Broken(layer.n_bytes)], staging, [])
+    failed = device.copy_staged(read, staging, _whole(layer.n_bytes), target, device.record())
+    again = device.read(store.regions([layer.index]), staging, [failed])
+    copied = device.copy_staged(again, staging, _whole(layer.n_bytes), target, device.record())
+    device.wait(copied)
+    with pytest.raises(ReadError, match="layer 3 is gone"):
+        device.wait(failed)
+    device.synchronize()
+    assert torch.equal(target.cpu(), store.rest(layer.index))
+    store.close()
+
+
+def test_a_read_lies_between_the_stamps_around_it(device: Device, tmp_path: Path) -> None:
+    store, parts = _disk_store(tmp_path)
+    n_bytes = parts.layers[0].n_bytes
+    staging, target = _staging(device, n_bytes), device.allocate(n_bytes)
+    before = device.stamp()
+    read = device.read(store.regions([0]), staging, [])
+    copied = device.copy_staged(read, staging, _whole(n_bytes), target, device.record())
+    device.wait(copied)
+    after = device.stamp()
+    device.synchronize()
+    moments = [before, read.times.began, read.times.ended, copied.times.began, copied.times.ended, after]
+    two_clocks_s = 0.0 if device.torch_device.type == "cpu" else 1e-3
+    assert all(device.seconds(one, other) >= -two_clocks_s for one, other in pairwise(moments))
+    store.close()
+
+
+class _Broken:
+    """A region that cannot be read."""
+
+    host = None
+
+    def __init__(self, n_bytes: int) -> None:
+        self.n_bytes = n_bytes
+
+    def read_into(self, target: memoryview) -> None:
+        raise ReadError("layer 3 is gone")
+
+
 def test_a_reader_s_error_is_raised_where_it_is_waited_for(tmp_path: Path) -> None:
     device = CpuDevice()
 
-    class Broken:
-        n_bytes = 8
-        host = None
-
-        def read_into(self, target: memoryview) -> None:
-            raise ReadError("layer 3 is gone")
-
-    event = device.copy([Broken()], device.allocate(8))
+    event = device.copy([_Broken(8)], device.allocate(8))
     with pytest.raises(ReadError, match="layer 3 is gone"):
         device.wait(event)
     ok = device.copy([], device.allocate(8))
@@ -136,6 +232,26 @@ def test_virtual_clock_is_exact(tmp_path: Path) -> None:
     assert device.now_s == 8.0
     assert device.finished(first) and not device.finished(second)
     assert bytes(memory_of(target)) == bytes(range(200))
+
+
+def test_virtual_disk_is_exact() -> None:
+    device = VirtualDevice(bytes_per_s=100.0, latency_s=1.0, disk_bytes_per_s=50.0, disk_latency_s=0.5)
+
+    class Bytes:
+        n_bytes = 100
+        host = None
+
+        def read_into(self, target: memoryview) -> None:
+            target[:] = bytes(range(100))
+
+    staging, target = device.allocate(100), device.allocate(100)
+    device.spend(5.0)
+    read = device.read([Bytes()], staging, [])  # 5 + 0.5 + 2
+    copied = device.copy_staged(read, staging, _whole(100), target, device.record())  # 7.5 + 1 + 1
+    again = device.read([Bytes()], staging, [copied])  # 9.5 + 0.5 + 2
+    assert [(one.began, one.ended) for one in (read, copied, again)] == [(5.0, 7.5), (7.5, 9.5), (9.5, 12.0)]
+    assert (device.reads, device.copies) == ([(5.0, 7.5, 100), (9.5, 12.0, 100)], [(7.5, 9.5, 100)])
+    assert bytes(memory_of(target)) == bytes(range(100))
 
 
 def test_choose_device_names_what_is_not_there() -> None:

@@ -114,7 +114,7 @@ def test_predicted_and_measured_are_two_processes_with_the_same_tracks() -> None
     predicted = expected(samples.profile(), samples.MIXED, 3)
     events = checked(trace.chrome_trace(PLAN, predicted, timeline(forward(1, 0, 0.5))))
     for process in ("predicted", "measured"):
-        for name in trace.TRACKS:
+        for name in trace.TRACKS[:4]:
             track(events, process, name)
     assert len(track(events, "predicted", "compute")) == 36
     assert len(track(events, "predicted", "passes")) == 3
@@ -202,3 +202,11 @@ def test_saved_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         trace.save_trace(target, PLAN, None, None)
     assert target.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["trace.json"]
+
+
+def test_reads_have_a_track_of_their_own() -> None:
+    timeline = Timeline((Span(Action(Kind.READ, (1,), 0, (), 8192), 0, 0.0, 0.25),), (1.0,))
+    events = trace.chrome_trace(samples.plan(), None, timeline)["traceEvents"]
+    (read,) = track(events, "measured", "disk")
+    assert (read["ts"], read["dur"], read["name"]) == (0, 250_000, "blocks.1")
+    assert read["args"] == {"layers": [1], "bytes": 400_000_000, "GB/s": 1.6, "staging offset": 8192}

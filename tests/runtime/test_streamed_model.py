@@ -27,7 +27,7 @@ from autosp.schedule.streaming import lower
 from autosp.schedule.timeline import Timeline
 from autosp.spec import Candidate, Tier
 from autosp.tiers import Originals, open_store
-from models import MAKERS, EarlyExit, Stack, make, tokens, vectors
+from models import MAKERS, EarlyExit, Stack, Written, make, tokens, vectors
 
 ON_CPU = pytest.mark.parametrize("device", ["cpu-disk", "cpu-host"], indirect=True)
 
@@ -377,29 +377,8 @@ class _Broken:
 
 
 def test_buffers_written_by_a_streamed_layer_are_written_back(apply: Apply, device: Device) -> None:
-    class Counting(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(64, 64) / 8)
-            self.register_buffer("history", torch.zeros(300, 64))  # too large for the small-buffer rule
-
-        def forward(self, x: torch.Tensor, write: bool = False) -> torch.Tensor:
-            if write:
-                self.history.add_(x.mean(dim=0))
-            return x @ self.weight + self.history[0]
-
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.ModuleList(Counting() for _ in range(4))
-
-        def forward(self, x: torch.Tensor, write: bool = False) -> torch.Tensor:
-            for layer in self.layers:
-                x = layer(x, write)
-            return x
-
     torch.manual_seed(0)
-    model = Model()
+    model = Written()
     twin = copy.deepcopy(model).to(device.torch_device)
     streamed = apply(model, vectors(), Candidate(k=2, k_prime=1))
     assert "layers.0.history" in {name for layer in streamed._bound.layers for name in layer.layer.tensors}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 
-from autosp.schedule.actions import Action, Kind, Ref, Schedule, parse, validate
+from autosp.schedule.actions import Action, Kind, Ref, Schedule, parse
 from autosp.schedule.streaming import lower
+from autosp.schedule.validate import validate
 from builders import Case, cases, evict, forward, load, schedule, thorough
 
 BYTES = (10, 20, 10)

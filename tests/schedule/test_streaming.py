@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autosp.schedule.actions import Action, Kind, parse, validate
-from autosp.schedule.streaming import Group, Ring, Transfer, arena_bytes, build_ring, lower
+from autosp.schedule.actions import Action, Kind, parse
+from autosp.schedule.arena import arena_bytes
+from autosp.schedule.streaming import Group, Ring, Transfer, build_ring, lower
+from autosp.schedule.validate import validate
 from autosp.spec import Candidate
 from builders import Case, cases, sizes, thorough
 

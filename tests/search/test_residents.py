@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autosp.schedule.streaming import arena_bytes
+from autosp.schedule.arena import arena_bytes
 from autosp.search.residents import Filling
 from autosp.search.space import rank
 from autosp.spec import Profile

@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 
 from autosp.search.correction import Correction
 from autosp.search.sampler import PARAMETERS, CostModelSampler
-from autosp.search.space import key_of, rank
+from autosp.search.space import Key, key_of, rank
 from autosp.spec import Candidate, Prediction
 from builders import prediction, profile
 
@@ -20,8 +20,8 @@ FAST = prediction(Candidate(k=4, k_prime=2, residents=(1, 3)), latency_s=10.0, s
 STEADY = prediction(Candidate(k=3, k_prime=1), latency_s=11.0, stall_s=0.0, peak_bytes=800)
 SLOW = prediction(Candidate(k=1, k_prime=1), latency_s=30.0, stall_s=15.0, peak_bytes=200)
 RANKED = [FAST, STEADY, SLOW]
-
-Key = tuple[int, int, int]
+ON_DISK = prediction(Candidate(k=1, k_prime=1, on_disk=(2,), read_ahead=2), latency_s=30.0, peak_bytes=200)
+TWO_TIERS = {"on_disk": 0, "read_ahead": 0}
 
 
 @pytest.fixture
@@ -47,12 +47,12 @@ def study_of(sampler: CostModelSampler) -> optuna.Study:
 def suggested(trial: optuna.Trial, sampler: CostModelSampler) -> Key:
     """What a trial is to try, asked for as `run_study` does."""
     low_high = {name: sampler.space[name] for name in PARAMETERS}
-    k, k_prime, residents = (
+    k, k_prime, residents, on_disk, read_ahead = (
         trial.suggest_int(name, space.low, space.high)
         for name, space in low_high.items()
         if isinstance(space, IntDistribution)
     )
-    return k, k_prime, residents
+    return k, k_prime, residents, on_disk, read_ahead
 
 
 def asked(study: optuna.Study, sampler: CostModelSampler, *, state: TrialState = TrialState.COMPLETE) -> Key:
@@ -91,22 +91,40 @@ def test_space_holds_every_candidate(sampler: CostModelSampler) -> None:
         "k": IntDistribution(0, 4),
         "k_prime": IntDistribution(1, 2),
         "residents": IntDistribution(0, 4),
+        "on_disk": IntDistribution(0, 0),
+        "read_ahead": IntDistribution(0, 0),
     }
+    three_tiers = CostModelSampler([*RANKED, ON_DISK], BUDGET).space
+    assert (three_tiers["on_disk"].high, three_tiers["read_ahead"].high) == (1, 2)
+
+
+def test_where_layers_rest_tells_settings_apart() -> None:
+    study = study_of(sampler := CostModelSampler([SLOW, ON_DISK], BUDGET))
+    assert {asked(study, sampler) for _ in range(2)} == {(1, 1, 0, 0, 0), (1, 1, 0, 1, 2)}
+
+
+def test_goes_on_with_a_study_of_before_the_disk_tier(sampler: CostModelSampler) -> None:
+    study = study_of(sampler)
+    old = {"k": 4, "k_prime": 2, "residents": 2}
+    study.add_trial(
+        optuna.trial.create_trial(params=old, distributions={name: sampler.space[name] for name in old}, value=1.0)
+    )
+    assert asked(study, sampler) == key_of(STEADY.candidate)
 
 
 def test_asked_by_optuna(sampler: CostModelSampler) -> None:
     study = study_of(sampler)
     assert [asked(study, sampler) for _ in RANKED] == [key_of(each.candidate) for each in RANKED]
     assert [trial.params for trial in study.trials] == [
-        {"k": 4, "k_prime": 2, "residents": 2},
-        {"k": 3, "k_prime": 1, "residents": 0},
-        {"k": 1, "k_prime": 1, "residents": 0},
+        {"k": 4, "k_prime": 2, "residents": 2} | TWO_TIERS,
+        {"k": 3, "k_prime": 1, "residents": 0} | TWO_TIERS,
+        {"k": 1, "k_prime": 1, "residents": 0} | TWO_TIERS,
     ]
 
 
 def test_asked_by_optuna_with_fixed_distributions(sampler: CostModelSampler) -> None:
     trial = study_of(sampler).ask(sampler.space)
-    assert trial.params == {"k": 4, "k_prime": 2, "residents": 2}
+    assert trial.params == {"k": 4, "k_prime": 2, "residents": 2} | TWO_TIERS
 
 
 def test_never_proposes_a_candidate_twice() -> None:

@@ -15,7 +15,8 @@ from autosp.devices import CpuDevice
 from autosp.devices.memory import memory_of
 from autosp.errors import AutospError, DiskFullError, HostMemoryError, ReadError, TierError
 from autosp.partition import bind, partition
-from autosp.tiers import DiskStore, HostStore, Originals, host
+from autosp.spec import Tier
+from autosp.tiers import DiskStore, HostStore, Originals, TieredStore, host, open_store
 from models import make, tokens
 
 
@@ -179,3 +180,36 @@ def test_available_memory_respects_the_container_s_limit(tmp_path: Path, monkeyp
     assert host.available_bytes() == 2000
     (tmp_path / "max").write_text("max\n")
     assert host.available_bytes() > 10**6
+
+
+def test_two_stores_as_one(tmp_path: Path) -> None:
+    model, layers = _layers()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    device = CpuDevice(slow_tier=Tier.HOST)
+    store = open_store(device, layers, tmp_path, Originals.FREED, on_disk=(1, 2))
+    assert isinstance(store, TieredStore)
+    regions = store.regions([0, 1, 2, 3])
+    sizes = [bound.layer.n_bytes for bound in layers]
+    assert [(region.n_bytes, region.host is None) for region in regions] == [
+        (sizes[0], False),
+        (sizes[1] + sizes[2], True),
+        (sizes[3], False),
+    ]
+    for bound in layers:
+        memory = device.allocate(bound.layer.n_bytes)
+        device.wait(device.copy(store.regions([bound.layer.index]), memory))
+        assert torch.equal(memory, store.rest(bound.layer.index))
+    assert store.window(0, 4096).host is not None
+    store.close()
+    device.close()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_what_went_to_disk_comes_back_if_the_host_has_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, layers = _layers()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    monkeypatch.setattr(host, "available_bytes", lambda: 10)
+    with pytest.raises(HostMemoryError):
+        open_store(CpuDevice(slow_tier=Tier.HOST), layers, tmp_path, Originals.FREED, on_disk=(1, 2))
+    assert list(tmp_path.iterdir()) == []
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -1,0 +1,32 @@
+"""What streamed weights may take of host memory."""
+
+from __future__ import annotations
+
+import warnings
+
+from autosp.cost_model.placement import exceeds
+from autosp.devices import Device
+from autosp.devices.memory import anonymous_bytes
+from autosp.spec import Partition, Tier
+from autosp.tiers.host import available_bytes
+
+
+def binding_host_budget(parts: Partition, device: Device, budget_bytes: int | None) -> int | None:
+    """What streamed weights may take of the host, if that is less than all of them; None if all may rest there."""
+    if device.info.slow_tier is not Tier.HOST:
+        return None
+    room = host_room_bytes(parts)
+    if exceeds(parts, room) and (budget_bytes is None or budget_bytes > room):
+        warnings.warn(
+            f"host memory has room for {room / 1e9:.2f} of the model's {parts.total_bytes / 1e9:.2f} GB: what is "
+            "streamed beyond that rests on disk; max_cpu_gb sets a lower limit",
+            stacklevel=3,
+        )
+        budget_bytes = room
+    return budget_bytes if exceeds(parts, budget_bytes) else None
+
+
+def host_room_bytes(partition: Partition) -> int:
+    """What weights may take of the host: its free memory, and this process's own, from which they move one by one."""
+    largest = max((layer.n_bytes for layer in partition.layers), default=0)
+    return max(0, available_bytes() + anonymous_bytes() - largest)
