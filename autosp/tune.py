@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from tqdm.auto import tqdm
 
+from autosp.apart import import_apart
 from autosp.batch import Step
 from autosp.cost_model.floor import floor_s
 from autosp.cost_model.placement import Placing, evenly_spread, host_too_small
@@ -215,7 +216,8 @@ def _continue(
 
     A new study is entered once there is something to validate: a wrong batch or budget leaves nothing in the database.
     """
-    from autosp.search.study import run_study  # optuna, which an answer from the database does not need
+    import_apart("autosp.search.study")  # optuna, which an answer from the database does not need
+    from autosp.search.study import run_study
 
     budget_bytes = key.budget_bytes
     entered = _is_entered(repository, name, key)

@@ -18,6 +18,7 @@ PACKAGE = ROOT / "autosp"
 MAY_IMPORT = {
     "errors": "",
     "files": "",
+    "apart": "",
     "spec": "errors files",
     "settings": "",
     "intercept": "",
@@ -37,7 +38,7 @@ MAY_IMPORT = {
     "studies": "store",
     "apply": "devices intercept partition runtime schedule settings tiers",
     "load": "apply checkpoint factory runtime",
-    "tune": "batch cost_model devices partition profiler runtime search settings store workload",
+    "tune": "apart batch cost_model devices partition profiler runtime search settings store workload",
     "report": "cost_model files schedule",
 }
 """Room -> rooms it may import, besides errors, spec and itself. Each room stands below those it may import."""

@@ -337,3 +337,24 @@ def test_token_models_too() -> None:
     plan = autosp.tune(model, batch, 0.5, device="cpu", progress=False, max_trials=2)
     assert plan.batch_signature == "int64[3,11]"
     assert tokens(3, 11).shape == batch.shape
+
+
+FORGETS = """
+import gc, sys, weakref
+import torch
+from torch import nn
+import autosp
+
+model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(6)))
+autosp.tune(model, torch.ones(2, 256), "2MB", storage=sys.argv[1], progress=False)
+known = weakref.ref(model)
+del model
+gc.collect()
+assert known() is None
+"""
+
+
+def test_the_model_is_let_go_of(tmp_path: Path) -> None:
+    # In a new process: what would keep it is what optuna remembers of being imported.
+    run = subprocess.run([sys.executable, "-c", FORGETS, str(tmp_path / "db")], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
