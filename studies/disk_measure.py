@@ -106,6 +106,7 @@ def run_system(job: Job) -> dict[str, Any]:
             rates = disk_rates(probed, probe_bytes)
             phases = Passes(workload, device, memory, scratch, files, system.planned).phases()
             rates += disk_rates(probed, probe_bytes)
+        at_rest = digest_of(workload.run()) if system.planned else None
     digests = {phase.pop("digest") for phase in phases.values()}
     figures = {
         "title": example.title,
@@ -113,6 +114,7 @@ def run_system(job: Job) -> dict[str, Any]:
         "phases": phases,
         "disk_bytes_per_s": rates,
         "digest": digests.pop() if len(digests) == 1 else None,
+        "at_rest_digest": at_rest,
         "setting": "" if plan is None else plan.candidate.label(),
         "candidate": None if plan is None else plan.candidate.model_dump(),
         **job.numbers,
