@@ -134,10 +134,24 @@ def drop_pages(address: int, n_bytes: int) -> None:
 
     What was written to them is lost.
     """
+    _advise(address, n_bytes, mmap.MADV_DONTNEED)
+
+
+def expect_scattered_reads(address: int, n_bytes: int) -> None:
+    """Whole pages of this run of mapped files come one by one: no read-ahead."""
+    _advise(address, n_bytes, mmap.MADV_RANDOM)
+
+
+def expect_ordinary_reads(address: int, n_bytes: int) -> None:
+    """With read-ahead again."""
+    _advise(address, n_bytes, mmap.MADV_NORMAL)
+
+
+def _advise(address: int, n_bytes: int, advice: int) -> None:
     begin = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
     whole = (address + n_bytes - begin) // mmap.PAGESIZE * mmap.PAGESIZE
     if whole > 0:
-        _madvise(begin, whole, mmap.MADV_DONTNEED)
+        _madvise(begin, whole, advice)
 
 
 def anonymous_bytes() -> int:

@@ -16,9 +16,10 @@ from autosp.devices import Device
 from autosp.devices.memory import anonymous
 from autosp.intercept import Intercepted
 from autosp.partition import BoundModel, NamedTensor
-from autosp.partition.placed import Placed, settle, tensors_of
+from autosp.partition.placed import Placed, tensors_of
 from autosp.runtime.executor import Executor, Observer
 from autosp.runtime.guests import Guests
+from autosp.runtime.lookups import Lookups
 from autosp.runtime.residents import Residents
 from autosp.runtime.streamed_layer import StreamedLayer
 from autosp.schedule.actions import Schedule
@@ -79,6 +80,7 @@ class StreamedModel(Generic[M]):
         self._disk_layers = schedule.on_disk
         self._wrappers: list[Intercepted] = []
         self._guests: Guests | None = None
+        self._lookups: Lookups | None = None
         self._removed = False
         resident_layers = set(schedule.residents)
         staying = [place for layer in bound.layers if layer.layer.index in resident_layers for place in layer.placed]
@@ -101,8 +103,7 @@ class StreamedModel(Generic[M]):
             self._move_opaque()
             if originals is Originals.FREED:
                 device.originals_freed(self._residents.n_bytes)
-            if bound.lookups is not None and bound.lookups.layout.packed:
-                settle(bound.lookups.layout.packed, device.host_view(store.rest(bound.lookups.layer.index)))
+            self._lookups = Lookups(bound.lookups, device, store) if bound.lookups else None
             self._addresses = [_address(named.tensor) for named in kept]
             self._layers = [StreamedLayer(layer) for layer in streamed]
             arena = device.allocate(schedule.arena_bytes)
@@ -171,6 +172,8 @@ class StreamedModel(Generic[M]):
             self._executor.close()
         if self._guests is not None:
             self._guests.close()
+        if self._lookups is not None:
+            self._lookups.forget()
         for (named, data), address in zip(self._kept, self._addresses or [None] * len(self._kept), strict=True):
             if address is None or _address(named.tensor) == address:  # else somebody replaced it: theirs stays
                 named.tensor.data = data

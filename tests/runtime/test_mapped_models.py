@@ -16,6 +16,7 @@ from torch import nn
 
 import autosp
 from autosp.batch import call, equal
+from autosp.devices.memory import status_bytes
 from autosp.errors import ReadError
 from autosp.settings import settings
 from autosp.spec import Outcome
@@ -300,3 +301,47 @@ def test_the_peak_is_the_plan_s_whatever_pages_a_plain_pass_left(tmp_path: Path)
     assert plan_bytes > 20e6
     assert plan_bytes * 0.9 <= streamed.stats().peak_bytes <= plan_bytes + 10e6
     streamed.remove()
+
+
+class Embedded(nn.Module):
+    """A table of 32 MiB, of which a pass looks up some rows, and two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(32768, 256)
+        self.layers = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256))
+
+    def forward(self, indices: torch.Tensor) -> torch.Tensor:
+        return self.layers(self.table(indices))
+
+
+def test_rows_of_a_table_come_without_their_neighbours(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Embedded().eval()
+    map_weights(model, tmp_path / "weights")
+    batch = torch.arange(0, 32768, 1024).view(1, -1)
+    plan = autosp.plan(model, batch, k=1, k_prime=1, device="cpu")
+    assert plan.partition.lookups is not None
+    expected = plain(model, batch)
+    with autosp.apply(model, plan):
+        file = os.open(tmp_path / "weights", os.O_RDONLY)
+        os.fsync(file)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(file)
+        before = status_bytes("RssFile")
+        assert equal(model(batch), expected)
+        assert status_bytes("RssFile") - before < 2**20  # of 32 rows on 32 pages, not of 32 times the read-ahead
+        assert reads_at_random(tmp_path / "weights")
+    assert not reads_at_random(tmp_path / "weights")
+
+
+def reads_at_random(path: Path) -> bool:
+    """Whether the kernel was told to bring single pages of any map of the file (proc_pid_smaps(5), "rr")."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        if line.startswith("VmFlags:"):
+            if inside and " rr" in line:
+                return True
+        elif "-" in line.split(" ", 1)[0]:
+            inside = line.endswith(str(path))
+    return False
