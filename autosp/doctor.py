@@ -84,7 +84,7 @@ def probe_link(device: Device, n_bytes: int, progress: Callable[[str], None] = l
     parts = partition(model, run, device.torch_device, lookups=device.reads_host, slow_tier=device.info.slow_tier)
     total = parts.streamable_bytes
     with Bench(model, parts, device, settings().cache_dir) as bench:
-        return measure_link(device, bench.store, total, total // 4, torch.float32, progress)
+        return measure_link(device, bench.store, total, total // 4, progress)
 
 
 def _existing(path: Path) -> Path:

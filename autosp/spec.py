@@ -85,7 +85,7 @@ class Partition(Record):
 
 
 class LayerProfile(Record):
-    """One visit of one layer, observed under the least-memory plan (medians over passes)."""
+    """One visit of one layer: times as if nothing was loaded meanwhile, memory under the least-memory plan."""
 
     layer: int
     before_s: float = Field(description="compute between the previous visit's end and this visit")
@@ -178,6 +178,18 @@ class Outcome(StrEnum):
     OUTPUT_DIFFERS = "output differs"
 
 
+class Usage(Record):
+    """What link, disk and compute did in a measured pass. Medians over passes."""
+
+    stall_s: float = Field(description="time in which compute waited for weights: the rest of the pass was compute")
+    stalls: float = Field(description="visits that waited long enough to be seen")
+    link_s: float = Field(description="time in which the link to the device was busy")
+    loads: float
+    disk_s: float = Field(default=0.0, description="time in which the disk behind the host was read")
+    reads: float = 0.0
+    read_bytes: float = 0.0
+
+
 class Measurement(Record):
     """What the device said of a candidate."""
 
@@ -188,6 +200,7 @@ class Measurement(Record):
     peak_bytes: int
     moved_bytes: int
     misses: int
+    usage: Usage | None = Field(default=None, description="None in what was measured before it was recorded")
 
 
 class Trial(Record):
@@ -213,6 +226,10 @@ class Profile(Record):
     links: tuple[LinkProfile, ...]
     workspace_bytes: int = Field(description="observed peak beyond the plan's own buffers: activations, workspace")
     observed: Trial = Field(description="the least-memory plan's own trial, on which the model is calibrated")
+    overlapped: Trial | None = Field(
+        default=None, description="the same of a ring that overlaps loads with compute; None if there was no room"
+    )
+    wake_s: float = Field(default=0.0, description="how much longer compute takes after it has waited for a transfer")
 
     @property
     def compute_s(self) -> float:

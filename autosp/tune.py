@@ -232,7 +232,7 @@ def _continue(
         if measured is not None and measured.disk_link is None and host_bytes is not None:
             measured = None  # the machine had more room when it was made
         with Bench(workload.model, parts, device, settings().cache_dir, host_bytes) as bench:
-            measured = measured or measure(bench, workload, show)
+            measured = measured or measure(bench, workload, show, budget_bytes)
             ranked = rank(measured, budget_bytes, host_bytes)
             repository.create_study(name, key)
             repository.save_profile(name, measured)

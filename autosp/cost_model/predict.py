@@ -2,7 +2,7 @@
 
 `read_end[j] = max(read_end[j-1], copy_end[e(j)]) + latency + bytes_j / disk bandwidth`, where layers rest on disk
 `copy_end[j] = max(copy_end[j-1], comp_end[s(j)], read_end[j]) + latency + bytes_j / bandwidth`
-`comp_end[i] = max(comp_end[i-1] + before_i, copy_end[i]) + forward_i`
+`comp_end[i] = max(comp_end[i-1] + before_i, copy_end[i]) + forward_i`, and `wake` more where it had to wait
 
 iterated over periods until steady; s(j) frees the memory of the j-th copy, e(j) empties the staging of the j-th read.
 The same numbers as `simulate` on the lowered action list (a property test holds the two together), about a thousand
@@ -21,6 +21,7 @@ import numpy.typing as npt
 from autosp.cost_model.memory import host_bytes, peak_bytes
 from autosp.cost_model.simulate import PERIODS, Costs, costs_of
 from autosp.schedule.streaming import Ring, build_ring
+from autosp.schedule.timeline import SEEN_STALL_S
 from autosp.spec import Candidate, Prediction, Profile
 
 Array = npt.NDArray[np.float64]
@@ -70,13 +71,11 @@ class Periods(NamedTuple):
 def contended_periods(profile: Profile, rings: Sequence[Ring]) -> Periods:
     """Steady period and stall of each ring, while compute, link and disk slow each other down.
 
-    Compute is slowed in proportion to the time that link and disk are busy, each of these in proportion to the time
-    that compute is.
+    Each is slowed in proportion to the share of its own time in which the other is busy too. See `beside_compute_s`.
     """
     costs = costs_of(profile)
     link, disk = profile.link, profile.disk_link
     tables = _tables(rings, costs)
-    compute_alone = sum(costs.before_s) + sum(costs.forward_s) + costs.tail_s
     link_alone = tables.load_s.sum(axis=0)
     disk_alone = tables.read_s.sum(axis=0)
     ones = np.ones(len(rings))
@@ -87,16 +86,25 @@ def contended_periods(profile: Profile, rings: Sequence[Ring]) -> Periods:
         return found
     by_link, on_link, by_disk, on_disk = (slowdown - 1 for slowdown in slowdowns)
     for _ in range(CONTENTION_ROUNDS):
-        link_busy = np.minimum(1.0, link_alone * found.link_factor / found.period_s)
-        disk_busy = np.minimum(1.0, disk_alone * found.disk_factor / found.period_s)
-        compute_busy = np.minimum(1.0, compute_alone * found.compute_factor / found.period_s)
+        compute_s = found.period_s - found.stall_s
+        link_s, disk_s = link_alone * found.link_factor, disk_alone * found.disk_factor
+        link_beside, disk_beside = beside_compute_s(link_s, found.stall_s), beside_compute_s(disk_s, found.stall_s)
         factors = (
-            1 + by_link * link_busy + by_disk * disk_busy,
-            1 + on_link * compute_busy,
-            1 + on_disk * compute_busy,
+            1 + by_link * _share(link_beside, compute_s) + by_disk * _share(disk_beside, compute_s),
+            1 + on_link * _share(link_beside, link_s),
+            1 + on_disk * _share(disk_beside, disk_s),
         )
         found = Periods(*_steady(costs, tables, *factors), *factors)
     return found
+
+
+def beside_compute_s(busy_s: Array, stall_s: Array) -> Array:
+    """Of the time in which a link is busy, what compute is busy in too: all but the stalls, which it is busy in. [C]"""
+    return np.maximum(0.0, busy_s - stall_s)
+
+
+def _share(part: Array, whole: Array) -> Array:
+    return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0).clip(0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -162,8 +170,11 @@ def _steady(
                 copies[n_visits + visit] = copy_end
             now = now + costs.before_s[visit] * compute_factor
             ready = np.where(needs[visit], copy_end, now)
-            stall += np.maximum(0.0, ready - now)
+            waited = np.maximum(0.0, ready - now)
+            stall += waited
             now = np.maximum(now, ready) + costs.forward_s[visit] * compute_factor
+            if costs.wake_s:
+                now = now + costs.wake_s * (waited > SEEN_STALL_S)
             comp_end[n_visits + visit] = now
         now = now + costs.tail_s * compute_factor
         ends.append(now)

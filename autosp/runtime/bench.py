@@ -10,6 +10,7 @@ from torch import nn
 from autosp.devices import Device
 from autosp.partition import bind
 from autosp.runtime.streamed_model import StreamedModel
+from autosp.schedule.actions import Schedule
 from autosp.schedule.streaming import lower
 from autosp.spec import Candidate, Partition
 from autosp.tiers import DiskStore, HostStore, Originals, Store, TieredStore, open_store
@@ -54,13 +55,19 @@ class Bench:
     ) -> None:
         self.store.close()
 
+    def arena_bytes(self, candidate: Candidate) -> int:
+        """Device memory of the candidate's ring."""
+        return self._lower(candidate).arena_bytes
+
     def apply(self, candidate: Candidate) -> StreamedModel[nn.Module]:
         """The model under `candidate`, until `remove()`."""
-        layer_bytes = [layer.n_bytes for layer in self.partition.layers]
-        schedule = lower(candidate, layer_bytes, self.partition.visits)
+        schedule = self._lower(candidate)
         if self.host_budget_bytes is None:
             return StreamedModel(self._bound, schedule, self.device, self.store, Originals.KEPT)
         stored = self._bound.stored({*candidate.residents, *candidate.on_disk})
         host = HostStore(stored, self.device)
         store = TieredStore(host, self.store, candidate.on_disk)
         return StreamedModel(self._bound, schedule, self.device, store, Originals.KEPT, host.close)
+
+    def _lower(self, candidate: Candidate) -> Schedule:
+        return lower(candidate, [layer.n_bytes for layer in self.partition.layers], self.partition.visits)

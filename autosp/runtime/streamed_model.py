@@ -24,7 +24,7 @@ from autosp.runtime.residents import Residents
 from autosp.runtime.streamed_layer import StreamedLayer
 from autosp.schedule.actions import Schedule
 from autosp.schedule.timeline import Timeline
-from autosp.spec import Tier
+from autosp.spec import Tier, Usage
 from autosp.tiers import Originals, Store, forget_pages
 
 M = TypeVar("M", bound=nn.Module)
@@ -152,6 +152,10 @@ class StreamedModel(Generic[M]):
             stall_s={names[layer]: seconds for layer, seconds in recorder.stall_s().items() if seconds > 0},
             over_floor=median(pass_s) / self._floor_s if pass_s and self._floor_s else None,
         )
+
+    def usage(self, last: int) -> Usage:
+        """What the last so many passes (of those that are remembered) spent their time on. Waits for the device."""
+        return self._executor.recorder.usage(last)
 
     def timeline(self) -> Timeline:
         """When everything happened in the last passes, in seconds from the first one's beginning. Waits for the device.

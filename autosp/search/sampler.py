@@ -10,7 +10,7 @@ from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
-from autosp.search.correction import Correction
+from autosp.search.learned import Learned
 from autosp.search.space import Key, key_of
 from autosp.spec import Prediction
 
@@ -19,12 +19,13 @@ PARAMETERS = ("k", "k_prime", "residents", "on_disk", "read_ahead")
 
 
 class CostModelSampler(BaseSampler):
-    """Proposes the unvalidated candidate with the least corrected latency among those corrected to fit the budget."""
+    """Proposes the unvalidated candidate with the least predicted latency among those corrected to fit the budget."""
 
     def __init__(self, ranked: Sequence[Prediction], budget_bytes: int) -> None:
+        """`ranked`: all candidates; `learned` says how they are predicted by now."""
         self._ranked = ranked
         self._budget_bytes = budget_bytes
-        self.correction = Correction(1.0, 1.0, 0.0, 0)
+        self.learned = Learned(tuple(ranked), 0.0, 0)
         most = [max(numbers) for numbers in zip(*(key_of(prediction.candidate) for prediction in ranked), strict=True)]
         most[PARAMETERS.index("residents")] = most[PARAMETERS.index("k")]
         least = {"k_prime": 1}
@@ -34,13 +35,7 @@ class CostModelSampler(BaseSampler):
 
     def best_unvalidated(self, tried: set[Key]) -> Prediction | None:
         """The next candidate; None if all that fit were tried."""
-        open_candidates = [
-            prediction
-            for prediction in self._ranked
-            if key_of(prediction.candidate) not in tried
-            and self.correction.peak_bytes(prediction) <= self._budget_bytes
-        ]
-        return min(open_candidates, key=self.correction.latency_s, default=None)
+        return next(iter(self.learned.rivals(tried, self._budget_bytes)), None)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """All numbers are chosen together."""

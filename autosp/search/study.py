@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import optuna
 from optuna.trial import TrialState
 
-from autosp.search.correction import learn
+from autosp.search.learned import Learned, Lessons
 from autosp.search.limits import Limits
 from autosp.search.sampler import PARAMETERS, CostModelSampler
 from autosp.search.space import Key, acceptable_bytes, all_resident, key_of, usable_bytes
@@ -58,22 +58,23 @@ def run_study(
     study = optuna.create_study(study_name=name, storage=storage, sampler=sampler, load_if_exists=True)
     study.set_user_attr("autosp_fingerprint", repository.study_key(name).fingerprint)
     trials = repository.trials(name)
-    by_key = {key_of(prediction.candidate): prediction for prediction in ranked}
+    lessons = Lessons(profile, ranked)
     tried = {key_of(trial.prediction.candidate) for trial in trials}
     for first in dict.fromkeys([*_baselines(profile, ranked), key_of(ranked[0].candidate)]):
         if first not in tried:
             study.enqueue_trial(dict(zip(PARAMETERS, first, strict=True)), skip_if_exists=True)
     while True:
-        verdict = judge(trials, ranked, usable, acceptable_bytes(profile, budget_bytes))
+        learned = lessons.learned(trials)
+        verdict = judge(trials, learned, usable, acceptable_bytes(profile, budget_bytes))
         waiting = bool(study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
         if verdict.finished and not waiting:
             return verdict
         if limits.reached(len(trials)):
             return verdict
-        sampler.correction = learn(trials)
+        sampler.learned = learned
         with running_trial(study, storage) as trial:
             key = tuple(trial.suggest_int(p, sampler.space[p].low, sampler.space[p].high) for p in PARAMETERS)
-            prediction = by_key.get((key[0], key[1], key[2], key[3], key[4]))
+            prediction = next((one for one in learned.predictions if key_of(one.candidate) == key), None)
             if prediction is None:  # enqueued by hand, and no candidate under this budget
                 study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
                 continue
@@ -84,7 +85,7 @@ def run_study(
         trials.append(done)
 
 
-def judge(trials: Sequence[Trial], ranked: Sequence[Prediction], usable_bytes: int, acceptable_bytes: int) -> Verdict:
+def judge(trials: Sequence[Trial], learned: Learned, usable_bytes: int, acceptable_bytes: int) -> Verdict:
     """Whether an unvalidated candidate's optimistic prediction beats the best measurement by more than a tolerance.
 
     `usable_bytes` bounds what is predicted of a rival, `acceptable_bytes` what was measured of the winner.
@@ -95,29 +96,22 @@ def judge(trials: Sequence[Trial], ranked: Sequence[Prediction], usable_bytes: i
         if trial.measurement.outcome is Outcome.FITS and trial.measurement.peak_bytes <= acceptable_bytes
     ]
     best = min(fitting, key=lambda trial: (trial.measurement.latency_s, trial.measurement.peak_bytes), default=None)
-    correction = learn(trials)
-    tried = {key_of(trial.prediction.candidate) for trial in trials}
-    rivals = [
-        prediction
-        for prediction in ranked
-        if key_of(prediction.candidate) not in tried and correction.peak_bytes(prediction) <= usable_bytes
-    ]
+    rivals = learned.rivals({key_of(trial.prediction.candidate) for trial in trials}, usable_bytes)
     if best is None:
         return Verdict(None, "no validated candidate fits the budget", finished=not rivals and bool(trials))
     measured_s = best.measurement.latency_s
     found = f"{best.prediction.candidate.label()} was the fastest of {len(fitting)} validated"
     if not rivals:
         return Verdict(best, f"{found}; every candidate under the budget was tried", finished=True)
-    rival = min(rivals, key=correction.optimistic_s)
-    optimistic_s = correction.optimistic_s(rival)
-    error = f"{correction.relative_error:.1%}"
+    optimistic_s = learned.optimistic_s(rivals[0])
+    rival, error = rivals[0].candidate.label(), f"{learned.relative_error:.1%}"
     if optimistic_s >= measured_s * (1 - TOLERANCE):
         why = (
-            f"{found}; the best of {len(rivals)} others ({rival.candidate.label()}) can take no less than "
+            f"{found}; the best of {len(rivals)} others ({rival}) can take no less than "
             f"{optimistic_s:.4g} s, given the cost model's error of {error}, against {measured_s:.4g} s measured"
         )
         return Verdict(best, why, finished=True)
-    why = f"{found}; {rival.candidate.label()} was not tried and may take {optimistic_s:.4g} s (model error {error})"
+    why = f"{found}; {rival} was not tried and may take {optimistic_s:.4g} s (model error {error})"
     return Verdict(best, why, finished=False)
 
 

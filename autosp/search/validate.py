@@ -76,6 +76,7 @@ def validate(
                     seconds, output = _timed_pass(bench, workload)  # as in a loop, the last output lives meanwhile
                     samples.append(seconds)
                 stats = streamed.stats()
+                usage = streamed.usage(len(samples))
             finally:
                 streamed.remove()
     except BaseException as error:
@@ -92,6 +93,7 @@ def validate(
         peak_bytes=stats.peak_bytes,
         moved_bytes=(stats.moved_bytes - moved_before) // len(samples),
         misses=stats.misses,
+        usage=usage,
     )
 
 
