@@ -96,6 +96,7 @@ def profile(
     link_slowdown: float = 1.0,
     compute_slowdown: float = 1.0,
     least_compute_s: float | None = None,
+    wake_s: float = 0.0,
     kind: str = "cuda",
     disk: LinkProfile | None = None,
 ) -> Profile:
@@ -133,6 +134,7 @@ def profile(
             *([disk] if disk else []),
         ),
         workspace_bytes=workspace_bytes,
+        wake_s=wake_s,
         observed=trial(prediction(least, peak_bytes=least_peak), peak_bytes=least_peak),
     )
 
@@ -307,6 +309,7 @@ def profiles(draw: st.DrawFn, *, contention: bool = False, max_layers: int = 7, 
         latency_s=draw(latencies),
         link_slowdown=draw(slowdowns),
         compute_slowdown=draw(slowdowns),
+        wake_s=draw(st.sampled_from([0.0, 0.2])) if contention else 0.0,
         disk=behind if disk else None,
     )
 

@@ -9,7 +9,7 @@ import pytest
 from optuna.distributions import IntDistribution
 from optuna.trial import TrialState
 
-from autosp.search.correction import Correction
+from autosp.search.learned import Learned
 from autosp.search.sampler import PARAMETERS, CostModelSampler
 from autosp.search.space import Key, key_of, rank
 from autosp.spec import Candidate, Prediction
@@ -71,18 +71,16 @@ def test_proposes_the_best_unvalidated(sampler: CostModelSampler) -> None:
     assert sampler.best_unvalidated({key_of(each.candidate) for each in RANKED}) is None
 
 
-def test_uses_the_corrected_latency(sampler: CostModelSampler) -> None:
-    # Stalls turned out twice as long: 2 + 2 * 8 = 18 s against 11 s.
-    sampler.correction = Correction(1.0, 2.0, 0.0, 0)
+def test_uses_the_order_that_was_learned(sampler: CostModelSampler) -> None:
+    sampler.learned = Learned((STEADY, FAST, SLOW), 0.0, 0)
     assert sampler.best_unvalidated(set()) == STEADY
-    # Compute twice as long: 2 * 2 + 8 = 12 s against 22 s.
-    sampler.correction = Correction(2.0, 1.0, 0.0, 0)
+    sampler.learned = Learned((FAST, STEADY, SLOW), 0.0, 0)
     assert sampler.best_unvalidated(set()) == FAST
 
 
 @pytest.mark.parametrize(("extra", "expected"), [(100, FAST), (101, STEADY), (201, SLOW), (801, None)])
 def test_uses_the_corrected_memory(sampler: CostModelSampler, extra: int, expected: Prediction | None) -> None:
-    sampler.correction = Correction(1.0, 1.0, 0.0, extra)
+    sampler.learned = Learned(tuple(RANKED), 0.0, extra)
     assert sampler.best_unvalidated(set()) == expected
 
 
@@ -162,11 +160,11 @@ def test_enqueued_candidates_come_first(sampler: CostModelSampler) -> None:
     assert keys == [key_of(each.candidate) for each in (SLOW, FAST, STEADY)]
 
 
-def test_correction_is_used_between_trials(sampler: CostModelSampler) -> None:
+def test_what_was_learned_is_used_between_trials(sampler: CostModelSampler) -> None:
     study = study_of(sampler)
     study.enqueue_trial({"k": 1, "k_prime": 1, "residents": 0})
     asked(study, sampler)
-    sampler.correction = Correction(1.0, 2.0, 0.0, 0)
+    sampler.learned = Learned((STEADY, FAST, SLOW), 0.0, 0)
     assert asked(study, sampler) == key_of(STEADY.candidate)
 
 
