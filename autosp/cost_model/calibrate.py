@@ -32,6 +32,9 @@ DISTURBED_ERROR = 0.25
 DISTURBED_RATIO = 4
 """A residual above both of these, the second times the median residual, is a disturbed plan's: it teaches nothing."""
 
+LEAST_SCALE = 0.1
+"""Of compute, or of a transfer's time for its bytes: where transfers are tiny, all of it may look like latency."""
+
 LEAST_LATENCY_SHARE = 0.02
 """Of a transfer's time: what a latency of nothing may turn out to be is measured against this."""
 
@@ -82,7 +85,8 @@ def _compute(profile: Profile, used: Used) -> Profile:
         profile.wake_s * visits / profile.compute_s,
     ]
     errors = [SCALE_ERROR, SLOWDOWN_ERROR, SLOWDOWN_ERROR, WAKE_ERROR]
-    scale, by_link, by_disk, wake = fit(np.array(rows), np.array(found), np.array(prior), np.array(errors))
+    factors = fit(np.array(rows), np.array(found), np.array(prior), np.array(errors))
+    scale, by_link, by_disk, wake = factors.tolist()
     links = [link.model_copy(update={"compute_slowdown": 1 + by_link / scale})]
     if disk is not None:
         links.append(disk.model_copy(update={"compute_slowdown": 1 + by_disk / scale}))
@@ -120,7 +124,7 @@ def _link(
     table[:, 1] *= unit_s
     prior = np.array([1.0, link.latency_s / unit_s, link.link_slowdown - 1])
     errors = np.array([SCALE_ERROR, LATENCY_ERROR, SLOWDOWN_ERROR])
-    scale, latency, by_compute = fit(table, np.array(found), prior, errors)
+    scale, latency, by_compute = fit(table, np.array(found), prior, errors).tolist()
     return link.model_copy(
         update={
             "bytes_per_s": link.bytes_per_s / scale,
@@ -131,9 +135,10 @@ def _link(
 
 
 def fit(table: Array, found: Array, prior: Array, errors: Array) -> Array:
-    """The factors, none negative, of `table @ factors = found`: relative errors, held at `prior` by its `errors`.
+    """The factors of `table @ factors = found`: relative errors, held at `prior` by its `errors`.
 
-    Rows that are far off all others are left out of a second fit. Shapes: [N, F], [N], [F], [F] -> [F].
+    The first one, the scale, is no less than `LEAST_SCALE`, and none of the others is negative. Rows that are far off
+    all others are left out of a second fit. Shapes: [N, F], [N], [F], [F] -> [F].
     """
     factors = _solve(table, found, prior, errors)
     residuals = np.abs(table @ factors / found - 1)
@@ -144,12 +149,15 @@ def fit(table: Array, found: Array, prior: Array, errors: Array) -> Array:
 def _solve(table: Array, found: Array, prior: Array, errors: Array) -> Array:
     rows = np.concatenate([table / found[:, None] / MEASURED_ERROR, np.diag(1 / errors)])
     target = np.concatenate([np.ones(len(found)) / MEASURED_ERROR, prior / errors])
+    least = np.zeros(len(prior))
+    least[0] = LEAST_SCALE
     free = np.ones(len(prior), bool)
-    factors = np.zeros(len(prior))
+    factors = least.copy()
     while free.any():
-        factors[:] = 0.0
-        factors[free] = np.linalg.lstsq(rows[:, free], target, rcond=None)[0]
-        if (factors >= 0).all():
+        rest = target - rows[:, ~free] @ least[~free]
+        factors[free] = np.linalg.lstsq(rows[:, free], rest, rcond=None)[0]
+        if (factors >= least).all():
             break
-        free &= factors > 0
+        free &= factors > least
+        factors[~free] = least[~free]
     return factors

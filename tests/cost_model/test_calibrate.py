@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autosp.cost_model.calibrate import calibrated, fit, observations
+from autosp.cost_model.calibrate import LEAST_SCALE, calibrated, fit, observations
 from autosp.cost_model.predict import contended_periods, predict
 from autosp.cost_model.simulate import costs_of, simulate
 from autosp.schedule.streaming import build_ring, lower
@@ -136,6 +136,13 @@ def test_a_disturbed_plan_teaches_nothing() -> None:
     assert taught.compute_s == pytest.approx(BELIEVED.compute_s, rel=0.01)
 
 
+def test_transfers_of_nearly_nothing_still_have_a_rate() -> None:
+    truth = profile((1,) * 8, bytes_per_s=1e9, latency_s=0.5)
+    taught = calibrated(profile((1,) * 8, bytes_per_s=2.0), [measured_as(truth, candidate) for candidate in TEACHERS])
+    assert taught.link.bytes_per_s <= 2.0 / LEAST_SCALE + 1e-9
+    assert max(errors(taught, truth, OTHERS)) < 0.1
+
+
 def test_the_plans_that_a_profile_was_made_from() -> None:
     assert observations(BELIEVED) == [BELIEVED.observed]
     second = trial(prediction(TEACHERS[1]))
@@ -150,5 +157,6 @@ def test_no_factor_is_negative(rows: list[tuple[float, float, float]]) -> None:
     table = np.array([[1.0, u, s] for u, s, _ in rows])
     found = np.array([value for _, _, value in rows])
     factors = fit(table, found, np.array([1.0, 0.03, 0.0]), np.array([0.3, 0.1, 0.05]))
+    assert factors[0] >= LEAST_SCALE
     assert (factors >= 0).all()
     assert np.isfinite(factors).all()
