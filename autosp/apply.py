@@ -14,7 +14,7 @@ from autosp.runtime.streamed_model import StreamedModel
 from autosp.schedule.streaming import lower
 from autosp.settings import settings
 from autosp.spec import Plan
-from autosp.tiers import Originals, open_store
+from autosp.tiers import Originals, Readers, open_store
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -50,11 +50,13 @@ def apply(model: M, plan: Plan) -> StreamedModel[M]:
     bound = bind(model, plan.partition, device.info.slow_tier)
     schedule = lower(plan.candidate, [layer.n_bytes for layer in bound.partition.layers], plan.partition.visits)
     stored = bound.stored(plan.candidate.residents)
-    store = open_store(device, stored, settings().cache_dir, Originals.FREED, plan.candidate.on_disk)
+    readers = Readers(plan.reading)
+    store = open_store(device, stored, settings().cache_dir, Originals.FREED, plan.candidate.on_disk, readers)
 
     def close() -> None:
         store.close()
         device.close()
+        readers.close()
 
     pass_floor_s = plan.floor_s / plan.partition.repeats if plan.floor_s else None
     return StreamedModel(bound, schedule, device, store, Originals.FREED, close, pass_floor_s)

@@ -1,0 +1,85 @@
+"""Threads that read the blocks of one transfer, as many and as large as a plan says."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+
+from autosp.devices.worker import Worker
+from autosp.partition.tensors import LAYER_ALIGNMENT, align
+from autosp.spec import Reading
+
+LEAST_BYTES = 2**20
+"""What is not worth parting for the sake of another reader."""
+
+Read = Callable[[int, list[memoryview], int], int]
+"""`os.preadv`, or what stands for a disk that misbehaves: (descriptor, buffers, offset) -> bytes read."""
+
+ReadBlock = Callable[[int, int], None]
+"""Reads the bytes from one to the other."""
+
+
+class Readers:
+    """The readers of one store. The thread that asks is the first of them, so one reader needs no thread.
+
+    For one asking thread at a time: whoever reads a store's layers.
+    """
+
+    def __init__(self, reading: Reading | None = None, read: Read = os.preadv) -> None:
+        """`read` reads one block, or as much of it as comes."""
+        self.read = read
+        self.reading = reading or Reading()
+        self._others = self._workers()
+
+    def use(self, reading: Reading) -> None:
+        """From the next transfer on. Nothing may be under way."""
+        self.close()
+        self.reading = reading
+        self._others = self._workers()
+
+    def each_block(self, n_bytes: int, read_block: ReadBlock) -> None:
+        """Call it for every block of a run. Returns, or raises what one of them raised, when none is under way.
+
+        After an error no other block is begun.
+        """
+        left = deque(self._blocks(n_bytes))
+        asked = [other.start(partial(_read_what_is_left, left, read_block)) for other in self._others[: len(left) - 1]]
+        try:
+            _read_what_is_left(left, read_block)
+        finally:
+            for one in asked:
+                one.settle()
+        for one in asked:
+            one.wait()
+
+    def close(self) -> None:
+        """End the threads."""
+        for other in self._others:
+            other.close()
+        self._others = []
+
+    def _blocks(self, n_bytes: int) -> list[tuple[int, int]]:
+        """Of one size, so that all readers are busy until the end."""
+        readers, most = self.reading.readers, self.reading.block_bytes
+        rounds = -(-n_bytes // (most * readers))
+        even = -(-n_bytes // max(1, rounds * readers))
+        size = align(max(even, min(LEAST_BYTES, most)), LAYER_ALIGNMENT)
+        return [(begin, min(begin + size, n_bytes)) for begin in range(0, n_bytes, size)]
+
+    def _workers(self) -> list[Worker]:
+        return [Worker(f"autosp-reader-{number}") for number in range(2, self.reading.readers + 1)]
+
+
+def _read_what_is_left(left: deque[tuple[int, int]], read_block: ReadBlock) -> None:
+    while True:
+        try:
+            begin, end = left.popleft()
+        except IndexError:
+            return
+        try:
+            read_block(begin, end)
+        except BaseException:
+            left.clear()
+            raise
