@@ -14,6 +14,7 @@ from autosp.errors import SettingError
 from autosp.partition import model_fingerprint
 from autosp.profiler.layers import LEAST_MEMORY, observe
 from autosp.profiler.links import HostProbe, measure_disk, measure_link
+from autosp.profiler.reading import measure_reading
 from autosp.runtime.bench import Bench
 from autosp.spec import Candidate, LinkProfile, Partition, Prediction, Profile, Trial
 from autosp.workload import Workload
@@ -34,8 +35,11 @@ def measure(bench: Bench, workload: Workload, progress: Callable[[str], None] = 
             "check that sample_batch and step run the model"
         )
     least = _least_memory(bench)
+    reads = measure_reading(bench, progress)
     observed = observe(bench, least, workload.run, progress)
     links = _links(bench, _dtype(workload.model), observed.load_s, progress)
+    if reads is not None:
+        links = (*links[:-1], links[-1].model_copy(update=reads._asdict()))
     placeholder = Prediction(candidate=least, latency_s=0, stall_s=0, moved_bytes=0, peak_bytes=0)
     profile = Profile(
         model_name=type(workload.model).__name__,
@@ -71,7 +75,7 @@ def _least_memory(bench: Bench) -> Candidate:
 
 
 def _links(bench: Bench, dtype: torch.dtype, load_s: float, progress: Callable[[str], None]) -> tuple[LinkProfile, ...]:
-    """The link to the device and, where layers may rest behind the host, the one from disk."""
+    """The link to the device and, where layers may rest behind the host, the one from disk, which is last."""
     device, partition = bench.device, bench.partition
     total, largest = partition.streamable_bytes, max(layer.n_bytes for layer in partition.layers)
     if bench.host_budget_bytes is None:

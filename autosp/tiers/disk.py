@@ -62,6 +62,11 @@ class Window:
             file.read_into(target[done : done + n_bytes], offset, "(link measurement)", needed_bytes)
             done += n_bytes
 
+    def cached_bytes_per_s(self, target: memoryview) -> float | None:
+        """What the page cache gives of it, once it has it; None where it does not keep it, or does not tell."""
+        file, offset, _, needed_bytes = self.pieces[0]
+        return file.cached_bytes_per_s(target[:needed_bytes], offset)
+
 
 class DiskStore:
     """Reads in place what can be; writes the rest to a packed file, of which there is none if there is no rest."""

@@ -46,24 +46,26 @@ class WeightFile:
         needed = len(target) if needed_bytes is None else needed_bytes
 
         def read_block(begin: int, end: int) -> None:
-            self._read_block(target[begin:end], offset + begin, name, min(end, needed) - begin)
+            least = min(end, needed) - begin
+            descriptor = self._descriptor_for(offset + begin, least)
+            self._read_block(descriptor, target[begin:end], offset + begin, name, least)
 
         self._readers.each_block(min(align(needed, LAYER_ALIGNMENT), len(target)), read_block)
 
-    def cached_rate(self, target: memoryview, offset: int) -> float | None:
-        """Bytes per second at which the page cache gives what it is made to hold now; None if it does not keep it."""
-        buffers = [target]
-        if self._readers.read(self._buffered, buffers, offset) != len(target):
-            return None
-        begin = time.perf_counter()
-        if not is_cached(self._buffered, offset, len(target)):
-            return None
-        self._readers.read(self._buffered, buffers, offset)
-        return len(target) / (time.perf_counter() - begin)
+    def cached_bytes_per_s(self, target: memoryview, offset: int) -> float | None:
+        """What the page cache gives, once it has these bytes; None where it does not keep them, or does not tell.
 
-    def _read_block(self, target: memoryview, offset: int, name: str, needed: int) -> None:
-        """From the page cache if the plan says so and all of it is there, else from the disk. Short reads go on."""
-        descriptor = self._descriptor_for(offset, needed)
+        Raises: ReadError.
+        """
+        for _ in range(2):  # the first time brings them there
+            begin = time.perf_counter()
+            cached = is_cached(self._buffered, offset, len(target))
+            self._read_block(self._buffered, target, offset, "(link measurement)", len(target))
+            seconds = time.perf_counter() - begin
+        return len(target) / seconds if cached else None
+
+    def _read_block(self, descriptor: int, target: memoryview, offset: int, name: str, needed: int) -> None:
+        """The first `needed` bytes of `target` at least. Short reads are continued."""
         done = 0
         failures = 0
         while done < needed:
@@ -91,6 +93,7 @@ class WeightFile:
             failures = 0
 
     def _descriptor_for(self, offset: int, n_bytes: int) -> int:
+        """The page cache's if the plan says so and all of the block is there, else the disk's."""
         if self._readers.reading.from_cache and is_cached(self._buffered, offset, n_bytes):
             return self._buffered
         return self.descriptor

@@ -30,22 +30,23 @@ class Readers:
     def __init__(self, reading: Reading | None = None, read: Read = os.preadv) -> None:
         """`read` reads one block, or as much of it as comes."""
         self.read = read
-        self.reading = reading or Reading()
-        self._others = self._workers()
+        self._others: list[Worker] = []
+        self.use(reading or Reading())
 
     def use(self, reading: Reading) -> None:
         """From the next transfer on. Nothing may be under way."""
-        self.close()
         self.reading = reading
-        self._others = self._workers()
+        missing = range(len(self._others) + 2, reading.readers + 1)
+        self._others += [Worker(f"autosp-reader-{number}") for number in missing]
 
     def each_block(self, n_bytes: int, read_block: ReadBlock) -> None:
         """Call it for every block of a run. Returns, or raises what one of them raised, when none is under way.
 
         After an error no other block is begun.
         """
-        left = deque(self._blocks(n_bytes))
-        asked = [other.start(partial(_read_what_is_left, left, read_block)) for other in self._others[: len(left) - 1]]
+        left = deque(blocks_of(n_bytes, self.reading))
+        others = self._others[: min(self.reading.readers, len(left)) - 1]
+        asked = [other.start(partial(_read_what_is_left, left, read_block)) for other in others]
         try:
             _read_what_is_left(left, read_block)
         finally:
@@ -60,16 +61,14 @@ class Readers:
             other.close()
         self._others = []
 
-    def _blocks(self, n_bytes: int) -> list[tuple[int, int]]:
-        """Of one size, so that all readers are busy until the end."""
-        readers, most = self.reading.readers, self.reading.block_bytes
-        rounds = -(-n_bytes // (most * readers))
-        even = -(-n_bytes // max(1, rounds * readers))
-        size = align(max(even, min(LEAST_BYTES, most)), LAYER_ALIGNMENT)
-        return [(begin, min(begin + size, n_bytes)) for begin in range(0, n_bytes, size)]
 
-    def _workers(self) -> list[Worker]:
-        return [Worker(f"autosp-reader-{number}") for number in range(2, self.reading.readers + 1)]
+def blocks_of(n_bytes: int, reading: Reading) -> list[tuple[int, int]]:
+    """Where the blocks of a run begin and end: of one size, so that all readers are busy until the end."""
+    readers, most = reading.readers, reading.block_bytes
+    rounds = -(-n_bytes // (most * readers))
+    even = -(-n_bytes // max(1, rounds * readers))
+    size = align(max(even, min(LEAST_BYTES, most)), LAYER_ALIGNMENT)
+    return [(begin, min(begin + size, n_bytes)) for begin in range(0, n_bytes, size)]
 
 
 def _read_what_is_left(left: deque[tuple[int, int]], read_block: ReadBlock) -> None:
