@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from autosp.devices import choose_device
+from autosp.devices import device_for
 from autosp.errors import PlanMismatchError, SettingError
 from autosp.intercept import is_intercepted
 from autosp.partition import bind, model_fingerprint
@@ -46,7 +46,7 @@ def apply(model: M, plan: Plan) -> StreamedModel[M]:
             f"the plan is for {plan.model_name} with fingerprint {plan.model_fingerprint}; this "
             f"{type(model).__name__} has {found}: other module classes, tensor names, shapes, dtypes or ties"
         )
-    device = choose_device(plan.device.kind)
+    device = device_for(plan.device)
     bound = bind(model, plan.partition, device.info.slow_tier)
     schedule = lower(plan.candidate, [layer.n_bytes for layer in bound.partition.layers], plan.partition.visits)
     stored = bound.stored(plan.candidate.residents)

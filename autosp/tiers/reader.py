@@ -11,7 +11,7 @@ from pathlib import Path
 from autosp.errors import ReadError
 from autosp.partition.tensors import LAYER_ALIGNMENT, align
 from autosp.tiers.page_cache import is_cached
-from autosp.tiers.readers import Readers
+from autosp.tiers.readers import Open, Readers
 
 RETRIES = 2
 """Times that a read which failed with EIO is repeated before it is an error."""
@@ -26,7 +26,7 @@ class WeightFile:
         """`direct`: bypass the page cache, for offsets and memory at multiples of 4096. Raises: OSError."""
         self.path = path
         self._readers = readers
-        self.descriptor = _open(path, direct)
+        self.descriptor = _open(path, direct, readers.open)
         self._opened = os.fstat(self.descriptor)
         self._direct = bool(fcntl.fcntl(self.descriptor, fcntl.F_GETFL) & DIRECT)
         self._buffered = _open_again(self.descriptor) if self._direct else self.descriptor
@@ -133,14 +133,15 @@ class WeightFile:
         fcntl.fcntl(self.descriptor, fcntl.F_SETFL, flags & ~DIRECT)
 
 
-def _open(path: Path, direct: bool) -> int:
+def _open(path: Path, direct: bool, open_file: Open) -> int:
+    """Without O_DIRECT where the filesystem refuses it. Raises: OSError."""
     flags = os.O_RDONLY | os.O_CLOEXEC
     try:
-        return os.open(path, flags | (DIRECT if direct else 0))
+        return open_file(path, flags | (DIRECT if direct else 0))
     except OSError as error:
-        if error.errno != errno.EINVAL:
+        if error.errno != errno.EINVAL or not direct:
             raise
-        return os.open(path, flags)
+        return open_file(path, flags)
 
 
 def _open_again(descriptor: int) -> int:

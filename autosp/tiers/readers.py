@@ -6,6 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 from autosp.devices.worker import Worker
 from autosp.partition.tensors import LAYER_ALIGNMENT, align
@@ -17,6 +18,9 @@ LEAST_BYTES = 2**20
 Read = Callable[[int, list[memoryview], int], int]
 """`os.preadv`, or what stands for a disk that misbehaves: (descriptor, buffers, offset) -> bytes read."""
 
+Open = Callable[[Path, int], int]
+"""`os.open`, or what stands for a filesystem that refuses: (path, flags) -> descriptor."""
+
 ReadBlock = Callable[[int, int], None]
 """Reads the bytes from one to the other."""
 
@@ -27,8 +31,9 @@ class Readers:
     For one asking thread at a time: whoever reads a store's layers.
     """
 
-    def __init__(self, reading: Reading | None = None, read: Read = os.preadv) -> None:
-        """`read` reads one block, or as much of it as comes."""
+    def __init__(self, reading: Reading | None = None, *, open: Open = os.open, read: Read = os.preadv) -> None:
+        """`open` opens each file once; `read` reads one block, or as much of it as comes."""
+        self.open = open
         self.read = read
         self._others: list[Worker] = []
         self.use(reading or Reading())

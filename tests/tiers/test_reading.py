@@ -80,7 +80,7 @@ def test_readers_read_at_the_same_time_and_one_more_does_not(path: Path) -> None
             together.wait(PATIENCE_S)
         return os.preadv(descriptor, buffers, offset)
 
-    several = Readers(Reading(readers=3, block_bytes=BLOCK), meet)
+    several = Readers(Reading(readers=3, block_bytes=BLOCK), read=meet)
     file = WeightFile(path, several)
     assert content(file) == path.read_bytes()
     assert len(seen) == 3
@@ -114,7 +114,7 @@ def test_an_error_is_the_layer_s_and_ends_the_read_before_it_is_raised(path: Pat
         finally:
             reading.remove(offset)
 
-    several = Readers(Reading(readers=3, block_bytes=BLOCK), fail)
+    several = Readers(Reading(readers=3, block_bytes=BLOCK), read=fail)
     file = WeightFile(path, several)
     for _ in range(10):
         with pytest.raises(ReadError, match=rf"weights: reading layer blocks\.3 failed at byte {5 * BLOCK}: No such"):
@@ -150,7 +150,7 @@ def test_o_direct_that_is_refused_to_all_readers_at_once(path: Path) -> None:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         return os.preadv(descriptor, buffers, offset)
 
-    several = Readers(Reading(readers=3, block_bytes=BLOCK), refuse)
+    several = Readers(Reading(readers=3, block_bytes=BLOCK), read=refuse)
     file = WeightFile(path, several)
     for _ in range(2):
         assert content(file) == path.read_bytes()
@@ -174,7 +174,7 @@ def test_what_the_page_cache_has_whole_is_copied_from_it_if_the_plan_says_so(fro
         direct[offset] = is_direct(descriptor)
         return os.preadv(descriptor, buffers, offset)
 
-    readers = Readers(Reading(block_bytes=8 * BLOCK, from_cache=from_cache), look)
+    readers = Readers(Reading(block_bytes=8 * BLOCK, from_cache=from_cache), read=look)
     file = WeightFile(path, readers)
     expected = path.read_bytes()
     evict(path)
