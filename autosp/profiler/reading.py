@@ -8,7 +8,6 @@ from statistics import median
 from typing import NamedTuple
 
 from autosp.devices.memory import anonymous, memory_of
-from autosp.partition.tensors import LAYER_ALIGNMENT
 from autosp.runtime.bench import Bench
 from autosp.spec import Reading
 from autosp.tiers import DiskStore
@@ -38,7 +37,7 @@ class FileReads(NamedTuple):
 def measure_reading(bench: Bench, progress: Callable[[str], None]) -> FileReads | None:
     """Find it out on the bench's own files, which its readers read so from now on. None if it has none.
 
-    Nothing else may run meanwhile.
+    Nothing else may run meanwhile. Raises: ReadError.
     """
     store, partition = bench.store, bench.partition
     if not isinstance(store, DiskStore):
@@ -62,8 +61,7 @@ def measure_reading(bench: Bench, progress: Callable[[str], None]) -> FileReads 
     progress("readers and blocks")
     reading = choose_reading(n_bytes, read_s)
     bench.readers.use(reading)
-    cached = store.window(0, n_bytes // LAYER_ALIGNMENT * LAYER_ALIGNMENT).cached_bytes_per_s(memory)
-    return FileReads(reading, cached)
+    return FileReads(reading, store.window(0, n_bytes).cached_bytes_per_s(memory))
 
 
 def choose_reading(

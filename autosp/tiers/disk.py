@@ -63,8 +63,11 @@ class Window:
             done += n_bytes
 
     def cached_bytes_per_s(self, target: memoryview) -> float | None:
-        """What the page cache gives of it, once it has it; None where it does not keep it, or does not tell."""
-        file, offset, _, needed_bytes = self.pieces[0]
+        """What the page cache gives of its largest piece; None where it does not keep it, or does not tell.
+
+        Raises: ReadError.
+        """
+        file, offset, _, needed_bytes = max(self.pieces, key=lambda piece: piece[-1])
         return file.cached_bytes_per_s(target[:needed_bytes], offset)
 
 
