@@ -136,12 +136,12 @@ def _rests_on(plan: Plan, profile: Profile) -> bool:
 def workload_of(factory: str, plan: Plan) -> tuple[Workload, Device]:
     """A model and its batch to run a plan on. Told if the batch is not what the plan is for."""
     from autosp.batch import signature
-    from autosp.devices import choose_device
+    from autosp.devices import device_for
     from autosp.factory import make_subject
     from autosp.workload import Workload
 
     subject = make_subject(factory)
-    device = choose_device(plan.device.kind)
+    device = device_for(plan.device)
     workload = Workload.of(subject.model, subject.batch, subject.step, plan.mode, device)
     if signature(workload.batch) != plan.batch_signature:
         tell(f"the plan is for {plan.batch_signature}: its figures do not hold for {signature(workload.batch)}")

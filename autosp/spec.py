@@ -18,8 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from autosp.errors import PlanFormatError
 from autosp.files import write_atomically
 
-PLAN_SCHEMA_VERSION = 3
-"""1: before lookup tables; 2: before `Layer.weight_bytes`, and layers on disk behind the host; both still read."""
+PLAN_SCHEMA_VERSION = 4
+"""1: before lookup tables; 2: before `Layer.weight_bytes`, and layers on disk behind the host; 3: before `reading`. All
+of them are still read."""
 
 Mode = Literal["inference"]
 
@@ -101,6 +102,14 @@ class LinkPoint(Record):
     seconds: float
 
 
+class Reading(Record):
+    """How files are read: a transfer's blocks, one per system call, are spread over the readers."""
+
+    readers: int = Field(default=1, ge=1)
+    block_bytes: int = Field(default=32 * 2**20, ge=4096, multiple_of=4096)
+    from_cache: bool = Field(default=False, description="copy what the page cache has, instead of reading the disk")
+
+
 class LinkProfile(Record):
     """One direction between two tiers: a transfer of b bytes takes `latency_s + b / bytes_per_s`."""
 
@@ -111,6 +120,8 @@ class LinkProfile(Record):
     link_slowdown: float = Field(ge=1, description="a transfer takes this many times longer while computing")
     compute_slowdown: float = Field(ge=1, description="compute takes this many times longer during a transfer")
     points: tuple[LinkPoint, ...]
+    reading: Reading | None = Field(default=None, description="of a link from disk: how it was read")
+    cached_bytes_per_s: float | None = Field(default=None, description="of a link from disk: what the page cache gives")
 
 
 class Candidate(Record):
@@ -300,6 +311,7 @@ class Plan(Record):
     host_budget_bytes: int | None = Field(default=None, description="None if all streamed layers may rest on the host")
     partition: Partition
     candidate: Candidate
+    reading: Reading = Reading()
     prediction: Prediction | None = None
     measurement: Measurement | None = None
     floor_s: float | None = None

@@ -15,6 +15,7 @@ from autosp.apart import import_apart
 from autosp.batch import Step
 from autosp.cost_model.floor import floor_s
 from autosp.cost_model.placement import Placing, evenly_spread, host_too_small
+from autosp.cost_model.reading import measured_reading, planned_reading
 from autosp.devices import Device, choose_device
 from autosp.errors import AutospError, BudgetTooSmallError, OutputMismatchError, SettingError
 from autosp.partition import partition
@@ -233,6 +234,7 @@ def _continue(
             measured = None  # the machine had more room when it was made
         with Bench(workload.model, parts, device, settings().cache_dir, host_bytes) as bench:
             measured = measured or measure(bench, workload, show, budget_bytes)
+            bench.readers.use(measured_reading(measured))
             ranked = rank(measured, budget_bytes, host_bytes)
             repository.create_study(name, key)
             repository.save_profile(name, measured)
@@ -255,6 +257,7 @@ def _continue(
         host_budget_bytes=host_bytes,
         partition=measured.partition,
         candidate=verdict.best.prediction.candidate,
+        reading=planned_reading(measured, verdict.best.prediction),
         prediction=verdict.best.prediction,
         measurement=verdict.best.measurement,
         floor_s=floor_s(measured, budget_bytes, host_bytes),

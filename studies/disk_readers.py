@@ -24,7 +24,8 @@ PREFACE = (
     "All layers resident, so that a pass computes only. Slow-down: the pass while autosp's readers stream from the "
     "disk into a ring, over the pass alone, in turns. *One model's bytes per pass* is what a plan without residents "
     "asks for in a pass that compute limits; *without a pause* the disk is read for the whole pass. The reads' rate "
-    "is that during the pass. Block: bytes of one read; two readers are two threads that take turns."
+    "is that during the pass. Block: the most bytes of one read; with two readers the blocks "
+    "of each transfer are spread over two threads."
 )
 
 

@@ -28,7 +28,6 @@ from peer_measure import drop_from_page_cache
 from peer_systems import PLAIN, TUNED, WINDOW
 
 from autosp.spec import Candidate, Plan
-from autosp.tiers import reader
 from builders import profile
 
 pytest.importorskip("accelerate", reason="the peers are no dependencies of autosp")
@@ -163,8 +162,7 @@ def test_accelerate(asked: Callable[..., Run], tmp_path: Path) -> None:
     assert is_picture(tmp_path / "accelerate.png")
 
 
-def test_readers(asked: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "CHUNK_BYTES", reader.CHUNK_BYTES)  # the studies set it for their process
+def test_readers(asked: Callable[..., Run], tmp_path: Path) -> None:
     run = asked("readers")
     READING.run(run)
     rows = rows_of(run)

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 import autosp.spec
 from autosp.errors import AutospError, PlanFormatError
-from autosp.spec import PLAN_SCHEMA_VERSION, Candidate, Outcome, Plan, Record, StudyKey, Tier
+from autosp.spec import PLAN_SCHEMA_VERSION, Candidate, Outcome, Plan, Reading, Record, StudyKey, Tier
 from builders import device, measurement, partition, prediction, profile
 
 
@@ -73,7 +73,7 @@ def test_file_is_readable_json(tmp_path: Path) -> None:
     text = (tmp_path / "plan.json").read_text(encoding="utf-8")
     assert text.endswith("}\n")
     data = json.loads(text)
-    assert data["schema_version"] == PLAN_SCHEMA_VERSION == 3
+    assert data["schema_version"] == PLAN_SCHEMA_VERSION == 4
     assert data["candidate"] == {"k": 3, "k_prime": 1, "residents": [1], "on_disk": [], "read_ahead": 0}
     assert data["device"]["slow_tier"] == "disk"
     assert data["why"] == "für Zoë: ≤ 5 GB ✓"
@@ -293,8 +293,23 @@ def a_key(**changes: Any) -> StudyKey:
     return StudyKey(**(fields | changes))
 
 
+def before_readers(data: dict[str, Any]) -> None:
+    """As schema 3 had it."""
+    data["schema_version"] = 3
+    del data["reading"]
+
+
+def test_a_plan_of_before_readers_means_one_and_the_blocks_of_then(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(changed(before_readers), encoding="utf-8")
+    loaded = Plan.load(path)
+    assert loaded == PLAN.model_copy(update={"schema_version": 3})
+    assert loaded.reading == Reading(readers=1, block_bytes=32 * 2**20, from_cache=False)
+
+
 def before_the_disk_tier(data: dict[str, Any]) -> None:
     """As schema 2 had it."""
+    before_readers(data)
     data["schema_version"] = 2
     del data["host_budget_bytes"], data["candidate"]["on_disk"], data["candidate"]["read_ahead"]
     if data["prediction"]:

@@ -107,10 +107,15 @@ def _layer(index: int, name: str, extents: Sequence[Extent]) -> Layer:
 
 
 def _collect(model: nn.Module, slow_tier: Tier) -> ModelTensors:
-    """The model's tensors. A disk tier reads those mapped from a file in place; RAM takes all of them packed."""
+    """The model's tensors. A disk tier reads those mapped from a file in place; RAM takes all of them packed.
+
+    Raises: ReadError if a file that they are mapped from was truncated, before anything touches them.
+    """
     tensors = collect(model)
-    if slow_tier is Tier.DISK:
-        locate(tensors.extents)
+    locate(tensors.extents)
+    if slow_tier is not Tier.DISK:
+        for extent in tensors.extents:
+            extent.source = None
     return tensors
 
 

@@ -12,6 +12,7 @@ from autosp.errors import SettingError
 from autosp.partition import model_fingerprint
 from autosp.profiler.layers import observe
 from autosp.profiler.links import HostProbe, measure_disk, measure_link
+from autosp.profiler.reading import measure_reading
 from autosp.runtime.bench import Bench
 from autosp.spec import Candidate, LayerProfile, LinkProfile, Measurement, Prediction, Profile, Trial
 from autosp.workload import Workload
@@ -50,7 +51,11 @@ def measure(
     if least is None:
         assert bench.host_budget_bytes is not None, "a host without a budget has room for all"
         raise host_too_small(partition, bench.host_budget_bytes)
+    reads = measure_reading(bench, progress)
     observed = observe(bench, least, workload.run, progress)
+    links = _links(bench, progress)
+    if reads is not None:
+        links = (*links[:-1], links[-1].model_copy(update=reads._asdict()))
     profile = Profile(
         model_name=type(workload.model).__name__,
         model_fingerprint=model_fingerprint(workload.model),
@@ -61,7 +66,7 @@ def measure(
         visits=observed.visits,
         tail_s=observed.tail_s,
         least_compute_s=observed.least_compute_s,
-        links=_links(bench, progress),
+        links=links,
         workspace_bytes=observed.workspace_bytes,
         observed=_trial(least, observed.measurement),
     )
@@ -122,7 +127,7 @@ def _overlapping(bench: Bench, profile: Profile, budget_bytes: int | None) -> Ca
 
 
 def _links(bench: Bench, progress: Callable[[str], None]) -> tuple[LinkProfile, ...]:
-    """The link to the device and, where layers may rest behind the host, the one from disk."""
+    """The link to the device and, where layers may rest behind the host, the one from disk, which is last."""
     device, partition = bench.device, bench.partition
     total, largest = partition.streamable_bytes, max(layer.n_bytes for layer in partition.layers)
     if bench.host_budget_bytes is None:

@@ -19,7 +19,9 @@ from autosp.spec import (
     Plan,
     Prediction,
     Profile,
+    Reading,
     StudySummary,
+    Tier,
     Trial,
 )
 
@@ -129,6 +131,8 @@ def plan_table(plan: Plan) -> Table:
         ("residents", _residents(candidate, plan.partition)),
         *([("on disk", on_disk)] if on_disk else []),
     ]
+    if candidate.on_disk or plan.device.slow_tier is Tier.DISK:
+        rows.append(("reading", _reading(plan.reading)))
     if said is not None:
         rows.append(("predicted", f"{seconds(said.latency_s)} a pass, {seconds(said.stall_s)} of it stalled"))
     if found is not None:
@@ -195,7 +199,17 @@ def link_table(link: LinkProfile) -> Table:
     table.add_row("fitted", f"{seconds(link.latency_s)} +", rate(link.bytes_per_s))
     table.add_row("under compute", f"× {link.link_slowdown:.2f}", rate(link.bytes_per_s / link.link_slowdown))
     table.add_row("compute meanwhile", f"× {link.compute_slowdown:.2f}", "")
+    if link.reading is not None:
+        table.add_row("read by", _reading(link.reading), "")
+    if link.cached_bytes_per_s is not None:
+        table.add_row("from the page cache", "", rate(link.cached_bytes_per_s))
     return table
+
+
+def _reading(reading: Reading) -> str:
+    who = "1 reader" if reading.readers == 1 else f"{reading.readers} readers"
+    where = "; what the page cache has is copied from it" if reading.from_cache else ""
+    return f"{who}, blocks of {reading.block_bytes / 2**20:g} MiB{where}"
 
 
 def new_table(title: str, *, show_footer: bool = False) -> Table:

@@ -13,7 +13,7 @@ from autosp.runtime.streamed_model import StreamedModel
 from autosp.schedule.actions import Schedule
 from autosp.schedule.streaming import lower
 from autosp.spec import Candidate, Partition
-from autosp.tiers import DiskStore, HostStore, Originals, Store, TieredStore, open_store
+from autosp.tiers import DiskStore, HostStore, Originals, Readers, Store, TieredStore, open_store
 
 
 class Bench:
@@ -41,11 +41,13 @@ class Bench:
         self.host_budget_bytes = host_budget_bytes
         self._bound = bind(model, partition, device.info.slow_tier)
         self.partition = self._bound.partition
+        self.readers = Readers()
+        """Of what is on disk: one, until they are told otherwise."""
         self.store: Store
         if host_budget_bytes is None:
-            self.store = open_store(device, self._bound.stored(), cache_dir, Originals.KEPT)
+            self.store = open_store(device, self._bound.stored(), cache_dir, Originals.KEPT, readers=self.readers)
         else:
-            self.store = DiskStore(self._bound.layers, cache_dir, Originals.KEPT)
+            self.store = DiskStore(self._bound.layers, cache_dir, Originals.KEPT, self.readers)
 
     def __enter__(self) -> Bench:
         return self
@@ -54,6 +56,7 @@ class Bench:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.store.close()
+        self.readers.close()
 
     def arena_bytes(self, candidate: Candidate) -> int:
         """Device memory of the candidate's ring."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ from autosp.partition.placed import move_out, settle
 from autosp.partition.tensors import LAYER_ALIGNMENT
 from autosp.tiers.inplace import InPlaceRegion, OriginalFiles
 from autosp.tiers.packed import PackedFile, PackedRegion
-from autosp.tiers.reader import Read, WeightFile
+from autosp.tiers.reader import WeightFile
+from autosp.tiers.readers import Readers
 
 
 class Originals(Enum):
@@ -62,20 +62,30 @@ class Window:
             file.read_into(target[done : done + n_bytes], offset, "(link measurement)", needed_bytes)
             done += n_bytes
 
+    def cached_bytes_per_s(self, target: memoryview) -> float | None:
+        """What the page cache gives of its largest piece; None where it does not keep it, or does not tell.
+
+        Raises: ReadError.
+        """
+        file, offset, _, needed_bytes = max(self.pieces, key=lambda piece: piece[-1])
+        return file.cached_bytes_per_s(target[:needed_bytes], offset)
+
 
 class DiskStore:
     """Reads in place what can be; writes the rest to a packed file, of which there is none if there is no rest."""
 
     def __init__(
-        self, layers: Sequence[BoundLayer], cache_dir: Path, originals: Originals, read: Read = os.preadv
+        self, layers: Sequence[BoundLayer], cache_dir: Path, originals: Originals, readers: Readers | None = None
     ) -> None:
-        """`read` reads the files. Raises: DiskFullError, TierError; ReadError if a mapped file was replaced."""
+        """`readers` stay the caller's, default: one. Raises: DiskFullError, TierError; ReadError if a mapped file was
+        replaced."""
+        readers = readers or Readers()
         packed = [bound for bound in layers if bound.layout.packed]
-        self._originals = OriginalFiles((run for bound in layers for run in bound.layout.runs), read)
+        self._originals = OriginalFiles((run for bound in layers for run in bound.layout.runs), readers)
         self._packed: PackedFile | None = None
         if packed:
             try:
-                self._packed = PackedFile(layers, cache_dir, read)
+                self._packed = PackedFile(layers, cache_dir, readers)
             except BaseException:
                 self._originals.close()
                 raise

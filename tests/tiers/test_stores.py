@@ -16,7 +16,7 @@ from autosp.devices.memory import memory_of
 from autosp.errors import AutospError, DiskFullError, HostMemoryError, ReadError, TierError
 from autosp.partition import bind, partition
 from autosp.spec import Tier
-from autosp.tiers import DiskStore, HostStore, Originals, TieredStore, host, open_store
+from autosp.tiers import DiskStore, HostStore, Originals, Readers, TieredStore, host, open_store
 from models import make, tokens
 
 
@@ -121,7 +121,7 @@ def test_io_errors_are_retried_then_reported(tmp_path: Path) -> None:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return os.preadv(descriptor, buffers, offset)
 
-    store = DiskStore(layers, tmp_path, Originals.KEPT, flaky)
+    store = DiskStore(layers, tmp_path, Originals.KEPT, Readers(read=flaky))
     (region,) = store.regions([0])
     device = CpuDevice()
     memory = device.allocate(region.n_bytes)
