@@ -50,7 +50,7 @@ class DeviceInfo(Record):
 
 
 class Layer(Record):
-    """The unit that moves: the tensors of one module, in one piece of memory."""
+    """The unit that moves: the tensors of one module, or a run of rows of its weight, in one piece of memory."""
 
     index: int
     name: str = Field(description="dotted path of the module, and its run of rows, such as `lm_head[0:8192]`")
@@ -73,7 +73,7 @@ class Leaf(Record):
 
 
 class Partition(Record):
-    """A model as ordered layers. Every tensor is in one layer, or a lookup table, or among the resident tensors."""
+    """A model as ordered layers. Every byte is in one layer, or a lookup table, or among the resident tensors."""
 
     layers: tuple[Layer, ...]
     resident_tensors: tuple[str, ...] = Field(description="tied, mutated or parent-owned tensors: never streamed")
