@@ -195,6 +195,14 @@ def make(name: str) -> tuple[nn.Module, Any]:
     return model.eval(), batch
 
 
+class TiedHead(Stack):
+    """A table of 72 MB of which rows are looked up, and with which the last product is made."""
+
+    def __init__(self) -> None:
+        super().__init__(blocks=2, width=256, vocabulary=70000)
+        self.head.weight = self.embed.weight
+
+
 class RunsDiffer(TorchFunctionMode):
     """As on a machine whose kernels add up in another order when a product has few columns."""
 

@@ -57,6 +57,8 @@ def partition(
     seen = trace(model, tensors, run, device, runs)
     tables = [extent for extent in tensors.extents if lookups and _is_table(extent, seen)]
     units = choose_units(model, tensors, seen, tables)
+    if lookups and device.type == "cpu":
+        units = _with_tied_heads(units, model, seen)
     period, repeats = _period(_visits(units, seen))
     by_index = {unit.index: unit for unit in units}
     modules = list(model.modules())
@@ -114,7 +116,30 @@ def _layer(index: int, name: str, extents: Sequence[Extent]) -> Layer:
 
 def _is_table(extent: Extent, seen: Trace) -> bool:
     """Whether all that the pass did with it was to look up a few rows of it."""
-    return 0 < seen.looked_up.get(extent, 0) <= extent.n_bytes * LOOKUP_SHARE and extent not in seen.mutated
+    return seen.looked_up.get(extent, 0) > 0 and extent not in seen.multiplied and _rests(extent, seen)
+
+
+def _rests(extent: Extent, seen: Trace) -> bool:
+    """Whether it can be read where it rests: the pass looked up a few rows of it, and did not write to it."""
+    return seen.looked_up.get(extent, 0) <= extent.n_bytes * LOOKUP_SHARE and extent not in seen.mutated
+
+
+def _with_tied_heads(units: list[Unit], model: nn.Module, seen: Trace) -> list[Unit]:
+    """The units, and every leaf to be cut whose weight is a lookup table's, too.
+
+    The runs of its rows stream, while the table's rows are read where the weight rests: in memory that compute can read
+    as it is, so on a CPU.
+    """
+    held = {extent for unit in units for extent in unit.extents}
+    chosen = {unit.index for unit in units}
+    paths = [path for path, _ in model.named_modules()]
+    heads = {}
+    for extent, (user, *others) in seen.multiplied.items():
+        tied = extent in seen.looked_up and extent not in held and not others and _rests(extent, seen)
+        inside = any(stack[-1] == user and not chosen.isdisjoint(stack[:-1]) for stack in seen.calls)
+        if tied and not inside and user in seen.same_in_runs:
+            heads[user] = Unit(user, paths[user], (extent,))
+    return [unit for unit in units if unit.index not in heads] + list(heads.values())
 
 
 def _visits(units: Sequence[Unit], seen: Trace) -> list[int]:

@@ -39,7 +39,7 @@ def find_runs(model: nn.Module, tensors: ModelTensors) -> dict[nn.Module, Runs]:
     for module in model.modules():
         weight = module._parameters.get("weight")
         extent = own.get(id(weight))
-        if extent is None or len(extent.tensors[0].names) > 1 or extent.weight_bytes <= limit:
+        if extent is None or extent.weight_bytes <= limit:
             continue
         if is_linear(module) and module._compiled_call_impl is None:
             found[module] = runs_of(len(extent.tensors[0].tensor), extent.weight_bytes, limit)
@@ -81,10 +81,12 @@ def is_cut(runs: Sequence[tuple[int, int]], weight: Extent) -> bool:
 
 
 def input_key(x: torch.Tensor) -> str:
-    """What decides which kernel multiplies: shape and dtype of the input, and the dtype that autocast chooses."""
+    """What decides which kernel multiplies: the input's shape, strides and dtype, autocast, the threads of a CPU."""
     kind = x.device.type
+    strides = "" if x.is_contiguous() else f" of strides {x.stride()}"
     autocast = f" under {torch.get_autocast_dtype(kind)}" if torch.is_autocast_enabled(kind) else ""
-    return signature(x) + autocast
+    threads = f" by {torch.get_num_threads()} threads" if kind == "cpu" else ""
+    return signature(x) + strides + autocast + threads
 
 
 def the_input(args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

@@ -41,9 +41,11 @@ class Trace:
     mutated: set[Extent]
     """Extents that the pass wrote to, or whose buffer it replaced."""
     looked_up: dict[Extent, int]
-    """Extents of which the pass did nothing but look up rows, and the bytes of those."""
+    """Extents of which the pass did nothing but look up rows, or multiply with them: the bytes of those rows."""
     same_in_runs: dict[int, tuple[str, ...]]
     """Modules whose output was the same by runs of rows in every call, and the keys of their inputs."""
+    multiplied: dict[Extent, set[int]]
+    """Weights of the modules that were tried so, and which of those used them in their forward."""
 
     @property
     def called(self) -> set[int]:
@@ -90,7 +92,9 @@ def trace(
                 mutated.add(extent)
                 with torch.inference_mode(False), torch.no_grad():
                     extent.raw().copy_(snapshot)
-    return Trace(watcher.calls, watcher.holders, mutated, watcher.looked_up(), watcher.same_in_runs())
+    return Trace(
+        watcher.calls, watcher.holders, mutated, watcher.looked_up(), watcher.same_in_runs(), watcher.multiplied
+    )
 
 
 def _attributes(model: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
@@ -124,6 +128,8 @@ class _Watcher(TorchDispatchMode):
         """The bytes of extents before the first operation that said it writes to them."""
         self._looked_up: Counter[Extent] = Counter()
         self._read_whole: set[Extent] = set()
+        self.multiplied: dict[Extent, set[int]] = {}
+        self._tried_weights: dict[int, torch.Tensor] = {}
         self._tried: dict[int, dict[str, bool]] = {}
         self._stack: list[int] = []
         self._device = device
@@ -134,6 +140,8 @@ class _Watcher(TorchDispatchMode):
 
     def around(self, index: int, module: nn.Module, runs: Runs | None) -> Callable[..., Any]:
         """What stands around the forward of the module at `index`: it is on the stack while it runs."""
+        if runs is not None and isinstance(module.weight, torch.Tensor):
+            self._tried_weights[index] = module.weight
 
         def around(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self._stack.append(index)
@@ -182,7 +190,7 @@ class _Watcher(TorchDispatchMode):
         return {extent for extents in changed for extent in extents}
 
     def looked_up(self) -> dict[Extent, int]:
-        """Bytes of the rows that were looked up, of the extents that nothing else was done with."""
+        """Bytes of the rows that were looked up, of the extents that nothing else read than a product."""
         return {extent: count for extent, count in self._looked_up.items() if extent not in self._read_whole}
 
     def same_in_runs(self) -> dict[int, tuple[str, ...]]:
@@ -197,14 +205,22 @@ class _Watcher(TorchDispatchMode):
             tried[key] = x.device.type == self._device.type and same_in_runs(module, runs, x, output)
 
     def _note_reads(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Tell looking up rows of a table (its first argument; the indices are the second) from reading all of it."""
+        """Tell looking up rows of a table (its first argument; the indices are the second) from reading all of it.
+
+        A tried module's own use of its weight is told apart, too.
+        """
         if func in LOOKUPS and len(args) > 1 and type(args[0]) in (torch.Tensor, nn.Parameter):
             table, indices = args[:2]
             rows = indices.numel() * table.stride(0) * table.element_size()
             self._looked_up.update(dict.fromkeys(self._extents_of(table), rows))
             args = args[1:]
-        for tensor in tensors_in((args, kwargs)):
-            self._read_whole.update(self._extents_of(tensor))
+        module = self._stack[-1] if self._stack else -1
+        own = self._extents_of(self._tried_weights[module]) if module in self._tried_weights else []
+        for extent in {extent for tensor in tensors_in((args, kwargs)) for extent in self._extents_of(tensor)}:
+            if extent in own:
+                self.multiplied.setdefault(extent, set()).add(module)
+            else:
+                self._read_whole.add(extent)
 
     def _written_by(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[Extent]:
         """Extents that an operation says it writes to. Their bytes are kept."""

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from autosp.batch import equal
+from autosp.devices.memory import expect_ordinary_reads, expect_scattered_reads
 from autosp.partition import BoundLayer, BoundLeaf
 from autosp.partition.placed import views_on
 from autosp.partition.rows import input_key, joined, the_input
@@ -82,6 +83,16 @@ class CutLeaf:
         self._runs = runs
         self._executor = executor
         self._same = dict.fromkeys(leaf.inputs, True)
+        data = self._weight.data
+        self._rest = data.data_ptr(), data.nbytes
+        self._is_table = len(leaf.weight.tensors[0].names) > 1 and data.is_cpu
+        if self._is_table:  # as in `Lookups`
+            expect_scattered_reads(*self._rest)
+
+    def forget(self) -> None:
+        """While the weight still rests where it did."""
+        if self._is_table:
+            expect_ordinary_reads(*self._rest)
 
     def renew(self) -> None:
         """Before a pass. Raises: ReadError."""
@@ -98,10 +109,18 @@ class CutLeaf:
         same = self._same.get(key)
         if same:
             return self._run_by_run(x)
-        whole = F.linear(x, self._weight.to(x.device), self._module.bias)
+        whole = self._by_the_whole(x)
         if same is None:
             self._same[key] = equal(self._run_by_run(x), whole)
         return whole
+
+    def _by_the_whole(self, x: torch.Tensor) -> torch.Tensor:
+        if self._is_table:
+            expect_ordinary_reads(*self._rest)
+        output = F.linear(x, self._weight.to(x.device), self._module.bias)
+        if self._is_table:
+            expect_scattered_reads(*self._rest)
+        return output
 
     def _run_by_run(self, x: torch.Tensor) -> torch.Tensor:
         bias = self._module.bias

@@ -184,6 +184,8 @@ class StreamedModel(Generic[M]):
             self._guests.close()
         if self._lookups is not None:
             self._lookups.forget()
+        for leaf in self._cut:
+            leaf.forget()
         for (named, data), address in zip(self._kept, self._addresses or [None] * len(self._kept), strict=True):
             if address is None or _address(named.tensor) == address:  # else somebody replaced it: theirs stays
                 named.tensor.data = data

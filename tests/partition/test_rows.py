@@ -18,7 +18,7 @@ from autosp.partition import at_rest, bind, partition
 from autosp.partition.rows import ROWS, input_key, joined, runs_of, same_in_runs
 from autosp.spec import Partition
 from builders import thorough
-from models import Headed, RunsDiffer, tokens
+from models import Headed, RunsDiffer, TiedHead, tokens
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -55,7 +55,7 @@ def test_a_head_becomes_a_layer_per_run_and_its_bias_stays() -> None:
     assert {layer.tensors for layer in runs} == {("head.weight",)}
     assert sum(layer.weight_bytes or 0 for layer in runs) == 70000 * 256 * 4
     assert parts.visits == tuple(range(len(parts.layers)))
-    assert [(leaf.path, leaf.inputs) for leaf in parts.leaves] == [("head", ("float32[2,5,256]",))]
+    assert [(leaf.path, leaf.inputs) for leaf in parts.leaves] == [("head", (input_key(torch.ones(2, 5, 256)),))]
     assert "head.bias" in parts.resident_tensors
     weights = sum(parameter.numel() * 4 for parameter in model.parameters())
     assert weights <= parts.total_bytes <= weights + 4096 * (len(parts.layers) + 1)
@@ -68,7 +68,7 @@ def test_a_leaf_called_twice_is_visited_run_by_run_each_time() -> None:
     parts = partition(model, lambda: [model(tokens(1, 3)), model.head(torch.ones(4, 256))], CPU)
     head = [layer.index for layer in parts.layers if layer.rows]
     assert parts.visits[-6:] == (*head, *head)
-    assert parts.leaves[0].inputs == ("float32[1,3,256]", "float32[4,256]")
+    assert parts.leaves[0].inputs == (input_key(torch.ones(1, 3, 256)), input_key(torch.ones(4, 256)))
 
 
 def test_a_model_that_is_one_linear_is_cut() -> None:
@@ -82,11 +82,6 @@ class Doubled(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return 2 * super().forward(input)
-
-
-def tie(model: Headed) -> None:
-    model.embed = nn.Embedding(70000, 256)
-    model.head.weight = model.embed.weight
 
 
 def compile_in_place(model: Headed) -> None:
@@ -105,7 +100,7 @@ def subclass(model: Headed) -> None:
     model.head = Doubled(256, 70000)
 
 
-@pytest.mark.parametrize("change", [tie, compile_in_place, wrap, transpose, subclass])
+@pytest.mark.parametrize("change", [compile_in_place, wrap, transpose, subclass])
 def test_what_is_not_a_plain_product_with_its_own_matrix_stays_whole(change: Callable[[Headed], None]) -> None:
     model = Headed()
     change(model)
@@ -117,6 +112,58 @@ def test_a_weight_that_is_used_elsewhere_stays_whole_and_resident() -> None:
     parts = partition(model, lambda: F.linear(model(tokens(1, 2))[..., :256], model.head.weight), CPU)
     assert cut_rows(parts) == ()
     assert "head.weight" in parts.resident_tensors
+
+
+def tied_parts(model: nn.Module, batch: torch.Tensor, *, lookups: bool = True) -> Partition:
+    return partition(model.eval(), lambda: model(batch), CPU, lookups=lookups)
+
+
+def test_a_tied_head_streams_and_its_table_is_read_at_rest() -> None:
+    parts = tied_parts(TiedHead(), tokens(2, 5))
+    assert cut_rows(parts) == Headed.RUNS
+    assert [(leaf.path, len(leaf.inputs)) for leaf in parts.leaves] == [("head", 1)]
+    assert {layer.tensors for layer in parts.layers if layer.rows} == {("embed.weight",)}
+    assert "embed" not in [layer.name for layer in parts.layers]
+    assert parts.resident_tensors == ("head.bias",)
+    assert parts.lookups is None
+    assert parts.visits == tuple(range(len(parts.layers)))
+
+
+def two_heads(model: TiedHead) -> None:
+    model.second = nn.Linear(256, 70000, bias=False)
+    model.second.weight = model.embed.weight
+    model.head.register_forward_hook(lambda module, args, output: output + model.second(*args))
+
+
+def use_the_table(model: TiedHead) -> None:
+    model.embed.register_forward_hook(lambda module, args, output: output + module.weight.mean())
+
+
+def renormalise(model: TiedHead) -> None:
+    model.embed.max_norm = 0.1
+
+
+@pytest.mark.parametrize("change", [two_heads, use_the_table, renormalise])
+def test_a_table_with_which_more_is_done_stays_resident(change: Callable[[TiedHead], None]) -> None:
+    model = TiedHead()
+    change(model)
+    parts = tied_parts(model, tokens(2, 5))
+    assert cut_rows(parts) == ()
+    assert "embed.weight" in parts.resident_tensors
+
+
+def test_a_tied_head_stays_resident_where_the_device_cannot_read_it_at_rest() -> None:
+    parts = tied_parts(TiedHead(), tokens(2, 5), lookups=False)
+    assert cut_rows(parts) == ()
+    assert "embed.weight" in parts.resident_tensors
+
+
+def test_a_table_of_which_most_is_looked_up_stays_resident() -> None:
+    model = TiedHead()
+    model.head.register_forward_pre_hook(lambda module, args: args[0][:, :2])
+    parts = tied_parts(model, torch.arange(9000).reshape(1, -1))
+    assert cut_rows(parts) == ()
+    assert "embed.weight" in parts.resident_tensors
 
 
 def test_a_leaf_whose_output_differs_stays_whole() -> None:
@@ -154,11 +201,13 @@ def test_joined_holds_one_run_beside_the_output() -> None:
     assert joined(((0, 3), (3, 6), (6, 9)), columns).tolist() == [[0, 0, 0, 1, 1, 1, 2, 2, 2]] * 2
 
 
-def test_autocast_is_part_of_what_an_input_is() -> None:
+def test_what_tells_inputs_apart() -> None:
     x = torch.ones(2, 3)
-    assert input_key(x) == "float32[2,3]"
+    keys = [input_key(x), input_key(x.t()), input_key(torch.ones(3, 2)), input_key(x.double())]
     with torch.autocast("cpu", torch.bfloat16):
-        assert input_key(x) == "float32[2,3] under torch.bfloat16"
+        keys.append(input_key(x))
+    assert keys[0] == f"float32[2,3] by {torch.get_num_threads()} threads"
+    assert len(set(keys)) == len(keys)
 
 
 def test_runs_rest_as_one_weight() -> None:

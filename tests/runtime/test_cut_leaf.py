@@ -23,7 +23,7 @@ from autosp.settings import settings
 from autosp.spec import Candidate, Plan
 from autosp.tiers import Originals, open_store
 from mapped_models import map_weights
-from models import Headed, RunsDiffer, tokens
+from models import Headed, RunsDiffer, TiedHead, tokens
 
 Apply = Callable[..., StreamedModel[nn.Module]]
 
@@ -204,6 +204,34 @@ def test_other_data_in_its_place_is_refused(apply: Apply, any_device: Device) ->
     model.head.weight.data = kept
     assert equal(model(on(any_device, BATCH)), plain(headed(), BATCH, any_device))
     streamed.remove()
+
+
+@pytest.mark.parametrize(("k", "residents"), [(1, 0), (3, 1), (5, 5)])
+@pytest.mark.parametrize("mapped", [True, False], ids=["in a file", "in RAM"])
+def test_a_tied_head_streams_while_its_table_is_looked_up(k: int, residents: int, mapped: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = TiedHead().eval()
+    batches = [BATCH, tokens(1, 9) + 60_000]
+    with torch.no_grad():
+        expected = [model(batch) for batch in batches]
+    if mapped:
+        pytest.importorskip("safetensors")
+        map_weights(model, tmp_path / "weights")
+    plan = autosp.plan(model, BATCH, k=k, k_prime=1, residents=residents, device="cpu")
+    assert [layer.rows for layer in plan.partition.layers[2:]] == list(Headed.RUNS)
+    streamed = autosp.apply(model, plan)
+    assert model.head.weight is model.embed.weight
+    for _ in range(2):
+        for batch, output in zip(batches, expected, strict=True):
+            assert equal(model(batch), output)
+    with torch.no_grad():
+        model.embed.weight[60_003].zero_()
+    output = model(batches[1])
+    assert not equal(output, expected[1])
+    assert equal(output[..., 60_003], model.head.bias[60_003].expand(1, 9))
+    streamed.remove()
+    with torch.no_grad():
+        assert equal(model(batches[1]), output)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
