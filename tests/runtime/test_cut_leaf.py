@@ -14,13 +14,13 @@ from torch.nn import functional as F
 
 import autosp
 from autosp.batch import equal, map_tensors
-from autosp.devices import Device
+from autosp.devices import CpuDevice, Device
 from autosp.errors import ModelChangedError
 from autosp.partition import bind, partition
 from autosp.runtime.streamed_model import StreamedModel
 from autosp.schedule.streaming import lower
 from autosp.settings import settings
-from autosp.spec import Candidate, Plan
+from autosp.spec import Candidate, Plan, Tier
 from autosp.tiers import Originals, open_store
 from mapped_models import map_weights
 from models import Headed, RunsDiffer, TiedHead, tokens
@@ -204,6 +204,27 @@ def test_other_data_in_its_place_is_refused(apply: Apply, any_device: Device) ->
     model.head.weight.data = kept
     assert equal(model(on(any_device, BATCH)), plain(headed(), BATCH, any_device))
     streamed.remove()
+
+
+@pytest.mark.parametrize("residents", [0, 1, 2])
+def test_where_the_host_has_no_room_for_the_head(residents: int, tmp_path: Path) -> None:
+    model = headed()
+    with torch.no_grad():
+        expected = model(BATCH)
+    device = CpuDevice(slow_tier=Tier.HOST)
+    plan = autosp.plan(model, BATCH, k=2 + residents, k_prime=1, residents=residents, max_cpu_gb="60MB", device=device)
+    candidate = plan.candidate
+    assert not set(HEAD).isdisjoint(candidate.on_disk)
+    assert set(HEAD) <= {*candidate.on_disk, *candidate.residents}
+    bound = bind(model, plan.partition)
+    schedule = lower(candidate, [layer.n_bytes for layer in plan.partition.layers], plan.partition.visits)
+    store = open_store(device, bound.stored(candidate.residents), tmp_path, Originals.FREED, candidate.on_disk)
+    with StreamedModel(bound, schedule, device, store, Originals.FREED, store.close) as streamed:
+        for _ in range(2):
+            assert equal(streamed(BATCH), expected)
+    with torch.no_grad():
+        assert equal(model(BATCH), expected)
+    device.close()
 
 
 @pytest.mark.parametrize(("k", "residents"), [(1, 0), (3, 1), (5, 5)])
