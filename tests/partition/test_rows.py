@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -225,16 +225,30 @@ def test_runs_rest_as_one_weight() -> None:
     assert bound.stored(range(len(parts.layers))) == []
 
 
-def without_the_middle(parts: Partition) -> Partition:
-    (middle,) = (layer for layer in parts.layers if layer.rows == Headed.RUNS[1])
-    other = middle.model_copy(update={"rows": (23296, 46336), "name": "head[23296:46336]"})
-    return parts.model_copy(update={"layers": tuple(other if one is middle else one for one in parts.layers)})
+def with_runs(parts: Partition, runs: Sequence[tuple[int, int]]) -> Partition:
+    """The plan as if its last layers had been these runs."""
+    layers = list(parts.layers[: -len(Headed.RUNS)])
+    for (begin, end), layer in zip(runs, parts.layers[-len(Headed.RUNS) :], strict=False):
+        changes = {"rows": (begin, end), "name": f"head[{begin}:{end}]", "weight_bytes": (end - begin) * 1024}
+        layers.append(layer.model_copy(update=changes))
+    return parts.model_copy(update={"layers": tuple(layers)})
 
 
-def test_a_plan_that_leaves_out_rows_is_refused() -> None:
+@pytest.mark.parametrize(
+    "runs",
+    [
+        pytest.param(Headed.RUNS[:2], id="not the last"),
+        pytest.param(((0, 23296), (23296, 46336), (46592, 70000)), id="a gap"),
+        pytest.param(((0, 23296), (46592, 70000), (23296, 46592)), id="another order"),
+        pytest.param(((0, 1), (1, 46592), (46592, 70000)), id="no whole blocks"),
+    ],
+)
+def test_a_plan_whose_runs_are_not_the_weight_is_refused(runs: Sequence[tuple[int, int]]) -> None:
     model = Headed()
+    parts = parts_of(model, tokens(2, 5))
+    assert bind(model, with_runs(parts, Headed.RUNS))
     with pytest.raises(PlanMismatchError, match="runs of rows of head are not one after another all that it has"):
-        bind(model, without_the_middle(parts_of(model, tokens(2, 5))))
+        bind(model, with_runs(parts, runs))
 
 
 def test_a_module_that_got_another_forward_is_refused() -> None:
