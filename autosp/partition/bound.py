@@ -65,7 +65,7 @@ class BoundModel:
         return [*stored, self.lookups] if self.lookups else stored
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Resting:
     """What rests in one piece: a layer, or the runs of rows of one weight, one after another."""
 

@@ -1,9 +1,10 @@
 """Cuts an oversized linear leaf, such as a language model's head, so that its weight's rows travel apart.
 
 [Note: runs of rows] A row of a linear module's weight makes one column of its output and nothing else, so a run of rows
-is a layer like any other. Kernels need not agree: for few rows of input, or where a row is no multiple of a cache line,
-a library may add up in another order for another number of columns. Whether the columns come out bit by bit as from
-the whole weight is therefore tried for every shape of input, and where they do not, the whole weight is used.
+is a layer like any other. Kernels need not agree: for another number of columns a library may add up in another order.
+MKL was seen to with runs of 8 and of 777 rows, and of 512 rows of float64; with runs of 7168 and 8448 rows every input
+of 1 to 300 rows that was tried gave the same bits. So whether the columns come out as from the whole weight is tried,
+bit by bit, for every shape of input, and where they do not, the whole weight is used.
 """
 
 from __future__ import annotations

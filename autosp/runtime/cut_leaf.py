@@ -64,7 +64,7 @@ class ResidentRun:
 class CutLeaf:
     """Computes a linear module run by run, for every input of which the output is known to be the same then.
 
-    An input of another shape is computed both ways once, with the whole weight as it rests (on an accelerator: with a
+    Any other (see `input_key`) is computed both ways once, with the whole weight as it rests (on an accelerator: with a
     copy of it, in memory taken for the occasion); where the two differ, always with the whole. So the output is the
     module's own in any case, and the plan's memory is enough for the inputs that the plan was made for.
     """

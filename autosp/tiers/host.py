@@ -80,7 +80,7 @@ class HostStore:
         return HostRegion(self._buffer[offset : offset + n_bytes], n_bytes)
 
     def rest(self, layer: int) -> torch.Tensor:
-        """A part of the buffer, with a storage of its own."""
+        """A part of the buffer, with a storage of its own, or one that the rows of a weight share."""
         return self._rests[layer]
 
     def check(self) -> None:
