@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Literal
@@ -19,8 +19,8 @@ from autosp.errors import PlanFormatError
 from autosp.files import write_atomically
 
 PLAN_SCHEMA_VERSION = 4
-"""1: before lookup tables; 2: before `Layer.weight_bytes`, and layers on disk behind the host; 3: before `reading`. All
-of them are still read."""
+"""Also read: 1, before lookup tables; 2, before `Layer.weight_bytes` and disks behind the host; 3, before `Leaf` and
+`reading`."""
 
 Mode = Literal["inference"]
 
@@ -51,19 +51,30 @@ class DeviceInfo(Record):
 
 
 class Layer(Record):
-    """The unit that moves: the tensors of one module, in one piece of memory."""
+    """The unit that moves: the tensors of one module, or a run of rows of its weight, in one piece of memory."""
 
     index: int
-    name: str = Field(description="dotted path of the module")
+    name: str = Field(description="dotted path of the module, and its run of rows, such as `lm_head[0:8192]`")
     tensors: tuple[str, ...] = Field(description="canonical names of the parameters and buffers that travel")
     n_bytes: int = Field(description="bytes of one transfer, alignment included, where the plan was made")
-    weight_bytes: int | None = Field(
-        default=None, description="bytes of the tensors themselves; None in a plan older than schema 3"
-    )
+    weight_bytes: int | None = Field(default=None, description="bytes of the tensors alone; None before schema 3")
+    rows: tuple[int, int] | None = Field(default=None, description="from and to, if it is a run of a weight's rows")
+
+    @property
+    def path(self) -> str:
+        """Dotted path of the module."""
+        return self.name if self.rows is None else self.name[: self.name.rindex("[")]
+
+
+class Leaf(Record):
+    """A linear module cut into runs of its weight's rows: neighbouring layers, visited one after another."""
+
+    path: str
+    inputs: tuple[str, ...] = Field(description="of which the output was seen to be the same, bit by bit, run by run")
 
 
 class Partition(Record):
-    """A model as ordered layers. Every tensor is in one layer, or a lookup table, or among the resident tensors."""
+    """A model as ordered layers. Every byte is in one layer, or a lookup table, or among the resident tensors."""
 
     layers: tuple[Layer, ...]
     resident_tensors: tuple[str, ...] = Field(description="tied, mutated or parent-owned tensors: never streamed")
@@ -73,6 +84,12 @@ class Partition(Record):
     lookups: Layer | None = Field(
         default=None, description="tables of which a pass reads a few rows: they stay on the slow tier"
     )
+    leaves: tuple[Leaf, ...] = Field(default=(), description="modules that are several layers")
+
+    def whole(self, layers: Collection[int]) -> frozenset[int]:
+        """These layers, and all other runs of the leaves that they are runs of: together those rest as one tensor."""
+        cut = {self.layers[index].path for index in layers if self.layers[index].rows} if self.leaves else set()
+        return frozenset(layers).union(layer.index for layer in self.layers if cut and layer.rows and layer.path in cut)
 
     @property
     def streamable_bytes(self) -> int:
@@ -326,6 +343,8 @@ class Plan(Record):
         split = candidate.split_groups(visits)
         if split:
             raise ValueError(f"layers {split[0]} travel together, and only some of them rest on disk")
+        if self.partition.whole(candidate.on_disk).difference(candidate.on_disk, candidate.residents):
+            raise ValueError("some rows of a weight rest on disk, and others do not")
         return self
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -14,6 +14,7 @@ from autosp.spec import (
     DeviceInfo,
     Layer,
     LayerProfile,
+    Leaf,
     LinkProfile,
     Measurement,
     Outcome,
@@ -46,14 +47,28 @@ def device(kind: str = "cuda") -> DeviceInfo:
 
 
 def partition(
-    layer_bytes: Sequence[int], visits: Sequence[int] | None = None, *, repeats: int = 1, resident_bytes: int = 0
+    layer_bytes: Sequence[int],
+    visits: Sequence[int] | None = None,
+    *,
+    repeats: int = 1,
+    resident_bytes: int = 0,
+    head: range | None = None,
 ) -> Partition:
-    """Layers of these sizes; visited once each, in order, unless `visits` says otherwise."""
+    """Layers of these sizes; visited once each, in order, unless `visits` says otherwise.
+
+    Those in `head` are runs of one weight's rows, 256 each.
+    """
+
+    def layer(index: int, n_bytes: int) -> Layer:
+        if head is None or index not in head:
+            return Layer(index=index, name=f"blocks.{index}", tensors=(f"blocks.{index}.weight",), n_bytes=n_bytes)
+        begin = 256 * (index - head[0])
+        name = f"head[{begin}:{begin + 256}]"
+        return Layer(index=index, name=name, tensors=("head.weight",), n_bytes=n_bytes, rows=(begin, begin + 256))
+
     return Partition(
-        layers=tuple(
-            Layer(index=index, name=f"blocks.{index}", tensors=(f"blocks.{index}.weight",), n_bytes=n_bytes)
-            for index, n_bytes in enumerate(layer_bytes)
-        ),
+        layers=tuple(layer(index, n_bytes) for index, n_bytes in enumerate(layer_bytes)),
+        leaves=(Leaf(path="head", inputs=("float32[1,8]",)),) if head else (),
         resident_tensors=("embedding.weight",) if resident_bytes else (),
         resident_bytes=resident_bytes,
         visits=tuple(range(len(layer_bytes)) if visits is None else visits),

@@ -307,9 +307,43 @@ def test_a_plan_of_before_readers_means_one_and_the_blocks_of_then(tmp_path: Pat
     assert loaded.reading == Reading(readers=1, block_bytes=32 * 2**20, from_cache=False)
 
 
+def before_rows(data: dict[str, Any]) -> None:
+    """As schema 3 had it."""
+    data["schema_version"] = 3
+    del data["partition"]["leaves"]
+    for layer in data["partition"]["layers"]:
+        del layer["rows"]
+
+
+def test_a_plan_of_before_rows_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(changed(before_rows), encoding="utf-8")
+    assert Plan.load(path) == PLAN.model_copy(update={"schema_version": 3})
+
+
+def test_a_plan_with_rows_is_read_as_it_was_saved(tmp_path: Path) -> None:
+    plan = a_plan(partition=partition((100,) * 5, head=range(2, 5)))
+    plan.save(tmp_path / "plan.json")
+    loaded = Plan.load(tmp_path / "plan.json")
+    assert loaded == plan
+    assert [(layer.path, layer.rows) for layer in loaded.partition.layers[1:4]] == [
+        ("blocks.1", None),
+        ("head", (0, 256)),
+        ("head", (256, 512)),
+    ]
+
+
+def test_a_plan_whose_weight_rests_on_two_tiers_is_refused() -> None:
+    parts = partition((100,) * 5, head=range(2, 5))
+    with pytest.raises(ValidationError, match="some rows of a weight rest on disk, and others do not"):
+        a_plan(partition=parts, candidate=Candidate(k=1, k_prime=1, on_disk=(2, 3), read_ahead=1))
+    a_plan(partition=parts, candidate=Candidate(k=2, k_prime=1, residents=(4,), on_disk=(2, 3), read_ahead=1))
+
+
 def before_the_disk_tier(data: dict[str, Any]) -> None:
     """As schema 2 had it."""
     before_readers(data)
+    before_rows(data)
     data["schema_version"] = 2
     del data["host_budget_bytes"], data["candidate"]["on_disk"], data["candidate"]["read_ahead"]
     if data["prediction"]:

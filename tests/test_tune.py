@@ -54,6 +54,27 @@ def untouched(model: nn.Module, before: dict[str, Any]) -> bool:
     )
 
 
+def test_a_budget_below_the_head(tmp_path: Path) -> None:
+    """The largest weight need not fit: it streams run by run."""
+    torch.manual_seed(0)
+    model, batch = nn.Sequential(nn.Linear(64, 1024), nn.ReLU(), nn.Linear(1024, 50_000)).eval(), vectors(2)
+    with torch.no_grad():
+        expected = model(batch)
+    weight: nn.Parameter = model[2].weight  # type: ignore[assignment]
+    address = weight.data_ptr()
+    plan = autosp.tune(model, batch, "160MB", device="cpu", progress=False, max_trials=1)
+    assert weight.nbytes > 200e6
+    assert plan.measurement
+    assert plan.measurement.outcome is Outcome.FITS
+    assert plan.measurement.peak_bytes <= 160e6
+    assert weight.data_ptr() == address
+    plan.save(tmp_path / "plan.json")
+    with autosp.apply(model, autosp.Plan.load(tmp_path / "plan.json")) as streamed:
+        assert equal(streamed(batch), expected)
+    with torch.no_grad():
+        assert equal(model(batch), expected)
+
+
 def test_tune_apply_and_answer_from_the_database() -> None:
     model, batch = big()
     with torch.no_grad():

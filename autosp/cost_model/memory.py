@@ -27,10 +27,14 @@ def host_bytes(profile: Profile, candidate: Candidate, staging_bytes: int) -> in
 
 
 def resting_bytes(partition: Partition, candidate: Candidate) -> int:
-    """What rests on the host: lookup tables, and layers that are neither resident nor on disk."""
+    """What rests on the host: lookup tables, and layers that are neither resident nor on disk.
+
+    And resident rows of a weight of which others rest there: a weight rests as a whole.
+    """
     elsewhere = {*candidate.residents, *candidate.on_disk}
     tables = partition.lookups.n_bytes if partition.lookups else 0
-    return tables + sum(layer.n_bytes for layer in partition.layers if layer.index not in elsewhere)
+    resting = partition.whole([layer.index for layer in partition.layers if layer.index not in elsewhere])
+    return tables + sum(partition.layers[index].n_bytes for index in resting)
 
 
 def occupancy(timeline: Timeline, layer_bytes: Sequence[int]) -> list[tuple[float, int]]:

@@ -28,5 +28,6 @@ def binding_host_budget(parts: Partition, device: Device, budget_bytes: int | No
 
 def host_room_bytes(partition: Partition) -> int:
     """What weights may take of the host: its free memory, and this process's own, from which they move one by one."""
-    largest = max((layer.n_bytes for layer in partition.layers), default=0)
+    moves = (partition.whole([layer.index]) for layer in partition.layers)
+    largest = max((sum(partition.layers[index].n_bytes for index in move) for move in moves), default=0)
     return max(0, available_bytes() + anonymous_bytes() - largest)

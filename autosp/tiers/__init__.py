@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from autosp.devices import Device, Region
-from autosp.partition import BoundLayer
+from autosp.partition import BoundLayer, at_rest
 from autosp.spec import Tier
 from autosp.tiers.disk import DiskStore, Originals
 from autosp.tiers.host import HostStore
@@ -72,6 +72,12 @@ def open_store(
         return DiskStore(layers, cache_dir, originals, readers)
     if not on_disk:
         return HostStore(layers, device)
+    on_disk = {
+        bound.layer.index
+        for resting in at_rest(layers)
+        if any(bound.layer.index in on_disk for bound in resting.layers)
+        for bound in resting.layers
+    }
     disk = DiskStore([bound for bound in layers if bound.layer.index in on_disk], cache_dir, originals, readers)
     try:
         host = HostStore([bound for bound in layers if bound.layer.index not in on_disk], device)

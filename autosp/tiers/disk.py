@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from autosp.partition import BoundLayer
+from autosp.partition import BoundLayer, at_rest
 from autosp.partition.placed import move_out, settle
 from autosp.partition.tensors import LAYER_ALIGNMENT
 from autosp.tiers.inplace import InPlaceRegion, OriginalFiles
@@ -94,9 +94,9 @@ class DiskStore:
             r for regions in self._regions.values() for r in regions if not isinstance(r, Padding)
         ]
         self._begins = [0, *accumulate(region.n_bytes for region in self._all)]
-        self._moved = packed if originals is Originals.FREED else []
-        for bound in self._moved:
-            settle(bound.layout.packed, self.rest(bound.layer.index))
+        self._moved = at_rest(packed) if originals is Originals.FREED else []
+        for resting in self._moved:
+            settle(resting.packed, self.rest(resting.layers[0].layer.index))
 
     def regions(self, layers: Sequence[int]) -> tuple[DiskRegion, ...]:
         """Adjacent packed layers are one region."""
@@ -137,8 +137,8 @@ class DiskStore:
     def close(self) -> None:
         """Give what moved into the packed file memory of its own again. What is in place is where it always was."""
         if self._packed is not None:
-            for bound in self._moved:
-                move_out([place for place in bound.layout.packed if place.is_in(self._packed.bytes)])
+            for resting in self._moved:
+                move_out([place for place in resting.packed if place.is_in(self._packed.bytes)])
             self._packed.close()
         self._moved = []
         self._originals.close()
