@@ -139,6 +139,11 @@ class Candidate(Record):
         """Layers in the ring."""
         return self.k - len(self.residents)
 
+    @property
+    def depth(self) -> int:
+        """Neighbouring groups that the ring has room for."""
+        return max(1, self.ring // self.k_prime)
+
     def groups(self, visits: Sequence[int]) -> list[tuple[int, ...]]:
         """The streamed layers that travel together: `k_prime` of them, in the order of their first visit."""
         residents = frozenset(self.residents)

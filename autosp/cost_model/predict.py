@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from autosp.cost_model.memory import host_bytes, peak_bytes
+from autosp.cost_model.memory import DeviceMemory, host_bytes
 from autosp.cost_model.simulate import PERIODS, Costs, costs_of
 from autosp.schedule.streaming import Ring, build_ring
 from autosp.spec import Candidate, Prediction, Profile
@@ -42,6 +42,7 @@ def predict_rings(profile: Profile, candidates: Sequence[Candidate], rings: Sequ
     if not candidates:
         return []
     repeats = profile.partition.repeats
+    memory = DeviceMemory(profile)
     periods = contended_periods(profile, rings)
     return [
         Prediction(
@@ -49,7 +50,7 @@ def predict_rings(profile: Profile, candidates: Sequence[Candidate], rings: Sequ
             latency_s=float(periods.period_s[column]) * repeats,
             stall_s=float(periods.stall_s[column]) * repeats,
             moved_bytes=sum(ring.groups[transfer.group].n_bytes for transfer in ring.transfers) * repeats,
-            peak_bytes=peak_bytes(profile, candidate, ring.arena_bytes),
+            peak_bytes=memory.peak_bytes(candidate, ring.arena_bytes),
             read_bytes=sum(ring.groups[read.group].n_bytes for read in ring.staging.reads) * repeats,
             host_bytes=host_bytes(profile, candidate, ring.staging.n_bytes),
         )

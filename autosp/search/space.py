@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterable, Iterator
 
 from autosp.cost_model.floor import unknown_disk
-from autosp.cost_model.memory import peak_bytes
+from autosp.cost_model.memory import DeviceMemory
 from autosp.cost_model.placement import Placing, evenly_spread, exceeds, host_too_small, least_host_bytes
-from autosp.cost_model.predict import predict, predict_rings
+from autosp.cost_model.predict import predict_rings
 from autosp.errors import BudgetTooSmallError
-from autosp.schedule.streaming import Ring
-from autosp.search.residents import Filling
+from autosp.schedule.streaming import Ring, build_ring
+from autosp.search.residents import Filling, Pass
 from autosp.spec import Candidate, Prediction, Profile
 
 DEPTHS = (1, 2, 3, 4)
@@ -63,16 +63,15 @@ def rank(profile: Profile, budget_bytes: int, host_budget_bytes: int | None = No
     Raises: BudgetTooSmallError if nothing is predicted to fit; SettingError if the profile does not know the disk.
     """
     usable = usable_bytes(profile, budget_bytes)
-    candidates = dict.fromkeys([*_filled(profile, usable), *grid(profile), *sliding_windows(profile)])
-    candidates[all_resident(profile)] = None
+    every = dict.fromkeys([*_filled(profile, usable), *grid(profile), *sliding_windows(profile), all_resident(profile)])
+    memory = DeviceMemory(profile)
+    candidates = [candidate for candidate in every if memory.least_bytes(candidate) <= usable]
     if host_budget_bytes is not None and exceeds(profile.partition, host_budget_bytes):
         predictions = _within(profile, candidates, usable, host_budget_bytes)
     else:
-        predictions = predict(profile, list(candidates))
+        predictions = _within_device(profile, candidates, usable)
     best: dict[Key, Prediction] = {}
     for prediction in predictions:
-        if prediction.peak_bytes > usable:
-            continue
         key = key_of(prediction.candidate)
         if key not in best or _order(prediction) < _order(best[key]):
             best[key] = prediction
@@ -153,6 +152,18 @@ def _order(prediction: Prediction) -> tuple[float, int, int]:
     return round(prediction.latency_s, 6), prediction.peak_bytes, prediction.host_bytes
 
 
+def _within_device(profile: Profile, candidates: Iterable[Candidate], usable: int) -> list[Prediction]:
+    """The candidates that fit the device, all else being on the host."""
+    layer_bytes = [layer.n_bytes for layer in profile.partition.layers]
+    visits, memory = profile.partition.visits, DeviceMemory(profile)
+    found: dict[Candidate, Ring] = {}
+    for candidate in candidates:
+        ring = build_ring(candidate, layer_bytes, visits)
+        if memory.peak_bytes(candidate, ring.arena_bytes) <= usable:
+            found[candidate] = ring
+    return predict_rings(profile, list(found), list(found.values()))
+
+
 def _within(profile: Profile, candidates: Iterable[Candidate], usable: int, host_budget_bytes: int) -> list[Prediction]:
     """The candidates that fit the device, with layers on disk, as far as they fit the host then."""
     partition = profile.partition
@@ -160,23 +171,24 @@ def _within(profile: Profile, candidates: Iterable[Candidate], usable: int, host
         raise unknown_disk()
     if host_budget_bytes < least_host_bytes(partition):
         raise host_too_small(partition, host_budget_bytes)
+    memory = DeviceMemory(profile)
     found: dict[Candidate, Ring] = {}
     for candidate in candidates:
         placing = Placing(candidate, partition, host_budget_bytes)
-        if peak_bytes(profile, candidate, placing.ring.arena_bytes) <= usable:
+        if memory.peak_bytes(candidate, placing.ring.arena_bytes) <= usable:
             found.update(filter(None, map(placing.with_read_ahead, READ_AHEAD)))
     return predict_rings(profile, list(found), list(found.values()))
 
 
 def _filled(profile: Profile, budget_bytes: int) -> Iterator[Candidate]:
     """For each ring, resident sets that use up the budget."""
-    partition = profile.partition
-    free = budget_bytes - partition.resident_bytes - profile.workspace_bytes
-    visited = list(dict.fromkeys(partition.visits))
-    for k_prime in rungs(len(visited)):
+    free = budget_bytes - profile.partition.resident_bytes - profile.workspace_bytes
+    of = Pass.of(profile)
+    count = len(of.layers)
+    for k_prime in rungs(count):
         for depth in DEPTHS:
-            if depth * k_prime > len(visited):
+            if depth * k_prime > count:
                 break
-            for residents in Filling(profile, visited, k_prime, depth, free).resident_sets():
-                if len(visited) - len(residents) >= depth * k_prime:
+            for residents in Filling(of, k_prime, depth, free).resident_sets():
+                if count - len(residents) >= depth * k_prime:
                     yield Candidate(k=len(residents) + depth * k_prime, k_prime=k_prime, residents=residents)

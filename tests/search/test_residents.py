@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autosp.schedule.arena import arena_bytes
-from autosp.search.residents import Filling
+from autosp.search.residents import Filling, Pass
 from autosp.search.space import rank
 from autosp.spec import Profile
 from builders import profile, profiles, quick
@@ -16,7 +16,7 @@ from builders import profile, profiles, quick
 
 def filling(measured: Profile, k_prime: int, depth: int, free_bytes: int) -> Filling:
     """Over all visited layers."""
-    return Filling(measured, list(dict.fromkeys(measured.partition.visits)), k_prime, depth, free_bytes)
+    return Filling(Pass.of(measured), k_prime, depth, free_bytes)
 
 
 @quick
