@@ -30,10 +30,12 @@ class DeviceMemory:
         """See the function of that name."""
         return self._fixed_bytes + sum(map(self._layer_bytes.__getitem__, candidate.residents)) + arena_bytes
 
-    def least_bytes(self, candidate: Candidate) -> int:
-        """What no arena for the candidate's groups can be below; found without placing them."""
+    def may_fit(self, candidate: Candidate, usable_bytes: int) -> bool:
+        """Whether the candidate fits in the smallest arena that could hold its groups; found without placing them."""
+        if self.peak_bytes(candidate, 0) > usable_bytes:
+            return False
         sizes = [sum(map(self._layer_bytes.__getitem__, group)) for group in candidate.groups(self._partition.visits)]
-        return self.peak_bytes(candidate, arena_bytes(sizes, candidate.depth))
+        return self.peak_bytes(candidate, arena_bytes(sizes, candidate.depth)) <= usable_bytes
 
 
 def host_bytes(profile: Profile, candidate: Candidate, staging_bytes: int) -> int:

@@ -11,9 +11,9 @@ times faster per candidate.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ from autosp.spec import Candidate, Prediction, Profile
 
 Array = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.intp]
+NumberT = TypeVar("NumberT", bound=np.number[Any])
 
 CONTENTION_ROUNDS = 4
 """Rounds of the fixed point between overlap and slowdown; it moves less than 0.1 % after three."""
@@ -34,27 +35,32 @@ def predict(profile: Profile, candidates: Sequence[Candidate]) -> list[Predictio
     """One prediction per candidate, in their order."""
     layer_bytes = [layer.n_bytes for layer in profile.partition.layers]
     visits = profile.partition.visits
-    return predict_rings(profile, candidates, [build_ring(candidate, layer_bytes, visits) for candidate in candidates])
+    return predict_rings(profile, ((candidate, build_ring(candidate, layer_bytes, visits)) for candidate in candidates))
 
 
-def predict_rings(profile: Profile, candidates: Sequence[Candidate], rings: Sequence[Ring]) -> list[Prediction]:
-    """`predict`, where the candidates' rings are at hand."""
-    if not candidates:
-        return []
+def predict_rings(profile: Profile, pairs: Iterable[tuple[Candidate, Ring]]) -> list[Prediction]:
+    """`predict`, where the candidates' rings are at hand. No ring is kept: of a thousand each has hundreds of parts."""
     repeats = profile.partition.repeats
     memory = DeviceMemory(profile)
-    periods = contended_periods(profile, rings)
+    figures: list[dict[str, Any]] = []
+
+    def rings() -> Iterator[Ring]:
+        for candidate, ring in pairs:
+            figures.append(
+                {
+                    "candidate": candidate,
+                    "moved_bytes": sum(ring.groups[transfer.group].n_bytes for transfer in ring.transfers) * repeats,
+                    "peak_bytes": memory.peak_bytes(candidate, ring.arena_bytes),
+                    "read_bytes": sum(ring.groups[read.group].n_bytes for read in ring.staging.reads) * repeats,
+                    "host_bytes": host_bytes(profile, candidate, ring.staging.n_bytes),
+                }
+            )
+            yield ring
+
+    periods = contended_periods(profile, rings())
     return [
-        Prediction(
-            candidate=candidate,
-            latency_s=float(periods.period_s[column]) * repeats,
-            stall_s=float(periods.stall_s[column]) * repeats,
-            moved_bytes=sum(ring.groups[transfer.group].n_bytes for transfer in ring.transfers) * repeats,
-            peak_bytes=memory.peak_bytes(candidate, ring.arena_bytes),
-            read_bytes=sum(ring.groups[read.group].n_bytes for read in ring.staging.reads) * repeats,
-            host_bytes=host_bytes(profile, candidate, ring.staging.n_bytes),
-        )
-        for column, (candidate, ring) in enumerate(zip(candidates, rings, strict=True))
+        Prediction(latency_s=float(period_s) * repeats, stall_s=float(stall_s) * repeats, **numbers)
+        for numbers, period_s, stall_s in zip(figures, periods.period_s, periods.stall_s, strict=True)
     ]
 
 
@@ -68,7 +74,7 @@ class Periods(NamedTuple):
     disk_factor: Array
 
 
-def contended_periods(profile: Profile, rings: Sequence[Ring]) -> Periods:
+def contended_periods(profile: Profile, rings: Iterable[Ring]) -> Periods:
     """Steady period and stall of each ring, while compute, link and disk slow each other down.
 
     Compute is slowed in proportion to the time that link and disk are busy, each of these in proportion to the time
@@ -80,7 +86,7 @@ def contended_periods(profile: Profile, rings: Sequence[Ring]) -> Periods:
     compute_alone = sum(costs.before_s) + sum(costs.forward_s) + costs.tail_s
     link_alone = tables.load_s.sum(axis=0)
     disk_alone = tables.read_s.sum(axis=0)
-    ones = np.ones(len(rings))
+    ones = np.ones(tables.load_s.shape[1])
     found = Periods(*_steady(costs, tables, ones, ones, ones), ones, ones, ones)
     slowdowns = [link.compute_slowdown, link.link_slowdown]
     slowdowns += [disk.compute_slowdown, disk.link_slowdown] if disk else [1.0, 1.0]
@@ -114,22 +120,39 @@ class _Tables:
     """The visit whose transfer empties its place of staging; negative in the period before."""
 
 
-def _tables(rings: Sequence[Ring], costs: Costs) -> _Tables:
+def _tables(rings: Iterable[Ring], costs: Costs) -> _Tables:
     n_visits = len(costs.forward_s)
-    shape = (n_visits, len(rings))
-    tables = _Tables(np.zeros(shape), np.zeros(shape, np.intp), np.zeros(shape), np.zeros(shape, np.intp))
-    for column, ring in enumerate(rings):
+    loads: list[list[float]] = []
+    afters: list[list[int]] = []
+    reads: list[list[float]] = []
+    empties: list[list[int]] = []
+    for ring in rings:
+        load_s, after, read_s, emptied = [0.0] * n_visits, [0] * n_visits, [0.0] * n_visits, [0] * n_visits
         for transfer in ring.transfers:
             n_bytes = ring.groups[transfer.group].n_bytes
-            tables.load_s[transfer.before, column] = costs.link_latency_s + n_bytes / costs.link_bytes_per_s
-            tables.after[transfer.before, column] = transfer.after
+            load_s[transfer.before] = costs.link_latency_s + n_bytes / costs.link_bytes_per_s
+            after[transfer.before] = transfer.after
         for read in ring.staging.reads:
             visit = ring.transfers[read.transfer].before
             n_bytes = ring.groups[read.group].n_bytes
-            tables.read_s[visit, column] = costs.disk_latency_s + n_bytes / costs.disk_bytes_per_s
-            emptied = (ring.transfers[transfer].before - n_visits * before for transfer, before in read.waits)
-            tables.emptied[visit, column] = max(emptied, default=-n_visits)  # none: reads before it waited for them
-    return tables
+            read_s[visit] = costs.disk_latency_s + n_bytes / costs.disk_bytes_per_s
+            waits = (ring.transfers[transfer].before - n_visits * before for transfer, before in read.waits)
+            emptied[visit] = max(waits, default=-n_visits)  # none: reads before it waited for them
+        loads.append(load_s)
+        afters.append(after)
+        reads.append(read_s)
+        empties.append(emptied)
+    return _Tables(
+        _by_visit(np.array(loads), n_visits),
+        _by_visit(np.array(afters, np.intp), n_visits),
+        _by_visit(np.array(reads), n_visits),
+        _by_visit(np.array(empties, np.intp), n_visits),
+    )
+
+
+def _by_visit(columns: npt.NDArray[NumberT], n_visits: int) -> npt.NDArray[NumberT]:
+    """Rows of visits from a list with one entry per candidate."""
+    return np.ascontiguousarray(columns.reshape(-1, n_visits).T)
 
 
 def _steady(

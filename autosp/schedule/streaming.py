@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import NamedTuple
 
 from autosp.schedule.actions import Action, Kind, Ref, Schedule
@@ -117,18 +118,23 @@ def _time_transfers(groups: Sequence[Group], visits: Sequence[int]) -> tuple[Tra
                 if low and begin < begins[low - 1] + groups[there[low - 1]].n_bytes:
                     low -= 1
                 high = bisect_left(begins, begin + n_bytes, low)
-                evicted = sorted([(last_use[other], other) for other in there[low:high]])
+                evicted = [(other, last_use[other]) for other in there[low:high]]
                 begins[low:high], there[low:high] = [begin], [index]
-                if evicted:
-                    issued = max(issued, evicted[-1][0])
+                if len(evicted) > 1:
+                    evicted.sort(key=itemgetter(1))
+                if evicted and evicted[-1][1] > issued:
+                    issued = evicted[-1][1]
                 if walk == 0:
-                    steady.append(Transfer(index, issued, first, tuple((other, use) for use, other in evicted)))
+                    steady.append(Transfer(index, issued, first, tuple(evicted)))
             last_use[index] = walk * period + last
     return tuple(steady)
 
 
 def _runs(groups: Sequence[Group], visits: Sequence[int]) -> list[tuple[int, int, int]]:
     """Neighbouring visits of one group, as (group, first visit, last visit). Residents' visits are left out."""
+    visit_of = {layer: visit for visit, layer in enumerate(visits)}
+    if len(visit_of) == len(visits):
+        return [(index, visit_of[group.layers[0]], visit_of[group.layers[-1]]) for index, group in enumerate(groups)]
     group_of = {layer: index for index, group in enumerate(groups) for layer in group.layers}
     runs: list[tuple[int, int, int]] = []
     before, first, last = -1, 0, 0

@@ -63,9 +63,10 @@ def rank(profile: Profile, budget_bytes: int, host_budget_bytes: int | None = No
     Raises: BudgetTooSmallError if nothing is predicted to fit; SettingError if the profile does not know the disk.
     """
     usable = usable_bytes(profile, budget_bytes)
-    every = dict.fromkeys([*_filled(profile, usable), *grid(profile), *sliding_windows(profile), all_resident(profile)])
     memory = DeviceMemory(profile)
-    candidates = [candidate for candidate in every if memory.least_bytes(candidate) <= usable]
+    others = [*grid(profile), *sliding_windows(profile), all_resident(profile)]
+    fitting = (candidate for candidate in others if memory.may_fit(candidate, usable))
+    candidates = dict.fromkeys([*_filled(profile, usable), *fitting])
     if host_budget_bytes is not None and exceeds(profile.partition, host_budget_bytes):
         predictions = _within(profile, candidates, usable, host_budget_bytes)
     else:
@@ -156,12 +157,8 @@ def _within_device(profile: Profile, candidates: Iterable[Candidate], usable: in
     """The candidates that fit the device, all else being on the host."""
     layer_bytes = [layer.n_bytes for layer in profile.partition.layers]
     visits, memory = profile.partition.visits, DeviceMemory(profile)
-    found: dict[Candidate, Ring] = {}
-    for candidate in candidates:
-        ring = build_ring(candidate, layer_bytes, visits)
-        if memory.peak_bytes(candidate, ring.arena_bytes) <= usable:
-            found[candidate] = ring
-    return predict_rings(profile, list(found), list(found.values()))
+    pairs = ((candidate, build_ring(candidate, layer_bytes, visits)) for candidate in candidates)
+    return predict_rings(profile, (pair for pair in pairs if memory.peak_bytes(pair[0], pair[1].arena_bytes) <= usable))
 
 
 def _within(profile: Profile, candidates: Iterable[Candidate], usable: int, host_budget_bytes: int) -> list[Prediction]:
@@ -177,7 +174,7 @@ def _within(profile: Profile, candidates: Iterable[Candidate], usable: int, host
         placing = Placing(candidate, partition, host_budget_bytes)
         if memory.peak_bytes(candidate, placing.ring.arena_bytes) <= usable:
             found.update(filter(None, map(placing.with_read_ahead, READ_AHEAD)))
-    return predict_rings(profile, list(found), list(found.values()))
+    return predict_rings(profile, found.items())
 
 
 def _filled(profile: Profile, budget_bytes: int) -> Iterator[Candidate]:
