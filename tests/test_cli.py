@@ -378,7 +378,7 @@ def test_the_users_own_error_keeps_its_traceback(factory: str, error: type[Excep
         (("trace", "tiny_models:make", "--plan", "plan.json", "--out", "no/trace.json"), "there is no folder no"),
         (("trace", "tiny_models:make", "--plan", "plan.json", "--plot", "x.gif"), "ends in one of .png"),
         (("trace", "tiny_models:make"), "Missing option '--plan'"),
-        (("tune", "tiny_models:make"), "Missing option '--max-gpu-gb'"),
+        (("estimate", "tiny_models:make"), "Missing option '--max-gpu-gb'"),
         (("resume", "tiny"), "Missing argument"),
     ],
 )

@@ -38,7 +38,10 @@ MAY_IMPORT = {
     "studies": "store",
     "apply": "devices intercept partition runtime schedule settings tiers",
     "load": "apply checkpoint factory runtime",
-    "tune": "apart batch cost_model devices partition profiler runtime search settings store workload",
+    "progress": "",
+    "estimate": "batch cost_model devices partition profiler progress runtime search settings workload",
+    "tune": "apart batch cost_model devices partition profiler progress runtime search settings store workload",
+    "pareto": "batch devices search store tune",
     "report": "cost_model files schedule",
 }
 """Room -> rooms it may import, besides errors, spec and itself. Each room stands below those it may import."""
@@ -49,6 +52,7 @@ TOP = {"cli", "service"}
 """Nothing imports these."""
 
 PUBLIC = {
+    "Front",
     "Plan",
     "Prediction",
     "Profile",
@@ -60,6 +64,7 @@ PUBLIC = {
     "list_studies",
     "load",
     "load_plan",
+    "pareto",
     "plan",
     "profile",
     "resume",

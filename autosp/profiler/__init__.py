@@ -15,7 +15,7 @@ from autosp.partition import model_fingerprint
 from autosp.profiler.layers import LEAST_MEMORY, observe
 from autosp.profiler.links import HostProbe, measure_disk, measure_link
 from autosp.runtime.bench import Bench
-from autosp.spec import Candidate, LinkProfile, Partition, Prediction, Profile, Trial
+from autosp.spec import PROFILE_SCHEMA_VERSION, Candidate, LinkProfile, Partition, Prediction, Profile, Trial
 from autosp.workload import Workload
 
 __all__ = ["LEAST_MEMORY", "measure"]
@@ -38,6 +38,7 @@ def measure(bench: Bench, workload: Workload, progress: Callable[[str], None] = 
     links = _links(bench, _dtype(workload.model), observed.load_s, progress)
     placeholder = Prediction(candidate=least, latency_s=0, stall_s=0, moved_bytes=0, peak_bytes=0)
     profile = Profile(
+        schema_version=PROFILE_SCHEMA_VERSION,
         model_name=type(workload.model).__name__,
         model_fingerprint=model_fingerprint(workload.model),
         batch_signature=signature(workload.batch),

@@ -21,6 +21,9 @@ residents."""
 READ_AHEAD = (1, 2, 4)
 """Groups in the host's staging ring. With two, one is read while another is loaded; more absorb unlike sizes."""
 
+FRONT_STEPS = 16
+"""Budgets for which residents are chosen, to find the front between the least memory and a budget."""
+
 EVERY_K_PRIME = 12
 """Up to here each k' is tried; beyond, neighbouring ones differ too little in copy size to matter."""
 
@@ -63,22 +66,45 @@ def rank(profile: Profile, budget_bytes: int, host_budget_bytes: int | None = No
     Raises: BudgetTooSmallError if nothing is predicted to fit; SettingError if the profile does not know the disk.
     """
     usable = usable_bytes(profile, budget_bytes)
-    memory = DeviceMemory(profile)
-    others = [*grid(profile), *sliding_windows(profile), all_resident(profile)]
-    fitting = (candidate for candidate in others if memory.may_fit(candidate, usable))
-    candidates = dict.fromkeys([*_filled(profile, usable), *fitting])
-    if host_budget_bytes is not None and exceeds(profile.partition, host_budget_bytes):
-        predictions = _within(profile, candidates, usable, host_budget_bytes)
-    else:
-        predictions = _within_device(profile, candidates, usable)
     best: dict[Key, Prediction] = {}
-    for prediction in predictions:
+    for prediction in _predictions(profile, _filled(profile, usable), usable, host_budget_bytes):
         key = key_of(prediction.candidate)
         if key not in best or _order(prediction) < _order(best[key]):
             best[key] = prediction
     if not best:
         raise too_small(profile, budget_bytes)
     return sorted(best.values(), key=_order)
+
+
+def front(profile: Profile, budget_bytes: int, host_budget_bytes: int | None = None) -> list[Prediction]:
+    """The candidates that none beats in both memory and latency, by rising memory: over all budgets up to this one.
+
+    Raises: as `rank`.
+    """
+    usable = usable_bytes(profile, budget_bytes)
+    least = profile.observed.prediction.peak_bytes
+    budgets = {least + (usable - least) * step // FRONT_STEPS for step in range(1, FRONT_STEPS + 1)}
+    filled = (candidate for budget in sorted(budgets) for candidate in _filled(profile, budget))
+    best: list[Prediction] = []
+    for prediction in sorted(_predictions(profile, filled, usable, host_budget_bytes), key=_by_memory):
+        if not best or prediction.latency_s < best[-1].latency_s:
+            best.append(prediction)
+    if not best:
+        raise too_small(profile, budget_bytes)
+    return best
+
+
+def _predictions(
+    profile: Profile, filled: Iterable[Candidate], usable: int, host_budget_bytes: int | None
+) -> list[Prediction]:
+    """Of `filled`, and of the candidates that are the same under any budget, those that fit."""
+    memory = DeviceMemory(profile)
+    others = [*grid(profile), *sliding_windows(profile), all_resident(profile)]
+    fitting = (candidate for candidate in others if memory.may_fit(candidate, usable))
+    candidates = dict.fromkeys([*filled, *fitting])
+    if host_budget_bytes is not None and exceeds(profile.partition, host_budget_bytes):
+        return _within(profile, candidates, usable, host_budget_bytes)
+    return _within_device(profile, candidates, usable)
 
 
 def key_of(candidate: Candidate) -> Key:
@@ -122,10 +148,14 @@ def all_resident(profile: Profile) -> Candidate:
 
 def least_bytes(profile: Profile) -> int:
     """The least budget in which the observed peak of the least-memory plan is usable."""
-    peak = profile.observed.measurement.peak_bytes
+    return budget_for(profile, profile.observed.measurement.peak_bytes)
+
+
+def budget_for(profile: Profile, peak_bytes: int) -> int:
+    """The least budget of which so much may be predicted to be in use."""
     if profile.device.kind != "cpu":
-        return peak
-    return math.ceil((peak + HEAP_NOISE_OF_WORKSPACE * profile.workspace_bytes) / (1 - HEAP_NOISE_OF_BUDGET)) + 1
+        return peak_bytes
+    return math.ceil((peak_bytes + HEAP_NOISE_OF_WORKSPACE * profile.workspace_bytes) / (1 - HEAP_NOISE_OF_BUDGET)) + 1
 
 
 def too_small(profile: Profile, budget_bytes: int) -> BudgetTooSmallError:
@@ -151,6 +181,10 @@ def suggested_gb(least_bytes: int) -> str:
 
 def _order(prediction: Prediction) -> tuple[float, int, int]:
     return round(prediction.latency_s, 6), prediction.peak_bytes, prediction.host_bytes
+
+
+def _by_memory(prediction: Prediction) -> tuple[int, float, int]:
+    return prediction.peak_bytes, prediction.latency_s, prediction.host_bytes
 
 
 def _within_device(profile: Profile, candidates: Iterable[Candidate], usable: int) -> list[Prediction]:
