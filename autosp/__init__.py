@@ -6,6 +6,7 @@ with autosp.apply(model, plan):
 """
 
 from autosp.apply import apply
+from autosp.batch_size import BatchSizes, Throughput, tune_batch
 from autosp.estimate import estimate, floor, profile
 from autosp.load import load
 from autosp.pareto import Front, pareto
@@ -15,12 +16,14 @@ from autosp.studies import list_studies, load_plan
 from autosp.tune import plan, resume, tune
 
 __all__ = [
+    "BatchSizes",
     "Front",
     "Plan",
     "Prediction",
     "Profile",
     "Stats",
     "StreamedModel",
+    "Throughput",
     "apply",
     "estimate",
     "floor",
@@ -32,4 +35,5 @@ __all__ = [
     "profile",
     "resume",
     "tune",
+    "tune_batch",
 ]

@@ -44,6 +44,7 @@ app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pret
 app.add_typer(database, name="db")
 app.command()(fronts.estimate)
 app.command()(fronts.pareto)
+app.command()(fronts.tune_batch)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The commands that weigh memory against latency: `estimate` predicts, `pareto` measures."""
+"""The commands that weigh one thing against another: memory and latency, batch size and throughput."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import typer
 from autosp import answers
 from autosp.errors import SettingError, StudyNotFoundError
 from autosp.factory import make_subject
-from autosp.options import Budget, BudgetOrAll, DeviceName, Factory, HostBudget, Plot, Storage
+from autosp.options import Budget, BudgetOrAll, DeviceName, Factory, HostBudget, MaxTrials, Output, Plot, Storage
 from autosp.spec import Plan, Trial
 from autosp.terminal import budget_of, check_folder, console, load_pictures, save, tell
 
@@ -114,3 +114,43 @@ def pareto(
         answers.draw_plans(front.plans, front.predicted, plot, storage)
     else:
         tell("`--plot front.png` draws the front, `-o FOLDER` writes its plans")
+
+
+def tune_batch(
+    factory: Annotated[
+        str,
+        typer.Argument(metavar="MODULE:FACTORY", help="Makes (model, make_batch) or (model, make_batch, step)."),
+    ],
+    max_gpu_gb: BudgetOrAll = None,
+    max_cpu_gb: HostBudget = None,
+    size: Annotated[
+        list[int] | None, typer.Option("--size", min=1, help="A batch size to try; again for more. Default: 1, 2, 4 …")
+    ] = None,
+    max_trials: MaxTrials = None,
+    storage: Storage = None,
+    device: DeviceName = None,
+    output: Output = None,
+) -> None:
+    """Find the batch size and the plan with the most samples per second. `make_batch(n)` gives n samples."""
+    import autosp
+    from autosp.report.tables import batch_sizes_table
+
+    check_folder(output)
+    subject = make_subject(factory)
+    if not callable(subject.batch):
+        raise SettingError(f"{factory} must return (model, make_batch), where make_batch(n) gives a batch of n samples")
+    found = autosp.tune_batch(
+        subject.model,
+        subject.batch,
+        None if max_gpu_gb is None else budget_of(max_gpu_gb),
+        batch_sizes=size,
+        max_cpu_gb=None if max_cpu_gb is None else budget_of(max_cpu_gb),
+        step=subject.step,
+        device=device,
+        storage=storage,
+        max_trials=max_trials,
+        progress=sys.stderr.isatty(),
+    )
+    rows = [(one.batch_size, one.predicted_samples_per_s, one.samples_per_s, one.plan) for one in found.sizes]
+    console().print(batch_sizes_table(rows, found.best.batch_size))
+    answers.show_answer(found.plan, storage, output)

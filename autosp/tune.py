@@ -25,7 +25,7 @@ from autosp.search.limits import Limits
 from autosp.search.space import rank, suggested_gb
 from autosp.search.validate import Reference, validate
 from autosp.settings import settings
-from autosp.spec import Candidate, Outcome, Partition, Plan, Profile, StudyKey, Trial
+from autosp.spec import PROFILE_SCHEMA_VERSION, Candidate, Outcome, Partition, Plan, Profile, StudyKey, Trial
 from autosp.store import Repository
 from autosp.workload import Workload, parse_budget, parse_budgets
 
@@ -214,6 +214,8 @@ def _continue(
         show("weights to the slow tier")
         reference = Reference(output, lambda: _plain_pass(workload, device)[1])
         measured = repository.profile(name) if entered else None
+        if measured is not None and measured.schema_version != PROFILE_SCHEMA_VERSION:
+            measured = None
         parts = measured.partition if measured else parts
         host_bytes = binding_host_budget(parts, device, key.host_budget_bytes)
         if measured is not None and measured.disk_link is None and host_bytes is not None:

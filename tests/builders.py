@@ -18,6 +18,7 @@ from autosp.spec import (
     Measurement,
     Outcome,
     Partition,
+    Plan,
     Prediction,
     Profile,
     Tier,
@@ -177,6 +178,26 @@ def trial(
         outcome=outcome,
     )
     return Trial(number=number, prediction=predicted, measurement=measured)
+
+
+def plan(chosen: Trial, measured: Profile, *, budget_bytes: int, study_name: str = "tiny") -> Plan:
+    """The answer of a study, of which a trial was the best."""
+    return Plan(
+        autosp_version="0.1.0",
+        torch_version=measured.device.torch_version,
+        created_at="2025-01-01T00:00:00+00:00",
+        study_name=study_name,
+        mode=measured.mode,
+        model_name=measured.model_name,
+        model_fingerprint=measured.model_fingerprint,
+        batch_signature=measured.batch_signature,
+        device=measured.device,
+        budget_bytes=budget_bytes,
+        partition=measured.partition,
+        candidate=chosen.prediction.candidate,
+        prediction=chosen.prediction,
+        measurement=chosen.measurement,
+    )
 
 
 def load(layers: tuple[int, ...], offset: int | None, *waits: Ref, occurrence: int = 0) -> Action:

@@ -42,6 +42,7 @@ MAY_IMPORT = {
     "estimate": "batch cost_model devices partition profiler progress runtime search settings workload",
     "tune": "apart batch cost_model devices partition profiler progress runtime search settings store workload",
     "pareto": "batch devices search store tune",
+    "batch_size": "batch devices estimate profiler search store tune workload",
     "report": "cost_model files schedule",
 }
 """Room -> rooms it may import, besides errors, spec and itself. Each room stands below those it may import."""
@@ -52,12 +53,14 @@ TOP = {"cli", "service"}
 """Nothing imports these."""
 
 PUBLIC = {
+    "BatchSizes",
     "Front",
     "Plan",
     "Prediction",
     "Profile",
     "Stats",
     "StreamedModel",
+    "Throughput",
     "apply",
     "estimate",
     "floor",
@@ -69,6 +72,7 @@ PUBLIC = {
     "profile",
     "resume",
     "tune",
+    "tune_batch",
 }
 
 

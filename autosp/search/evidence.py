@@ -22,10 +22,14 @@ def known_profile(
     for all of them: its links are measured in another way then.
     """
     for _, profile in _profiles(repository, key):
-        current = profile.schema_version == PROFILE_SCHEMA_VERSION and profile.partition == partition
-        if current and (profile.disk_link is None) == (host_budget_bytes is None):
+        if profile.partition == partition and (profile.disk_link is None) == (host_budget_bytes is None):
             return profile
     return None
+
+
+def newest_profile(repository: Repository, key: StudyKey) -> Profile | None:
+    """The newest profile of the same work, of this version's schema. Whether its layers are as now was not checked."""
+    return next((profile for _, profile in _profiles(repository, key)), None)
 
 
 def known_measurements(
@@ -64,5 +68,5 @@ def _profiles(repository: Repository, key: StudyKey) -> Iterator[tuple[str, Prof
             profile = repository.profile(name)
         except StoreError:  # written by another version of autosp
             continue
-        if profile is not None:
+        if profile is not None and profile.schema_version == PROFILE_SCHEMA_VERSION:
             yield name, profile

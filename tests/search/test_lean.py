@@ -13,7 +13,7 @@ from autosp.search.lean import MOST_BUDGETS, checked_slack, least_memory
 from autosp.search.space import front, rank
 from autosp.spec import Candidate, Measurement, Outcome, Plan, Profile, StudyKey
 from autosp.store import Repository
-from builders import measurement, partition, profile, trial
+from builders import measurement, partition, plan, profile, trial
 
 BUDGET = 1200
 TINY = profile((100,) * 10, forward_s=0.1, bytes_per_s=150.0)
@@ -52,22 +52,7 @@ def tuner(repository: Repository, slower: float = 1.0) -> tuple[list[int], Calla
         repository.create_study(name, key(budget_bytes))
         repository.save_profile(name, TINY)
         repository.add_trial(name, done)
-        answer = Plan(
-            autosp_version="0",
-            torch_version="2",
-            created_at="2025-01-01T00:00:00+00:00",
-            study_name=name,
-            mode="inference",
-            model_name="Tiny",
-            model_fingerprint="m" * 32,
-            batch_signature=TINY.batch_signature,
-            device=TINY.device,
-            budget_bytes=budget_bytes,
-            partition=TINY.partition,
-            candidate=favourite.candidate,
-            prediction=favourite,
-            measurement=done.measurement,
-        )
+        answer = plan(done, TINY, budget_bytes=budget_bytes, study_name=name)
         repository.save_plan(name, answer)
         return answer
 
@@ -88,22 +73,22 @@ def test_the_front_is_what_no_setting_beats() -> None:
 
 def test_least_memory_within_the_slack(repository: Repository) -> None:
     asked, fastest_under = tuner(repository)
-    plan = least_memory(repository, "lean", key(slack=1.0), fastest_under)
+    found = least_memory(repository, "lean", key(slack=1.0), fastest_under)
     within = [one for one in front(TINY, BUDGET) if one.latency_s <= 2 * 1.0]  # everything resident takes 1 s
-    assert plan.measurement is not None
-    assert plan.measurement.peak_bytes == within[0].peak_bytes < 1000
+    assert found.measurement is not None
+    assert found.measurement.peak_bytes == within[0].peak_bytes < 1000
     assert asked == [BUDGET, within[0].peak_bytes]
-    assert plan.study_name == "lean" and plan.budget_bytes == BUDGET
-    assert "within 100% of the fastest" in plan.why
-    assert repository.find_plan(key(slack=1.0)) == plan
+    assert found.study_name == "lean" and found.budget_bytes == BUDGET
+    assert "within 100% of the fastest" in found.why
+    assert repository.find_plan(key(slack=1.0)) == found
     assert [one.number for one in repository.trials("lean")] == [0, 1]
 
 
 def test_what_turns_out_too_slow_is_not_the_answer(repository: Repository) -> None:
     asked, fastest_under = tuner(repository, slower=3.0)
-    plan = least_memory(repository, "lean", key(slack=1.0), fastest_under)
-    assert plan.candidate.residents == tuple(range(10))
-    assert plan.measurement is not None and plan.measurement.latency_s == pytest.approx(1.0)
+    found = least_memory(repository, "lean", key(slack=1.0), fastest_under)
+    assert found.candidate.residents == tuple(range(10))
+    assert found.measurement is not None and found.measurement.latency_s == pytest.approx(1.0)
     assert 1 < len(asked) <= 1 + MOST_BUDGETS
 
 
