@@ -52,7 +52,7 @@ def kept_study(
     device: str | None,
     storage: str | None,
 ) -> str | None:
-    """The study that `tune` of this subject would continue."""
+    """The study that `tune` of this subject would continue. With slack: that of the fastest plan, if it got no further."""
     from autosp.devices import choose_device
     from autosp.profiler.host import whole_device
     from autosp.store import Repository
@@ -62,7 +62,8 @@ def kept_study(
     workload = Workload.of(subject.model, subject.batch, subject.step, "inference", chosen)
     budgets = parse_budgets(whole_device(chosen) if budget is None else budget, host_budget, chosen.info.slow_tier)
     with Repository(storage) as repository:
-        return repository.find_study(workload.key(chosen, *budgets, slack))
+        keys = workload.key(chosen, *budgets, slack), workload.key(chosen, *budgets)
+        return next(filter(None, map(repository.find_study, keys)), None)
 
 
 def show_answer(plan: Plan, storage: str | None, output: Path | None) -> None:

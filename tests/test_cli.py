@@ -422,7 +422,7 @@ def test_the_users_own_error_keeps_its_traceback(factory: str, error: type[Excep
         (("trace", "tiny_models:make"), "Missing option '--plan'"),
         (("estimate", "tiny_models:make"), "Missing option '--max-gpu-gb'"),
         (("resume", "tiny"), "Missing argument"),
-        (("tune-batch", "tiny_models:make"), "must return (model, make_batch)"),
+        (("tune-batch", "tiny_models:make"), r"must return \(model, make_batch\)"),
         (("tune", "tiny_models:make", "--slack", "5"), "slack=5.0"),
     ],
 )

@@ -39,6 +39,8 @@ def least_memory(repository: Repository, name: str, key: StudyKey, fastest_under
     """
     fastest = fastest_under(key.budget_bytes)
     profile, trials = study_of(repository, fastest)
+    repository.create_study(name, key)
+    repository.save_profile(name, profile)
     assert fastest.measurement is not None and key.slack is not None
     limit_s = fastest.measurement.latency_s * (1 + key.slack)
     line = front(profile, key.budget_bytes, fastest.host_budget_bytes)
@@ -57,7 +59,7 @@ def least_memory(repository: Repository, name: str, key: StudyKey, fastest_under
         trials += found
         if not any(_fast_enough(trial, limit_s) for trial in found):
             too_slow_bytes = target.peak_bytes
-    return _stored(repository, name, key, fastest, profile, trials, limit_s)
+    return _stored(repository, name, key, fastest, trials, limit_s)
 
 
 def study_of(repository: Repository, plan: Plan) -> tuple[Profile, list[Trial]]:
@@ -115,7 +117,6 @@ def _stored(
     name: str,
     key: StudyKey,
     fastest: Plan,
-    profile: Profile,
     trials: Sequence[Trial],
     limit_s: float,
 ) -> Plan:
@@ -129,8 +130,6 @@ def _stored(
         f"{fastest.measurement.peak_bytes / 1e9:.4g} GB (study {fastest.study_name})"
     )
     answer = plan_of(best, fastest).model_copy(update={"study_name": name, "why": why})
-    repository.create_study(name, key)
-    repository.save_profile(name, profile)
     distinct = {trial.prediction.candidate: trial for trial in reversed(trials)}
     for number, trial in enumerate(reversed(distinct.values())):
         repository.add_trial(name, trial.model_copy(update={"number": number}))
