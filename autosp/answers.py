@@ -52,7 +52,7 @@ def kept_study(
     device: str | None,
     storage: str | None,
 ) -> str | None:
-    """The study that `tune` of this subject would continue. With slack: that of the fastest plan, if it got no further."""
+    """The study that `tune` of this subject would continue. With slack: at least that of the fastest plan."""
     from autosp.devices import choose_device
     from autosp.profiler.host import whole_device
     from autosp.store import Repository

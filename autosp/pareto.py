@@ -103,10 +103,7 @@ def _validated(fastest: Plan, storage: str | os.PathLike[str] | None) -> list[Pl
 
 
 def bends(line: Sequence[Prediction], count: int) -> list[Prediction]:
-    """The ends of a front, and where it is farthest from straight lines between those chosen before, in their order.
-
-    Both axes are taken relative to their range.
-    """
+    """The ends of a front, and where its latency is farthest from straight lines between those chosen before."""
     memory = np.array([prediction.peak_bytes for prediction in line], float)
     latency = np.array([prediction.latency_s for prediction in line])
     chosen = sorted({0, len(line) - 1})

@@ -226,7 +226,7 @@ def _continue(
             ranked = rank(measured, budget_bytes, host_bytes)
             repository.create_study(name, key)
             repository.save_profile(name, measured)
-            known = known_measurements(repository, key, measured, budget_bytes)
+            known = known_measurements(repository, name, measured, budget_bytes)
             verdict = run_study(
                 repository,
                 name,

@@ -33,15 +33,15 @@ def newest_profile(repository: Repository, key: StudyKey) -> Profile | None:
 
 
 def known_measurements(
-    repository: Repository, key: StudyKey, profile: Profile, budget_bytes: int
+    repository: Repository, study: str, profile: Profile, budget_bytes: int
 ) -> dict[Candidate, Measurement]:
-    """What was measured under other budgets, on this very profile, and fits this budget, too; the newest of each.
+    """What other studies than `study` measured on this very profile, and fits this budget, too; the newest of each.
 
     A trial that did not fit another budget is no evidence: under a cap of another size it may take another peak.
     """
     found: dict[Candidate, Measurement] = {}
-    for name, other in _profiles(repository, key):
-        if other != profile:
+    for name, other in _profiles(repository, repository.study_key(study)):
+        if name == study or other != profile:
             continue
         for trial in repository.trials(name):
             measured = trial.measurement

@@ -99,7 +99,7 @@ def _predictions(
 ) -> list[Prediction]:
     """Of `filled`, and of the candidates that are the same under any budget, those that fit."""
     memory = DeviceMemory(profile)
-    others = [*grid(profile), *sliding_windows(profile), all_resident(profile)]
+    others = [*grid(profile, usable), *sliding_windows(profile), all_resident(profile)]
     fitting = (candidate for candidate in others if memory.may_fit(candidate, usable))
     candidates = dict.fromkeys([*filled, *fitting])
     if host_budget_bytes is not None and exceeds(profile.partition, host_budget_bytes):
@@ -120,15 +120,21 @@ def rungs(most: int) -> list[int]:
     return values
 
 
-def grid(profile: Profile) -> list[Candidate]:
-    """Every k and k' with its best residents: a ring of two groups if k allows it, else of one, the rest resident."""
+def grid(profile: Profile, most_bytes: float = math.inf) -> list[Candidate]:
+    """Every k and k' with its best residents: a ring of two groups if k allows it, else of one, the rest resident.
+
+    Where the residents alone take more than `most_bytes` it is left out.
+    """
+    layers = profile.partition.layers
     visited = list(dict.fromkeys(profile.partition.visits))
     spread = [evenly_spread(visited, count) for count in range(len(visited) + 1)]
+    fits = [sum(layers[index].n_bytes for index in residents) <= most_bytes for residents in spread]
     candidates = []
     for k in range(1, len(visited) + 1):
         for k_prime in rungs(k):
             ring = 2 * k_prime if k >= 2 * k_prime else k_prime
-            candidates.append(Candidate(k=k, k_prime=k_prime, residents=spread[k - ring]))
+            if fits[k - ring]:
+                candidates.append(Candidate(k=k, k_prime=k_prime, residents=spread[k - ring]))
     return candidates
 
 

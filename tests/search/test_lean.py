@@ -142,7 +142,9 @@ def test_measurements_of_other_budgets_on_the_same_profile(repository: Repositor
     repository.add_trial("larger", trial(over, outcome=Outcome.OVER_BUDGET, number=2))
     stored(repository, "another profile", key(3 * BUDGET), TINY.model_copy(update={"tail_s": 0.5}))
     repository.add_trial("another profile", trial(window))
-    known = known_measurements(repository, key(), TINY, BUDGET)
+    stored(repository, "own", key(), TINY)
+    repository.add_trial("own", trial(window))
+    known = known_measurements(repository, "own", TINY, BUDGET)
     assert known == {resident.candidate: measurement(latency_s=1.5, peak_bytes=BUDGET)}
 
 
