@@ -17,10 +17,10 @@ from typing import Annotated
 try:
     import typer
 
-    from autosp import answers
+    from autosp import answers, fronts
     from autosp.database import database
     from autosp.options import (
-        Budget,
+        BudgetOrAll,
         DeviceName,
         Factory,
         HostBudget,
@@ -38,10 +38,13 @@ except ImportError as missing:  # the console script exists without the extra, t
 
 from autosp.errors import SettingError, StudyNotFoundError
 from autosp.factory import make_subject
-from autosp.spec import Plan, Trial
+from autosp.spec import Plan
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(database, name="db")
+app.command()(fronts.estimate)
+app.command()(fronts.pareto)
+app.command()(fronts.tune_batch)
 
 
 def main() -> None:
@@ -67,8 +70,11 @@ def _root(
 @app.command()
 def tune(
     factory: Factory,
-    max_gpu_gb: Budget,
+    max_gpu_gb: BudgetOrAll = None,
     max_cpu_gb: HostBudget = None,
+    slack: Annotated[
+        float | None, typer.Option(help="0.05: the least memory that takes at most 5 % longer than the fastest.")
+    ] = None,
     storage: Storage = None,
     study_name: Annotated[str | None, typer.Option(help="Default: made from the model's name.")] = None,
     max_trials: MaxTrials = None,
@@ -83,15 +89,16 @@ def tune(
     check_folder(output)
     subject = make_subject(factory)
     began = datetime.now(UTC).isoformat(timespec="seconds")
-    budget = budget_of(max_gpu_gb)
+    budget = None if max_gpu_gb is None else budget_of(max_gpu_gb)
     host_budget = None if max_cpu_gb is None else budget_of(max_cpu_gb)
-    kept = partial(answers.kept_study, subject, budget, host_budget, device, storage)
+    kept = partial(answers.kept_study, subject, budget, host_budget, slack, device, storage)
     with interruptible(factory, storage, device, kept):
         plan = autosp.tune(
             subject.model,
             subject.batch,
             budget,
             max_cpu_gb=host_budget,
+            slack=slack,
             step=subject.step,
             device=device,
             storage=storage,
@@ -135,57 +142,6 @@ def resume(
             progress=sys.stderr.isatty(),
         )
     answers.show_answer(plan, storage, output)
-
-
-@app.command()
-def estimate(
-    max_gpu_gb: Budget,
-    max_cpu_gb: HostBudget = None,
-    factory: Annotated[str | None, typer.Argument(metavar="[MODULE:FACTORY]", help="Measured now.")] = None,
-    study: Annotated[str | None, typer.Option(help="Take this study's stored profile: no model is needed.")] = None,
-    top: Annotated[int, typer.Option(min=1, help="How many predictions to print.")] = 10,
-    storage: Storage = None,
-    device: DeviceName = None,
-    plot: Plot = None,
-) -> None:
-    """Predict every setting under a budget, without validating any."""
-    import autosp
-    from autosp.report.tables import predictions_table
-    from autosp.workload import parse_budgets
-
-    if (factory is None) == (study is None):
-        raise SettingError("name what to estimate: either MODULE:FACTORY or --study, one of them")
-    budget = budget_of(max_gpu_gb)
-    host_budget = None if max_cpu_gb is None else budget_of(max_cpu_gb)
-    trials: list[Trial] = []
-    chosen: Plan | None = None
-    if plot is not None:
-        load_pictures("drawing").checked_path(plot)
-    if factory is not None:
-        subject = make_subject(factory)
-        profile = autosp.profile(
-            subject.model,
-            subject.batch,
-            max_cpu_gb=host_budget,
-            step=subject.step,
-            device=device,
-            progress=sys.stderr.isatty(),
-        )
-        others: set[int] = set()
-    else:
-        stored = answers.read_study(str(study), storage)
-        if stored.profile is None:
-            raise StudyNotFoundError(f"study {study!r} has no profile yet: continue it with `autosp resume`")
-        profile, trials, chosen = stored.profile, stored.trials, stored.plan
-        others = {stored.budget_bytes}
-    ranked = autosp.estimate(profile, budget, host_budget)
-    console().print(predictions_table(ranked, autosp.floor(profile, budget, host_budget), top))
-    if plot is not None:
-        budget_bytes, host_bytes = parse_budgets(budget, host_budget, profile.device.slow_tier)
-        budgets_bytes = [budget_bytes, *others.difference({budget_bytes})]
-        answers.draw_front(profile, trials, budgets_bytes, host_bytes, plot, chosen)
-    else:
-        tell("`--plot front.png` draws memory against latency, with the floor")
 
 
 @app.command()

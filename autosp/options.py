@@ -12,6 +12,10 @@ Study = Annotated[str, typer.Argument(metavar="STUDY", help="`autosp studies` li
 Storage = Annotated[str | None, typer.Option(help="Path or URL of the database. Default: AUTOSP_STORAGE.")]
 DeviceName = Annotated[str | None, typer.Option("--device", help="Default: the accelerator if there is one.")]
 Budget = Annotated[str, typer.Option("--max-gpu-gb", help="GB (10^9 bytes), or with a unit: 8GiB, 900MB.")]
+BudgetOrAll = Annotated[
+    str | None,
+    typer.Option("--max-gpu-gb", help="GB (10^9 bytes), or with a unit: 8GiB, 900MB. Default: what the device has."),
+]
 HostBudget = Annotated[
     str | None,
     typer.Option(

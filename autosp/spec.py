@@ -22,6 +22,9 @@ PLAN_SCHEMA_VERSION = 4
 """Also read: 1, before lookup tables; 2, before `Layer.weight_bytes` and disks behind the host; 3, before `Leaf` and
 `reading`."""
 
+PROFILE_SCHEMA_VERSION = 2
+"""Raised when a figure of a profile comes to mean something else: profiles of other versions are measured anew."""
+
 Mode = Literal["inference"]
 
 
@@ -167,6 +170,11 @@ class Candidate(Record):
         """Layers in the ring."""
         return self.k - len(self.residents)
 
+    @property
+    def depth(self) -> int:
+        """Neighbouring groups that the ring has room for."""
+        return max(1, self.ring // self.k_prime)
+
     def groups(self, visits: Sequence[int]) -> list[tuple[int, ...]]:
         """The streamed layers that travel together: `k_prime` of them, in the order of their first visit."""
         residents = frozenset(self.residents)
@@ -242,6 +250,7 @@ class Trial(Record):
 class Profile(Record):
     """Everything the cost model needs, measured once per model, batch and device."""
 
+    schema_version: int = Field(default=1, description="1 where there is none: in databases of autosp 0.1.0")
     model_name: str
     model_fingerprint: str
     batch_signature: str
@@ -287,11 +296,18 @@ class StudyKey(Record):
     mode: Mode
     budget_bytes: int
     host_budget_bytes: int | None = Field(default=None, description="None: as much as the machine has")
+    slack: float | None = Field(
+        default=None, description="how much slower than the fastest a plan of less memory may be"
+    )
 
     @property
     def fingerprint(self) -> str:
         """Hash of all the fields that say something: a field that an older database does not know changes nothing."""
         return hashlib.sha256(self.model_dump_json(exclude_none=True).encode()).hexdigest()[:32]
+
+    def is_of_the_same_work(self, other: StudyKey) -> bool:
+        """Whether the two differ in no more than what they allow a plan."""
+        return self.differences(other).keys() <= {"budget_bytes", "host_budget_bytes", "slack"}
 
     def differences(self, other: StudyKey) -> dict[str, tuple[object, object]]:
         """Field name -> (mine, theirs) for every field that differs."""

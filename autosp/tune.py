@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from tqdm.auto import tqdm
 
 from autosp.apart import import_apart
 from autosp.batch import Step
@@ -20,13 +17,16 @@ from autosp.devices import Device, choose_device
 from autosp.errors import AutospError, BudgetTooSmallError, OutputMismatchError, SettingError
 from autosp.partition import partition
 from autosp.profiler import measure
-from autosp.profiler.host import binding_host_budget
+from autosp.profiler.host import binding_host_budget, whole_device
+from autosp.progress import progress_bar
 from autosp.runtime.bench import Bench
+from autosp.search.evidence import known_measurements, known_profile, unless_known
+from autosp.search.lean import checked_slack, least_memory
 from autosp.search.limits import Limits
 from autosp.search.space import rank, suggested_gb
 from autosp.search.validate import Reference, validate
 from autosp.settings import settings
-from autosp.spec import Candidate, Outcome, Partition, Plan, Prediction, Profile, StudyKey, Trial
+from autosp.spec import PROFILE_SCHEMA_VERSION, Candidate, Outcome, Partition, Plan, Profile, StudyKey, Trial
 from autosp.store import Repository
 from autosp.workload import Workload, parse_budget, parse_budgets
 
@@ -35,15 +35,14 @@ if TYPE_CHECKING:
 
     import torch
 
-Progress = Callable[[str], None]
-
 
 def tune(
     model: nn.Module,
     sample_batch: Any,
-    max_gpu_gb: float | str,
+    max_gpu_gb: float | str | None = None,
     *,
     max_cpu_gb: float | str | None = None,
+    slack: float | None = None,
     mode: str = "inference",
     step: Step | None = None,
     device: torch.device | str | Device | None = None,
@@ -59,8 +58,10 @@ def tune(
     Args:
         sample_batch: a tensor, a tuple of positional or a mapping of keyword arguments, of the shapes to plan for.
         max_gpu_gb: GB (10^9 bytes) of device memory, or a string such as "8GiB". Without an accelerator: of RAM.
+            Default: what the device has.
         max_cpu_gb: the same of host memory for streamed weights; what it has no room for rests on disk behind it.
             Default: what the machine has. Without an accelerator the smaller of the two budgets holds.
+        slack: 0.05 for the least memory that takes no more than 5 % longer than the fastest plan under the budget.
         step: `step(model, batch)` instead of the plain call, for a `generate` or a loss.
         device: default: the accelerator if there is one.
         storage: database, a path or a SQLAlchemy URL; default `AUTOSP_STORAGE`, else the user's data directory.
@@ -76,16 +77,18 @@ def tune(
     whatever the model itself raises passes through.
     """
     chosen = choose_device(device)
-    budgets = parse_budgets(max_gpu_gb, max_cpu_gb, chosen.info.slow_tier)
+    budget = whole_device(chosen) if max_gpu_gb is None else max_gpu_gb
+    budgets = parse_budgets(budget, max_cpu_gb, chosen.info.slow_tier)
     workload = Workload.of(model, sample_batch, step, mode, chosen, seed)
     limits = Limits(max_trials, timeout_s)
     with Repository(storage) as repository:
-        key = workload.key(chosen, *budgets)
+        key = workload.key(chosen, *budgets, checked_slack(slack))
         known = repository.find_plan(key) if study_name is None else None
         if known is not None:
             return known
-        name = study_name or repository.find_study(key) or repository.unique_name(f"{key.model_name}-{key.mode}")
-        return _continue(repository, name, key, workload, chosen, limits, progress)
+        base = f"{key.model_name}-{key.mode}" + (f"-slack-{slack:g}" if slack else "")
+        name = study_name or repository.find_study(key) or repository.unique_name(base)
+        return _go_on(repository, name, key, workload, chosen, limits, progress)
 
 
 def resume(
@@ -112,12 +115,12 @@ def resume(
     limits = Limits(max_trials, timeout_s)
     with Repository(storage) as repository:
         entered = repository.study_key(study_name)
-        key = workload.key(chosen, entered.budget_bytes, entered.host_budget_bytes)
+        key = workload.key(chosen, entered.budget_bytes, entered.host_budget_bytes, entered.slack)
         _is_entered(repository, study_name, key)
         known = repository.plan(study_name)
         if known is not None and limits == Limits():
             return known
-        return _continue(repository, study_name, key, workload, chosen, limits, progress)
+        return _go_on(repository, study_name, key, workload, chosen, limits, progress)
 
 
 def plan(
@@ -163,45 +166,29 @@ def plan(
     )
 
 
-def profile(
-    model: nn.Module,
-    sample_batch: Any,
-    *,
-    max_cpu_gb: float | str | None = None,
-    mode: str = "inference",
-    step: Step | None = None,
-    device: torch.device | str | Device | None = None,
-    progress: bool = True,
-) -> Profile:
-    """Measure every layer and link under the least-memory plan; the disk, too, where the host has no room for all.
+def _go_on(
+    repository: Repository,
+    name: str,
+    key: StudyKey,
+    workload: Workload,
+    device: Device,
+    limits: Limits,
+    progress: bool,
+) -> Plan:
+    """Where slower plans of less memory will do, each budget that is tried is a study of its own."""
+    if key.slack is None:
+        return _continue(repository, name, key, workload, device, limits, progress)
 
-    The model is as before when this returns or raises.
-    """
-    chosen = choose_device(device)
-    workload = Workload.of(model, sample_batch, step, mode, chosen)
-    with _progress(progress) as show:
-        show("order of the layers")
-        parts = partition(
-            model, workload.run, chosen.torch_device, lookups=chosen.reads_host, slow_tier=chosen.info.slow_tier
-        )
-        show("weights to the slow tier")
-        host_bytes = None if max_cpu_gb is None else parse_budget(max_cpu_gb, "max_cpu_gb")
-        host_bytes = binding_host_budget(parts, chosen, host_bytes)
-        with Bench(model, parts, chosen, settings().cache_dir, host_bytes) as bench:
-            return measure(bench, workload, show)
+    def fastest_under(budget_bytes: int) -> Plan:
+        under = key.model_copy(update={"budget_bytes": budget_bytes, "slack": None})
+        known = repository.find_plan(under)
+        if known is not None:
+            return known
+        study = repository.find_study(under) or repository.unique_name(f"{name}-{budget_bytes / 1e9:.4g}GB")
+        return _continue(repository, study, under, workload, device, limits, progress)
 
-
-def estimate(profile: Profile, max_gpu_gb: float | str, max_cpu_gb: float | str | None = None) -> list[Prediction]:
-    """Every setting predicted to fit the budgets, the fastest first. Needs no device.
-
-    Raises: BudgetError, BudgetTooSmallError; SettingError if the profile does not know the disk and settings need it.
-    """
-    return rank(profile, *parse_budgets(max_gpu_gb, max_cpu_gb, profile.device.slow_tier))
-
-
-def floor(profile: Profile, max_gpu_gb: float | str, max_cpu_gb: float | str | None = None) -> float:
-    """Seconds that no schedule can beat under the budgets on the profiled hardware."""
-    return floor_s(profile, *parse_budgets(max_gpu_gb, max_cpu_gb, profile.device.slow_tier))
+    _is_entered(repository, name, key)
+    return least_memory(repository, name, key, fastest_under)
 
 
 def _continue(
@@ -222,29 +209,35 @@ def _continue(
 
     budget_bytes = key.budget_bytes
     entered = _is_entered(repository, name, key)
-    with _progress(progress) as show:
+    with progress_bar(progress) as show:
         show("order of the layers")
         parts, output = _plain_pass(workload, device)
         show("weights to the slow tier")
         reference = Reference(output, lambda: _plain_pass(workload, device)[1])
         measured = repository.profile(name) if entered else None
+        if measured is not None and measured.schema_version != PROFILE_SCHEMA_VERSION:
+            measured = None
         parts = measured.partition if measured else parts
         host_bytes = binding_host_budget(parts, device, key.host_budget_bytes)
         if measured is not None and measured.disk_link is None and host_bytes is not None:
             measured = None  # the machine had more room when it was made
+        measured = measured or known_profile(repository, key, parts, host_bytes)
         with Bench(workload.model, parts, device, settings().cache_dir, host_bytes) as bench:
             measured = measured or measure(bench, workload, show, budget_bytes)
             bench.readers.use(measured_reading(measured))
             ranked = rank(measured, budget_bytes, host_bytes)
             repository.create_study(name, key)
             repository.save_profile(name, measured)
+            known = known_measurements(repository, name, measured, budget_bytes)
             verdict = run_study(
                 repository,
                 name,
                 measured,
                 ranked,
                 budget_bytes,
-                lambda candidate: validate(bench, workload, candidate, reference, budget_bytes, show),
+                unless_known(
+                    known, lambda candidate: validate(bench, workload, candidate, reference, budget_bytes, show)
+                ),
                 limits=limits,
                 progress=show,
             )
@@ -336,15 +329,3 @@ def _no_plan(profile: Profile, budget_bytes: int, trials: list[Trial]) -> Autosp
         least_bytes=least,
         layer=layer.name,
     )
-
-
-@contextmanager
-def _progress(visible: bool) -> Iterator[Progress]:
-    """A bar that counts steps and names the one that is running."""
-    with tqdm(disable=not visible, desc="autosp", bar_format="{desc}: {n_fmt} steps [{elapsed}{postfix}]") as bar:
-
-        def show(text: str) -> None:
-            bar.set_postfix_str(text, refresh=False)
-            bar.update()
-
-        yield show

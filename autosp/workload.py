@@ -61,7 +61,9 @@ class Workload:
             torch.manual_seed(self.seed)
             return self.run()
 
-    def key(self, device: Device, budget_bytes: int, host_budget_bytes: int | None = None) -> StudyKey:
+    def key(
+        self, device: Device, budget_bytes: int, host_budget_bytes: int | None = None, slack: float | None = None
+    ) -> StudyKey:
         """What identifies a study of this workload."""
         return StudyKey(
             model_name=type(self.model).__name__,
@@ -72,6 +74,7 @@ class Workload:
             mode=self.mode,
             budget_bytes=budget_bytes,
             host_budget_bytes=host_budget_bytes,
+            slack=slack,
         )
 
 

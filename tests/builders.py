@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from autosp.schedule.actions import Action, Kind, Ref, Schedule
 from autosp.spec import (
+    PROFILE_SCHEMA_VERSION,
     Candidate,
     DeviceInfo,
     Layer,
@@ -19,6 +20,7 @@ from autosp.spec import (
     Measurement,
     Outcome,
     Partition,
+    Plan,
     Prediction,
     Profile,
     Tier,
@@ -127,6 +129,7 @@ def profile(
     least_peak = max(layer_bytes) + resident_bytes + workspace_bytes
     compute_s = (sum(forwards) + sum(befores)) * repeats + tail_s
     return Profile(
+        schema_version=PROFILE_SCHEMA_VERSION,
         model_name="Tiny",
         model_fingerprint="m" * 32,
         batch_signature="float32[1,8]",
@@ -194,6 +197,26 @@ def trial(
         outcome=outcome,
     )
     return Trial(number=number, prediction=predicted, measurement=measured)
+
+
+def plan(chosen: Trial, measured: Profile, *, budget_bytes: int, study_name: str = "tiny") -> Plan:
+    """The answer of a study, of which a trial was the best."""
+    return Plan(
+        autosp_version="0.1.0",
+        torch_version=measured.device.torch_version,
+        created_at="2025-01-01T00:00:00+00:00",
+        study_name=study_name,
+        mode=measured.mode,
+        model_name=measured.model_name,
+        model_fingerprint=measured.model_fingerprint,
+        batch_signature=measured.batch_signature,
+        device=measured.device,
+        budget_bytes=budget_bytes,
+        partition=measured.partition,
+        candidate=chosen.prediction.candidate,
+        prediction=chosen.prediction,
+        measurement=chosen.measurement,
+    )
 
 
 def load(layers: tuple[int, ...], offset: int | None, *waits: Ref, occurrence: int = 0) -> Action:

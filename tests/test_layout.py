@@ -38,7 +38,11 @@ MAY_IMPORT = {
     "studies": "store",
     "apply": "devices intercept partition runtime schedule settings tiers",
     "load": "apply checkpoint factory runtime",
-    "tune": "apart batch cost_model devices partition profiler runtime search settings store workload",
+    "progress": "",
+    "estimate": "batch cost_model devices partition profiler progress runtime search settings workload",
+    "tune": "apart batch cost_model devices partition profiler progress runtime search settings store workload",
+    "pareto": "batch devices search store tune",
+    "batch_size": "batch devices estimate profiler search store tune workload",
     "report": "cost_model files schedule",
 }
 """Room -> rooms it may import, besides errors, spec and itself. Each room stands below those it may import."""
@@ -49,21 +53,26 @@ TOP = {"cli", "service"}
 """Nothing imports these."""
 
 PUBLIC = {
+    "BatchSizes",
+    "Front",
     "Plan",
     "Prediction",
     "Profile",
     "Stats",
     "StreamedModel",
+    "Throughput",
     "apply",
     "estimate",
     "floor",
     "list_studies",
     "load",
     "load_plan",
+    "pareto",
     "plan",
     "profile",
     "resume",
     "tune",
+    "tune_batch",
 }
 
 

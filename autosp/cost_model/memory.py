@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from autosp.schedule.actions import Kind
+from autosp.schedule.arena import arena_bytes
 from autosp.schedule.timeline import Timeline
 from autosp.spec import Candidate, Partition, Profile, Tier
 
@@ -14,9 +15,27 @@ def peak_bytes(profile: Profile, candidate: Candidate, arena_bytes: int) -> int:
 
     The workspace (activations, kernels' buffers, the allocator's own) was observed under the least-memory plan.
     """
-    layers = profile.partition.layers
-    residents = sum(layers[index].n_bytes for index in candidate.residents)
-    return profile.partition.resident_bytes + residents + arena_bytes + profile.workspace_bytes
+    return DeviceMemory(profile).peak_bytes(candidate, arena_bytes)
+
+
+class DeviceMemory:
+    """`peak_bytes` of many candidates of one profile."""
+
+    def __init__(self, profile: Profile) -> None:
+        self._partition = profile.partition
+        self._layer_bytes = [layer.n_bytes for layer in profile.partition.layers]
+        self._fixed_bytes = profile.partition.resident_bytes + profile.workspace_bytes
+
+    def peak_bytes(self, candidate: Candidate, arena_bytes: int) -> int:
+        """See the function of that name."""
+        return self._fixed_bytes + sum(map(self._layer_bytes.__getitem__, candidate.residents)) + arena_bytes
+
+    def may_fit(self, candidate: Candidate, usable_bytes: int) -> bool:
+        """Whether the candidate fits in the smallest arena that could hold its groups; found without placing them."""
+        if self.peak_bytes(candidate, 0) > usable_bytes:
+            return False
+        sizes = [sum(map(self._layer_bytes.__getitem__, group)) for group in candidate.groups(self._partition.visits)]
+        return self.peak_bytes(candidate, arena_bytes(sizes, candidate.depth)) <= usable_bytes
 
 
 def host_bytes(profile: Profile, candidate: Candidate, staging_bytes: int) -> int:

@@ -14,7 +14,16 @@ from autosp.profiler.layers import observe
 from autosp.profiler.links import HostProbe, measure_disk, measure_link
 from autosp.profiler.reading import measure_reading
 from autosp.runtime.bench import Bench
-from autosp.spec import Candidate, LayerProfile, LinkProfile, Measurement, Prediction, Profile, Trial
+from autosp.spec import (
+    PROFILE_SCHEMA_VERSION,
+    Candidate,
+    LayerProfile,
+    LinkProfile,
+    Measurement,
+    Prediction,
+    Profile,
+    Trial,
+)
 from autosp.workload import Workload
 
 __all__ = ["LEAST_MEMORY", "measure"]
@@ -57,6 +66,7 @@ def measure(
     if reads is not None:
         links = (*links[:-1], links[-1].model_copy(update=reads._asdict()))
     profile = Profile(
+        schema_version=PROFILE_SCHEMA_VERSION,
         model_name=type(workload.model).__name__,
         model_fingerprint=model_fingerprint(workload.model),
         batch_signature=signature(workload.batch),

@@ -94,6 +94,51 @@ def predictions_table(predictions: Sequence[Prediction], floor_s: float, limit: 
     return table
 
 
+def front_table(plans: Sequence[Plan]) -> Table:
+    """Plans that trade memory for latency: each measured, and compared with the fastest."""
+    table = new_table(f"Memory against latency: {len(plans)} plans, each measured")
+    add_numbers(
+        table, "plan", "peak", "latency", "of the\nfastest", "predicted\nlatency", "error", "k", "k'", "residents"
+    )
+    table.add_column("study", no_wrap=True)
+    least_s = min((plan.measurement.latency_s for plan in plans if plan.measurement), default=None)
+    for number, plan in enumerate(plans, start=1):
+        said, found = plan.prediction, plan.measurement
+        latency_s = found.latency_s if found else None
+        table.add_row(
+            str(number),
+            size(found.peak_bytes if found else None),
+            seconds(latency_s),
+            ratio(latency_s, least_s),
+            seconds(said.latency_s if said else None),
+            error(said.latency_s, latency_s) if said and latency_s else NOTHING,
+            *_setting(plan.candidate),
+            Text(plan.study_name or NOTHING),
+        )
+    return table
+
+
+def batch_sizes_table(rows: Iterable[tuple[int, float, float | None, Plan | None]], best: int) -> Table:
+    """Batch sizes, each with its predicted and its measured samples per second and the plan of that."""
+    table = new_table("Samples per second by batch size")
+    add_numbers(
+        table, "batch", "predicted\nper s", "measured\nper s", "error", "latency", "peak", "k", "k'", "residents"
+    )
+    for batch_size, predicted, measured, plan in rows:
+        found = plan.measurement if plan else None
+        table.add_row(
+            str(batch_size),
+            f"{predicted:.4g}",
+            f"{measured:.4g}" if measured else NOTHING,
+            error(predicted, measured) if measured else NOTHING,
+            seconds(found.latency_s if found else None),
+            size(found.peak_bytes if found else None),
+            *(_setting(plan.candidate) if plan else (NOTHING,) * 3),
+            style=CHOSEN if batch_size == best else None,
+        )
+    return table
+
+
 def studies_table(summaries: Sequence[StudySummary]) -> Table:
     """One line per study, in the order given."""
     table = new_table(f"{len(summaries)} studies" if len(summaries) != 1 else "1 study")

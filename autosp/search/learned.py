@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from autosp.cost_model.calibrate import DISTURBED_ERROR, DISTURBED_RATIO, calibrated, observations
-from autosp.cost_model.predict import predict, predict_rings
+from autosp.cost_model.predict import Predictor, predict
 from autosp.schedule.streaming import build_ring
 from autosp.search.space import Key, key_of
 from autosp.spec import Prediction, Profile, Trial
@@ -51,9 +51,12 @@ class Lessons:
 
     def __init__(self, profile: Profile, ranked: Sequence[Prediction]) -> None:
         layer_bytes = [layer.n_bytes for layer in profile.partition.layers]
+        visits = profile.partition.visits
+        candidates = [prediction.candidate for prediction in ranked]
         self._profile = profile
-        self._candidates = [prediction.candidate for prediction in ranked]
-        self._rings = [build_ring(candidate, layer_bytes, profile.partition.visits) for candidate in self._candidates]
+        self._predictor = Predictor(
+            profile, ((candidate, build_ring(candidate, layer_bytes, visits)) for candidate in candidates)
+        )
 
     def learned(self, trials: Sequence[Trial]) -> Learned:
         """What these trials, and the plans that the profile was made from, say of all candidates.
@@ -63,7 +66,7 @@ class Lessons:
         """
         timed = [trial for trial in trials if trial.measurement.samples_s]
         profile = calibrated(self._profile, [*observations(self._profile), *timed])
-        predictions = predict_rings(profile, self._candidates, self._rings)
+        predictions = self._predictor.predict(profile)
         predictions.sort(key=lambda prediction: (prediction.latency_s, prediction.peak_bytes))
         if not timed:
             return Learned(tuple(predictions), PRIOR_ERROR, 0)

@@ -97,6 +97,14 @@ class Repository:
             query = select(StudyRow.name).where(StudyRow.fingerprint == key.fingerprint)
             return session.scalar(query.order_by(StudyRow.id.desc()).limit(1))
 
+    def siblings(self, key: StudyKey) -> list[str]:
+        """Studies with a profile that are of the same work as `key`, under any budget, the newest first."""
+        with self._reading() as session:
+            query = select(StudyRow.name, StudyRow.key).where(StudyRow.profile.is_not(None))
+            query = query.where(StudyRow.key.contains(key.model_fingerprint, autoescape=True))
+            rows = session.execute(query.order_by(StudyRow.id.desc()))
+            return [name for name, stored in rows if key.is_of_the_same_work(_decode(StudyKey, stored, name))]
+
     def unique_name(self, base: str) -> str:
         """`base`, or `base-2`, `base-3` … : a name that neither we nor Optuna use in this database."""
         with self._reading() as session:
