@@ -176,16 +176,30 @@ class Outcome(StrEnum):
     OVER_BUDGET = "over budget"
     OUT_OF_MEMORY = "out of memory"
     OUTPUT_DIFFERS = "output differs"
+    KILLED = "killed"
+    CRASHED = "crashed"
+    TIMED_OUT = "timed out"
+    DEVICE_ERROR = "device error"
+
+    @property
+    def cut_short(self) -> bool:
+        """Whether the trial ended with the process of its own that it ran in: nothing was measured."""
+        return self in (Outcome.KILLED, Outcome.CRASHED, Outcome.TIMED_OUT, Outcome.DEVICE_ERROR)
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether the trial went to its end, with the plain model's output: its time and its peak count."""
+        return self in (Outcome.FITS, Outcome.OVER_BUDGET)
 
 
 class Measurement(Record):
     """What the device said of a candidate."""
 
     outcome: Outcome
-    latency_s: float = Field(description="median of `samples_s`; 0 when the trial ran out of memory")
+    latency_s: float = Field(description="median of `samples_s`; 0 when the trial did not get so far")
     samples_s: tuple[float, ...]
     cold_latency_s: float
-    peak_bytes: int
+    peak_bytes: int = Field(description="0 when the trial was cut short")
     moved_bytes: int
     misses: int
 

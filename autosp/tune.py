@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -16,16 +17,18 @@ from autosp.batch import Step
 from autosp.cost_model.floor import floor_s
 from autosp.cost_model.placement import Placing, evenly_spread, host_too_small
 from autosp.devices import Device, choose_device
-from autosp.errors import AutospError, BudgetTooSmallError, OutputMismatchError, SettingError
+from autosp.devices.lock import device_lock
+from autosp.errors import SettingError
 from autosp.partition import partition
 from autosp.profiler import measure
 from autosp.profiler.host import binding_host_budget
 from autosp.runtime.bench import Bench
+from autosp.search.failure import no_plan
 from autosp.search.limits import Limits
-from autosp.search.space import rank, suggested_gb
+from autosp.search.space import rank
 from autosp.search.validate import Reference, validate
 from autosp.settings import settings
-from autosp.spec import Candidate, Outcome, Partition, Plan, Prediction, Profile, StudyKey, Trial
+from autosp.spec import Candidate, Plan, Prediction, Profile, StudyKey
 from autosp.store import Repository
 from autosp.workload import Workload, parse_budget, parse_budgets
 
@@ -220,13 +223,15 @@ def _continue(
     from autosp.search.study import run_study
 
     budget_bytes = key.budget_bytes
-    entered = _is_entered(repository, name, key)
-    with _progress(progress) as show:
+    _is_entered(repository, name, key)  # a wrong model or budget is known before the device is waited for
+    with _progress(progress) as show, ExitStack() as held:
+        hold_device = partial(device_lock, device, settings().cache_dir, show)
+        held.enter_context(hold_device())
         show("order of the layers")
-        parts, output = _plain_pass(workload, device)
+        parts, output = workload.observed_pass(device)
         show("weights to the slow tier")
-        reference = Reference(output, lambda: _plain_pass(workload, device)[1])
-        measured = repository.profile(name) if entered else None
+        reference = Reference(output, lambda: workload.observed_pass(device)[1])
+        measured = repository.profile(name) if _is_entered(repository, name, key) else None
         parts = measured.partition if measured else parts
         host_bytes = binding_host_budget(parts, device, key.host_budget_bytes)
         if measured is not None and measured.disk_link is None and host_bytes is not None:
@@ -235,7 +240,10 @@ def _continue(
             measured = measured or measure(bench, workload, show)
             ranked = rank(measured, budget_bytes, host_bytes)
             repository.create_study(name, key)
-            repository.save_profile(name, measured)
+            agreed = repository.agree_on_profile(name, measured)
+            if agreed != measured:
+                measured, ranked = agreed, rank(agreed, budget_bytes, host_bytes)
+            held.close()
             verdict = run_study(
                 repository,
                 name,
@@ -245,9 +253,10 @@ def _continue(
                 lambda candidate: validate(bench, workload, candidate, reference, budget_bytes, show),
                 limits=limits,
                 progress=show,
+                hold_device=hold_device,
             )
     if verdict.best is None:
-        raise _no_plan(measured, budget_bytes, repository.trials(name))
+        raise no_plan(measured, budget_bytes, repository.trials(name))
     answer = Plan(
         **_identity(workload, device),
         study_name=name,
@@ -260,7 +269,16 @@ def _continue(
         floor_s=floor_s(measured, budget_bytes, host_bytes),
         why=verdict.why,
     )
-    repository.save_plan(name, answer)
+    return _stored(repository, name, answer)
+
+
+def _stored(repository: Repository, name: str, answer: Plan) -> Plan:
+    """The answer in the database: of workers that come to the same one, the first stores it and all return that."""
+    with repository.turn(name):
+        known = repository.plan(name)
+        if known is not None and known.model_copy(update={"created_at": answer.created_at}) == answer:
+            return known
+        repository.save_plan(name, answer)
     return answer
 
 
@@ -270,19 +288,6 @@ def _is_entered(repository: Repository, name: str, key: StudyKey) -> bool:
         return False
     repository.create_study(name, key)  # leaves it as it is, if it is the same
     return True
-
-
-def _plain_pass(workload: Workload, device: Device) -> tuple[Partition, Any]:
-    """The layers, and the output, of one pass of the unstreamed model."""
-    outputs: list[Any] = []
-    parts = partition(
-        workload.model,
-        lambda: outputs.append(workload.run_seeded()),
-        device.torch_device,
-        lookups=device.reads_host,
-        slow_tier=device.info.slow_tier,
-    )
-    return parts, outputs[0]
 
 
 def _identity(workload: Workload, device: Device) -> dict[str, Any]:
@@ -313,26 +318,6 @@ def _candidate(k: int, k_prime: int, residents: int, visited: list[int]) -> Cand
             f"move k_prime={k_prime} at a time; raise k to at least {min(residents + k_prime, len(visited))}"
         )
     return Candidate(k=k, k_prime=k_prime, residents=tuple(sorted(evenly_spread(visited, residents))))
-
-
-def _no_plan(profile: Profile, budget_bytes: int, trials: list[Trial]) -> AutospError:
-    """Every candidate that was predicted to fit failed on the device."""
-    differing = [trial for trial in trials if trial.measurement.outcome is Outcome.OUTPUT_DIFFERS]
-    if differing:
-        return OutputMismatchError(
-            f"{len(differing)} of {len(trials)} validated plans gave another output than the plain model, "
-            f"{differing[0].prediction.candidate.label()} first, and no other fits; nothing is returned"
-        )
-    least = min(trial.measurement.peak_bytes for trial in trials)
-    layer = max(profile.partition.layers, key=lambda layer: layer.n_bytes)
-    return BudgetTooSmallError(
-        f"all {len(trials)} validated plans took more than {budget_bytes / 1e9:.4g} GB on the device; the least was "
-        f"{least / 1e9:.4g} GB, set by layer {layer.index} ({layer.name}); "
-        f"try max_gpu_gb={suggested_gb(least)}",
-        budget_bytes=budget_bytes,
-        least_bytes=least,
-        layer=layer.name,
-    )
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import difflib
 import os
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Self, TypeVar
 
@@ -20,6 +20,7 @@ from autosp.store.engine import READ_ONLY, open_engine, shown, storage_url, tran
 from autosp.store.migrate import upgrade
 from autosp.store.models import PlanRow, StudyRow, TrialRow
 from autosp.store.trials import GRACE_PERIOD_S, HEARTBEAT_INTERVAL_S, open_optuna_storage
+from autosp.store.turns import turn, turn_where_shared
 
 if TYPE_CHECKING:
     import optuna
@@ -70,7 +71,7 @@ class Repository:
 
         Raises: StudyMismatchError if the name belongs to a study with another key.
         """
-        with self._writing() as session:
+        with turn_where_shared(self._engine, name), self._writing() as session:
             row = session.scalar(select(StudyRow).where(StudyRow.name == name))
             if row is None:
                 row = StudyRow(name=name, fingerprint=key.fingerprint, key=_encode(key), created_at=_now())
@@ -118,6 +119,16 @@ class Repository:
             rows = session.scalars(select(StudyRow).order_by(StudyRow.id.desc()))
             return [_summary(row, measured[row.id]) for row in rows]
 
+    def turn(self, name: str) -> AbstractContextManager[None]:
+        """A turn at a study: one process at a time, of all that work on it, is inside. It ends with its process.
+
+        All methods may be called inside, but for `turn` itself.
+
+        Raises: StoreReadOnlyError if the lock file beside an SQLite database cannot be made, StoreError for a server
+        other than PostgreSQL.
+        """
+        return turn(self._engine, f"turn of {name}")
+
     def delete_study(self, name: str) -> None:
         """Delete a study with its trials and plans. Optuna's study of that name stays.
 
@@ -135,6 +146,19 @@ class Repository:
         """
         with self._writing() as session:
             self._study(session, name).profile = _encode(profile)
+
+    def agree_on_profile(self, name: str, profile: Profile) -> Profile:
+        """Keep a profile unless another worker was faster; the one that counts. One that knows more links replaces it.
+
+        Raises: StudyNotFoundError.
+        """
+        with turn_where_shared(self._engine, f"profile of {name}"), self._writing() as session:
+            study = self._study(session, name)
+            known = None if study.profile is None else _decode(Profile, study.profile, name)
+            if known is not None and len(known.links) >= len(profile.links):
+                return known
+            study.profile = _encode(profile)
+        return profile
 
     def profile(self, name: str) -> Profile | None:
         """The profile a study rests on; None before it was measured.
@@ -210,9 +234,10 @@ class Repository:
 
         Raises: StoreError if Optuna's tables here are of another version.
         """
-        storage = open_optuna_storage(
-            self._url, heartbeat_interval_s=heartbeat_interval_s, grace_period_s=grace_period_s
-        )
+        with turn_where_shared(self._engine, "optuna's tables"):
+            storage = open_optuna_storage(
+                self._url, heartbeat_interval_s=heartbeat_interval_s, grace_period_s=grace_period_s
+            )
         self._closing.callback(storage.engine.dispose)
         self._closing.callback(storage.remove_session)
         return storage
