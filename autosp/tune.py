@@ -24,6 +24,7 @@ from autosp.profiler import measure
 from autosp.profiler.host import binding_host_budget
 from autosp.runtime.bench import Bench
 from autosp.search.failure import no_plan
+from autosp.search.isolated import IsolatedTrials, Isolation
 from autosp.search.limits import Limits
 from autosp.search.space import rank
 from autosp.search.validate import Reference, validate
@@ -54,6 +55,8 @@ def tune(
     max_trials: int | None = None,
     timeout_s: float | None = None,
     seed: int = 0,
+    isolate: bool = False,
+    trial_timeout_s: float | None = None,
     progress: bool = True,
 ) -> Plan:
     """The fastest plan under a memory budget, measured on this device.
@@ -69,25 +72,30 @@ def tune(
         study_name: default: made from the model's name. An unfinished study of that name is continued.
         max_trials, timeout_s: limits on validation; the stop rule usually ends it earlier.
         seed: of the pass whose outputs are compared.
+        isolate: validate in a process of its own: if it crashes, hangs, is killed, or loses the device, that is the
+            trial's outcome, and the next one gets a new process. Model, batch and step must be picklable.
+        trial_timeout_s: with `isolate`, when a trial hangs. Default: a minute and 20 times what was predicted.
         progress: show a progress bar.
 
     A second call with the same model, batch, device and budget answers from the database. The model is as before when
-    this returns or raises.
+    this returns or raises. Processes that are given one `study_name` and `storage` share the work, and all return the
+    one plan; those of one machine take turns at its device.
 
-    Raises: BudgetError, BudgetTooSmallError, ModelError, SettingError, TierError, StoreError, StudyMismatchError;
-    whatever the model itself raises passes through.
+    Raises: BudgetError, BudgetTooSmallError, ModelError, SettingError, TierError, StoreError, StudyMismatchError,
+    IsolationError; whatever the model itself raises passes through.
     """
     chosen = choose_device(device)
     budgets = parse_budgets(max_gpu_gb, max_cpu_gb, chosen.info.slow_tier)
     workload = Workload.of(model, sample_batch, step, mode, chosen, seed)
     limits = Limits(max_trials, timeout_s)
+    isolation = Isolation.of(isolate, trial_timeout_s)
     with Repository(storage) as repository:
         key = workload.key(chosen, *budgets)
         known = repository.find_plan(key) if study_name is None else None
         if known is not None:
             return known
         name = study_name or repository.find_study(key) or repository.unique_name(f"{key.model_name}-{key.mode}")
-        return _continue(repository, name, key, workload, chosen, limits, progress)
+        return _continue(repository, name, key, workload, chosen, limits, isolation, progress)
 
 
 def resume(
@@ -101,6 +109,8 @@ def resume(
     max_trials: int | None = None,
     timeout_s: float | None = None,
     seed: int = 0,
+    isolate: bool = False,
+    trial_timeout_s: float | None = None,
     progress: bool = True,
 ) -> Plan:
     """Continue an interrupted study, or answer with the plan of a finished one. Nothing that was measured is repeated.
@@ -112,14 +122,15 @@ def resume(
     chosen = choose_device(device)
     workload = Workload.of(model, sample_batch, step, "inference", chosen, seed)
     limits = Limits(max_trials, timeout_s)
+    isolation = Isolation.of(isolate, trial_timeout_s)
     with Repository(storage) as repository:
         entered = repository.study_key(study_name)
         key = workload.key(chosen, entered.budget_bytes, entered.host_budget_bytes)
-        _is_entered(repository, study_name, key)
+        repository.has_study(study_name, key)
         known = repository.plan(study_name)
         if known is not None and limits == Limits():
             return known
-        return _continue(repository, study_name, key, workload, chosen, limits, progress)
+        return _continue(repository, study_name, key, workload, chosen, limits, isolation, progress)
 
 
 def plan(
@@ -213,6 +224,7 @@ def _continue(
     workload: Workload,
     device: Device,
     limits: Limits,
+    isolation: Isolation | None,
     progress: bool,
 ) -> Plan:
     """Profile unless that is stored, validate what may win, store and return the best.
@@ -220,41 +232,49 @@ def _continue(
     A new study is entered once there is something to validate: a wrong batch or budget leaves nothing in the database.
     """
     import_apart("autosp.search.study")  # optuna, which an answer from the database does not need
-    from autosp.search.study import run_study
+    from autosp.search.study import Validate, run_study
 
     budget_bytes = key.budget_bytes
-    _is_entered(repository, name, key)  # a wrong model or budget is known before the device is waited for
-    with _progress(progress) as show, ExitStack() as held:
+    repository.has_study(name, key)  # a wrong model or budget is known before the device is waited for
+    with _progress(progress) as show, ExitStack() as held, ExitStack() as opened:
         hold_device = partial(device_lock, device, settings().cache_dir, show)
         held.enter_context(hold_device())
         show("order of the layers")
         parts, output = workload.observed_pass(device)
         show("weights to the slow tier")
         reference = Reference(output, lambda: workload.observed_pass(device)[1])
-        measured = repository.profile(name) if _is_entered(repository, name, key) else None
+        measured = repository.profile(name) if repository.has_study(name, key) else None
         parts = measured.partition if measured else parts
         host_bytes = binding_host_budget(parts, device, key.host_budget_bytes)
         if measured is not None and measured.disk_link is None and host_bytes is not None:
             measured = None  # the machine had more room when it was made
-        with Bench(workload.model, parts, device, settings().cache_dir, host_bytes) as bench:
+        if measured is None or isolation is None:
+            bench = opened.enter_context(Bench(workload.model, parts, device, settings().cache_dir, host_bytes))
             measured = measured or measure(bench, workload, show)
-            ranked = rank(measured, budget_bytes, host_bytes)
-            repository.create_study(name, key)
-            agreed = repository.agree_on_profile(name, measured)
-            if agreed != measured:
-                measured, ranked = agreed, rank(agreed, budget_bytes, host_bytes)
-            held.close()
-            verdict = run_study(
-                repository,
-                name,
-                measured,
-                ranked,
-                budget_bytes,
-                lambda candidate: validate(bench, workload, candidate, reference, budget_bytes, show),
-                limits=limits,
-                progress=show,
-                hold_device=hold_device,
-            )
+        ranked = rank(measured, budget_bytes, host_bytes)
+        repository.create_study(name, key)
+        agreed = repository.agree_on_profile(name, measured)
+        if agreed != measured:
+            measured, ranked = agreed, rank(agreed, budget_bytes, host_bytes)
+        if isolation is None:
+            validated: Validate = partial(validate, bench, workload, reference, budget_bytes, progress=show)
+        else:
+            opened.close()  # the model is as it was, and can be sent
+            budgets = budget_bytes, host_bytes
+            trials = IsolatedTrials(workload, device, parts, settings().cache_dir, budgets, isolation, ranked, show)
+            validated = opened.enter_context(trials).validate
+        held.close()
+        verdict = run_study(
+            repository,
+            name,
+            measured,
+            ranked,
+            budget_bytes,
+            validated,
+            limits=limits,
+            progress=show,
+            hold_device=hold_device,
+        )
     if verdict.best is None:
         raise no_plan(measured, budget_bytes, repository.trials(name))
     answer = Plan(
@@ -269,25 +289,7 @@ def _continue(
         floor_s=floor_s(measured, budget_bytes, host_bytes),
         why=verdict.why,
     )
-    return _stored(repository, name, answer)
-
-
-def _stored(repository: Repository, name: str, answer: Plan) -> Plan:
-    """The answer in the database: of workers that come to the same one, the first stores it and all return that."""
-    with repository.turn(name):
-        known = repository.plan(name)
-        if known is not None and known.model_copy(update={"created_at": answer.created_at}) == answer:
-            return known
-        repository.save_plan(name, answer)
-    return answer
-
-
-def _is_entered(repository: Repository, name: str, key: StudyKey) -> bool:
-    """Whether the database has the study. Raises: StudyMismatchError if it was made for something else."""
-    if name not in {summary.name for summary in repository.summaries()}:
-        return False
-    repository.create_study(name, key)  # leaves it as it is, if it is the same
-    return True
+    return repository.agree_on_plan(name, answer)
 
 
 def _identity(workload: Workload, device: Device) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +11,7 @@ import torch
 
 from autosp.devices import AcceleratorDevice, CpuDevice, Device, VirtualDevice
 from autosp.spec import Tier
-from postgres_server import create_database, postgres_server
+from databases import create_database, memory_folder, postgres_server
 
 
 def _kinds() -> list[object]:
@@ -37,7 +35,7 @@ def private_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[str]:
-    """A running server: see `postgres_server`."""
+    """A running server: see `databases`."""
     with postgres_server() as url:
         yield url
 
@@ -48,8 +46,8 @@ def shared_storage(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param == "postgresql":
         yield create_database(request.getfixturevalue("postgres"), f"db-{uuid.uuid4().hex}")
         return
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as folder:
-        yield str(Path(folder) / "shared.db")
+    with memory_folder() as folder:
+        yield str(folder / "shared.db")
 
 
 @pytest.fixture(params=_kinds())

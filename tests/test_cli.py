@@ -131,6 +131,14 @@ def test_a_second_tune_answers_from_the_database(study: Path, tmp_path: Path) ->
     assert [summary.trials for summary in list_studies(tmp_path / "copy.db")] == [2]
 
 
+def test_trials_in_another_process(shell: Path) -> None:
+    said = autosp("tune", "tiny_models:make", *ROOM, "--study-name", "apart", "--max-trials", "1", "--isolate")
+    assert "Plan of study apart" in said
+    assert "trial_timeout_s goes with isolate=True" in autosp(
+        "resume", "apart", "tiny_models:make", "--trial-timeout-s", "5", code=2
+    )
+
+
 def test_studies(study: Path) -> None:
     assert "1 study" in autosp("studies")
     assert "tiny Tiny float32[4,128] 200 MB 2 " in autosp("studies")
@@ -292,7 +300,7 @@ def test_doctor_looks_and_leaves_no_trace(shell: Path) -> None:
     for part in ("torch 2.", "device cpu", "slow tier disk", "not there yet", "Link disk → device", "under compute"):
         assert part in said
     assert not (shell / "autosp.db").exists()
-    assert [path.name for path in (shell / "cache").iterdir()] == ["locks"]
+    assert not list((shell / "cache").iterdir())
 
 
 def test_doctor_and_the_states_of_a_database(study: Path, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ class Verdict:
     """Whether the stop rule ended it, rather than a limit."""
 
 
-class Step(Enum):
+class Next(Enum):
     """What a worker of a study does next."""
 
     VALIDATE = auto()
@@ -91,10 +91,10 @@ def run_study(
             running = running_keys(study)
             idle = [prediction for prediction in ranked if key_of(prediction.candidate) not in running]
             without_running = judge(trials, idle, usable, acceptable) if running else verdict
-            step = _next_step(study, sampler, limits, len(trials), len(running), verdict, without_running)
-            if step is Step.END:
+            upcoming = _what_next(study, sampler, limits, len(trials), len(running), verdict, without_running)
+            if upcoming is Next.END:
                 return verdict
-            if step is Step.VALIDATE:
+            if upcoming is Next.VALIDATE:
                 with running_trial(study, storage) as trial:
                     prediction = _claimed(trial, sampler, ranked)
                     turn.close()
@@ -105,12 +105,12 @@ def run_study(
                     done = Trial(number=trial.number, prediction=prediction, measurement=validate(prediction.candidate))
                     repository.add_trial(name, done)
                     _tell(study, trial, done, budget_bytes)
-        if step is Step.WAIT:
+        if upcoming is Next.WAIT:
             progress("waiting for other workers' trials")
             time.sleep(POLL_S)
 
 
-def _next_step(
+def _what_next(
     study: optuna.Study,
     sampler: CostModelSampler,
     limits: Limits,
@@ -118,19 +118,19 @@ def _next_step(
     running: int,
     verdict: Verdict,
     without_running: Verdict,
-) -> Step:
+) -> Next:
     """`without_running`: the verdict if what other workers are validating could not win."""
     if limits.reached(done):
-        return Step.END
-    nothing_else = Step.WAIT if running else Step.END
+        return Next.END
+    nothing_else = Next.WAIT if running else Next.END
     must_run = sampler.due(study) or study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
     if verdict.finished and not must_run:
         return nothing_else
     if limits.reached(done + running):
-        return Step.WAIT
+        return Next.WAIT
     if not must_run and (without_running.finished or sampler.next_key(study) is None):
         return nothing_else
-    return Step.VALIDATE
+    return Next.VALIDATE
 
 
 def _claimed(trial: optuna.Trial, sampler: CostModelSampler, ranked: Sequence[Prediction]) -> Prediction | None:

@@ -77,12 +77,18 @@ class Repository:
                 row = StudyRow(name=name, fingerprint=key.fingerprint, key=_encode(key), created_at=_now())
                 session.add(row)
                 return
-            differences = key.differences(_decode(StudyKey, row.key, name))
-            if differences:
-                told = "; ".join(
-                    f"{field}: {theirs} there, {mine} here" for field, (mine, theirs) in differences.items()
-                )
-                raise StudyMismatchError(f"study {name!r} was made for something else ({told}); choose another name")
+            _refuse_another(name, key, _decode(StudyKey, row.key, name))
+
+    def has_study(self, name: str, key: StudyKey) -> bool:
+        """Whether there is a study of that name.
+
+        Raises: StudyMismatchError if it has another key.
+        """
+        with self._reading() as session:
+            row = session.scalar(select(StudyRow).where(StudyRow.name == name))
+            if row is not None:
+                _refuse_another(name, key, _decode(StudyKey, row.key, name))
+            return row is not None
 
     def study_key(self, name: str) -> StudyKey:
         """What a study was made for.
@@ -122,7 +128,7 @@ class Repository:
     def turn(self, name: str) -> AbstractContextManager[None]:
         """A turn at a study: one process at a time, of all that work on it, is inside. It ends with its process.
 
-        All methods may be called inside, but for `turn` itself.
+        All methods may be called inside, but for this one and those that agree on something.
 
         Raises: StoreReadOnlyError if the lock file beside an SQLite database cannot be made, StoreError for a server
         other than PostgreSQL.
@@ -152,12 +158,11 @@ class Repository:
 
         Raises: StudyNotFoundError.
         """
-        with turn_where_shared(self._engine, f"profile of {name}"), self._writing() as session:
-            study = self._study(session, name)
-            known = None if study.profile is None else _decode(Profile, study.profile, name)
+        with self.turn(name):
+            known = self.profile(name)
             if known is not None and len(known.links) >= len(profile.links):
                 return known
-            study.profile = _encode(profile)
+            self.save_profile(name, profile)
         return profile
 
     def profile(self, name: str) -> Profile | None:
@@ -205,6 +210,18 @@ class Repository:
             study = self._study(session, name)
             study.finished = True
             session.add(PlanRow(study_id=study.id, plan=_encode(plan), created_at=_now()))
+
+    def agree_on_plan(self, name: str, plan: Plan) -> Plan:
+        """Enter a study's answer unless its newest one says the same, as another worker's may; the one that counts.
+
+        Raises: StudyNotFoundError.
+        """
+        with self.turn(name):
+            known = self.plan(name)
+            if known is not None and known.model_copy(update={"created_at": plan.created_at}) == plan:
+                return known
+            self.save_plan(name, plan)
+        return plan
 
     def plan(self, name: str) -> Plan | None:
         """A study's newest answer; None if it has none yet.
@@ -265,6 +282,13 @@ class Repository:
             f"no study {name!r} among the {count} in {shown(self._url)}{hint} "
             "`autosp studies` or autosp.list_studies(storage) lists them"
         )
+
+
+def _refuse_another(name: str, key: StudyKey, entered: StudyKey) -> None:
+    differences = key.differences(entered)
+    if differences:
+        told = "; ".join(f"{field}: {theirs} there, {mine} here" for field, (mine, theirs) in differences.items())
+        raise StudyMismatchError(f"study {name!r} was made for something else ({told}); choose another name")
 
 
 def _now() -> str:

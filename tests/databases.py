@@ -1,4 +1,4 @@
-"""A PostgreSQL server of the tests' own, on a unix socket in a temporary folder."""
+"""Databases of the tests' own: a PostgreSQL server on a unix socket, and a folder for SQLite files."""
 
 from __future__ import annotations
 
@@ -67,3 +67,10 @@ def create_database(url: str, name: str) -> str:
     with psycopg.connect(url.format(name="postgres"), autocommit=True) as connection:
         connection.execute(f'CREATE DATABASE "{name}"')
     return url.format(name=name)
+
+
+@contextmanager
+def memory_folder() -> Iterator[Path]:
+    """A temporary folder without a disk to wait for, where there is RAM for files."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as folder:
+        yield Path(folder)
