@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
-import signal
+import random
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from autosp.search.limits import Limits
@@ -49,17 +50,21 @@ class Counted:
         return measurement(outcome=Outcome.OUTPUT_DIFFERS)
 
 
-class Killed(Counted):
-    """A device whose process is killed within a trial, once it has run `trials`."""
+class Noisy:
+    """A device far from its predictions, the same at each run; it notes what it begins in a file."""
 
-    def __init__(self, trials: int) -> None:
-        super().__init__()
-        self._trials = trials
+    def __init__(self, log: Path | None = None, trial_s: float = 0.0) -> None:
+        self._log = log
+        self._trial_s = trial_s
 
     def validate(self, candidate: Candidate) -> Measurement:
-        if len(self.ran) == self._trials:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().validate(candidate)
+        """One trial."""
+        if self._log is not None:
+            with self._log.open("a") as file:
+                file.write(f"{candidate.k}\n")
+        time.sleep(self._trial_s)
+        factor = 0.6 + random.Random(candidate.k).random()
+        return measurement(latency_s=factor * (1 + candidate.k / 1000), peak_bytes=candidate.k)
 
 
 def work(storage: str, ranked: Sequence[Prediction], device: Any, max_trials: int = 10_000) -> Verdict:
@@ -86,9 +91,10 @@ def worker(storage: str, count: int, start: Any, answers: Any) -> None:
     answers.put((device.ran, verdict))
 
 
-def killed_worker(storage: str, count: int, trials: int) -> None:
-    """Be killed within a trial."""
-    work(storage, candidates(count), Killed(trials))
+def noisy_worker(storage: str, count: int, log: Path, ready: Any) -> None:
+    """To be killed at any moment."""
+    ready.set()
+    work(storage, candidates(count), Noisy(log, trial_s=0.02))
 
 
 def work_together(storage: str, processes: int, count: int) -> list[tuple[list[Key], Verdict]]:
