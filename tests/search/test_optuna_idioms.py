@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import optuna
 import pytest
 from optuna import visualization
 
 import study_workers
 from autosp.spec import Candidate, Measurement, Outcome
-from autosp.store import Repository
 from autosp.store.processes import this_process
 from builders import measurement
 
@@ -35,13 +31,12 @@ class Varied(study_workers.Noisy):
         return measurement(outcome=outcome, peak_bytes=study_workers.BUDGET_BYTES + 1 if starved else 0)
 
 
-@pytest.fixture
-def study(tmp_path: Path) -> Iterator[optuna.Study]:
-    """A finished study, as Optuna loads it."""
-    storage = str(tmp_path / "varied.db")
-    study_workers.work(storage, study_workers.candidates(12), Varied(), max_trials=9)
-    with Repository(storage) as repository:
-        yield optuna.load_study(study_name=study_workers.NAME, storage=repository.optuna_storage())
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> optuna.Study:
+    """A finished study, as Optuna, or its dashboard, loads it by a plain URL."""
+    path = tmp_path_factory.mktemp("study") / "varied.db"
+    study_workers.work(str(path), study_workers.candidates(12), Varied(), max_trials=9)
+    return optuna.load_study(study_name=study_workers.NAME, storage=f"sqlite:///{path}")
 
 
 def test_attributes_and_constraints(study: optuna.Study) -> None:
