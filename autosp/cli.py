@@ -24,6 +24,7 @@ try:
         DeviceName,
         Factory,
         HostBudget,
+        Isolate,
         MaxTrials,
         Output,
         PlanFile,
@@ -31,8 +32,10 @@ try:
         Storage,
         Study,
         Timeout,
+        TrialTimeout,
     )
     from autosp.terminal import Commands, budget_of, check_folder, console, interruptible, load_pictures, save, tell
+    from autosp.tryout import demo, doctor
 except ImportError as missing:  # the console script exists without the extra, too
     raise SystemExit(f"the command line needs {missing.name}: pip install 'autosp[cli]'") from missing
 
@@ -81,6 +84,8 @@ def tune(
     timeout_s: Timeout = None,
     device: DeviceName = None,
     seed: Annotated[int, typer.Option(help="Of the pass whose outputs are compared.")] = 0,
+    isolate: Isolate = False,
+    trial_timeout_s: TrialTimeout = None,
     output: Output = None,
 ) -> None:
     """Find the fastest plan under a memory budget, measured on this device."""
@@ -106,6 +111,8 @@ def tune(
             max_trials=max_trials,
             timeout_s=timeout_s,
             seed=seed,
+            isolate=isolate,
+            trial_timeout_s=trial_timeout_s,
             progress=sys.stderr.isatty(),
         )
     if plan.created_at < began:
@@ -121,6 +128,8 @@ def resume(
     max_trials: MaxTrials = None,
     timeout_s: Timeout = None,
     device: DeviceName = None,
+    isolate: Isolate = False,
+    trial_timeout_s: TrialTimeout = None,
     output: Output = None,
 ) -> None:
     """Continue an interrupted study, or a finished one with a higher limit. Nothing that was measured is repeated."""
@@ -139,6 +148,8 @@ def resume(
             storage=storage,
             max_trials=max_trials,
             timeout_s=timeout_s,
+            isolate=isolate,
+            trial_timeout_s=trial_timeout_s,
             progress=sys.stderr.isatty(),
         )
     answers.show_answer(plan, storage, output)
@@ -269,36 +280,5 @@ def trace(
     tell(f"open {out} in https://ui.perfetto.dev or chrome://tracing")
 
 
-@app.command()
-def doctor(
-    storage: Storage = None,
-    device: DeviceName = None,
-    probe_mb: Annotated[float, typer.Option(min=0, help="Megabytes of the link's probe; 0 leaves it out.")] = 256,
-) -> None:
-    """Say what autosp finds here: versions, device, memory, disk, database, and the link's measured bandwidth."""
-    from autosp.devices import choose_device
-    from autosp.doctor import facts, probe_link
-    from autosp.report.tables import facts_table, link_table
-
-    chosen = choose_device(device)
-    console().print(facts_table("autosp doctor", facts(chosen, storage)))
-    if probe_mb:
-        console().print(link_table(probe_link(chosen, round(probe_mb * 1e6))))
-    chosen.close()
-
-
-@app.command()
-def demo(
-    model: Annotated[str, typer.Option(help="minilm, or llama-1b.")] = "minilm",
-    max_gpu_gb: Annotated[str | None, typer.Option("--max-gpu-gb", help="Default: what the demo suggests.")] = None,
-    storage: Storage = None,
-    output: Annotated[Path, typer.Option("--output", "-o", dir_okay=False, help="Where the plan goes.")] = Path(
-        "plan.json"
-    ),
-) -> None:
-    """Tune a well-known model and see what streaming makes of it."""
-    from autosp.demo import run as run_demo
-
-    check_folder(output)
-    budget = None if max_gpu_gb is None else budget_of(max_gpu_gb)
-    run_demo(model, max_gpu_gb=budget, storage=storage, output=output)
+app.command()(doctor)
+app.command()(demo)

@@ -24,6 +24,14 @@ HostBudget = Annotated[
 ]
 MaxTrials = Annotated[int | None, typer.Option(help="Most validations of the study.")]
 Timeout = Annotated[float | None, typer.Option("--timeout-s", help="Seconds after which no validation begins.")]
+Isolate = Annotated[
+    bool,
+    typer.Option("--isolate", help="Validate in another process: a crash, hang or kill ends that trial alone."),
+]
+TrialTimeout = Annotated[
+    float | None,
+    typer.Option(help="With --isolate: when a trial hangs. Default: from predictions."),
+]
 Output = Annotated[Path | None, typer.Option("--output", "-o", dir_okay=False, help="Write the plan here, as JSON.")]
 PlanFile = Annotated[Path, typer.Option("--plan", exists=True, dir_okay=False, help="A plan's JSON.")]
 Plot = Annotated[Path | None, typer.Option(dir_okay=False, help="Draw a picture: .png, .svg or .pdf.")]

@@ -15,8 +15,8 @@ from autosp.batch import Step, call, map_tensors, signature, step_name, tensors_
 from autosp.devices import Device
 from autosp.errors import BudgetError, SettingError
 from autosp.intercept import is_intercepted
-from autosp.partition import model_fingerprint
-from autosp.spec import Mode, StudyKey, Tier
+from autosp.partition import model_fingerprint, partition
+from autosp.spec import Mode, Partition, StudyKey, Tier
 
 _UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -60,6 +60,18 @@ class Workload:
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             return self.run()
+
+    def observed_pass(self, device: Device) -> tuple[Partition, Any]:
+        """The layers, and the output, of one pass of the unstreamed model."""
+        outputs: list[Any] = []
+        parts = partition(
+            self.model,
+            lambda: outputs.append(self.run_seeded()),
+            device.torch_device,
+            lookups=device.reads_host,
+            slow_tier=device.info.slow_tier,
+        )
+        return parts, outputs[0]
 
     def key(
         self, device: Device, budget_bytes: int, host_budget_bytes: int | None = None, slack: float | None = None

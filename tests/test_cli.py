@@ -173,6 +173,14 @@ def test_a_second_tune_answers_from_the_database(study: Path, tmp_path: Path) ->
     assert [summary.trials for summary in list_studies(tmp_path / "copy.db")] == [2]
 
 
+def test_trials_in_another_process(shell: Path) -> None:
+    said = autosp("tune", "tiny_models:make", *ROOM, "--study-name", "apart", "--max-trials", "1", "--isolate")
+    assert "Plan of study apart" in said
+    assert "trial_timeout_s goes with isolate=True" in autosp(
+        "resume", "apart", "tiny_models:make", "--trial-timeout-s", "5", code=2
+    )
+
+
 def test_studies(study: Path) -> None:
     assert "1 study" in autosp("studies")
     assert "tiny Tiny float32[4,128] 200 MB 2 " in autosp("studies")

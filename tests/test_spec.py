@@ -389,7 +389,7 @@ def test_groups_of_a_candidate() -> None:
 def test_key_fingerprint() -> None:
     assert a_key().fingerprint == a_key().fingerprint
     assert len(a_key().fingerprint) == 32
-    numbers = {"budget_bytes", "host_budget_bytes"}
+    numbers = {"budget_bytes", "host_budget_bytes", "slack"}
     others = [a_key(**{name: "other"}).fingerprint for name in set(StudyKey.model_fields) - {"mode", *numbers}]
     others += [a_key(**{name: 5}).fingerprint for name in numbers]
     assert len({a_key().fingerprint, *others}) == len(others) + 1

@@ -123,6 +123,10 @@ class AcceleratorDevice:
         self.reads_host = self._can_read_host()
         self.info = self._describe()
 
+    def __reduce__(self) -> tuple[type[AcceleratorDevice], tuple[torch.device]]:
+        """Another process gets one of its own, with streams of its own."""
+        return AcceleratorDevice, (self.torch_device,)
+
     def allocate(self, n_bytes: int) -> torch.Tensor:
         """From torch's caching allocator, cut to a 4096-byte boundary."""
         with torch.inference_mode(False):
@@ -241,6 +245,13 @@ class AcceleratorDevice:
     def is_out_of_memory(self, error: BaseException) -> bool:
         """torch's own exception for it."""
         return isinstance(error, torch.OutOfMemoryError)
+
+    def is_fatal(self, error: BaseException) -> bool:
+        """An error of the runtime itself, which it reports to every later call too."""
+        runtime = getattr(torch, "AcceleratorError", ())
+        return isinstance(error, runtime) or (
+            type(error) is RuntimeError and str(error).startswith(("CUDA error", "HIP error", "XPU error"))
+        )
 
     def close(self) -> None:
         """Wait for reads and copies in flight: their memory may be freed next."""

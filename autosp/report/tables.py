@@ -58,6 +58,7 @@ def trials_table(
         won = said.candidate == chosen
         timed = found.latency_s if found.samples_s else None
         over = found.outcome is Outcome.OUT_OF_MEMORY
+        peak = NOTHING if found.outcome.cut_short else size(found.peak_bytes)
         table.add_row(
             str(trial.number),
             *_setting(said.candidate),
@@ -66,7 +67,7 @@ def trials_table(
             error(said.latency_s, timed) if timed else NOTHING,
             ratio(timed, floor_s),
             size(said.peak_bytes),
-            f"> {size(budget_bytes)}" if over else size(found.peak_bytes),
+            f"> {size(budget_bytes)}" if over else peak,
             "chosen" if won else found.outcome.value,
             _remarks(said.candidate),
             style=CHOSEN if won else None if found.outcome is Outcome.FITS else FAILED,

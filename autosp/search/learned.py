@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -37,13 +38,18 @@ class Learned:
         """The corrected memory."""
         return prediction.peak_bytes + self.extra_bytes
 
-    def rivals(self, tried: set[Key], usable_bytes: int) -> list[Prediction]:
+    def rivals(self, tried: AbstractSet[Key], usable_bytes: int) -> list[Prediction]:
         """The candidates that are not among `tried` and are corrected to fit, the fastest first."""
         return [
             prediction
             for prediction in self.predictions
             if key_of(prediction.candidate) not in tried and self.peak_bytes(prediction) <= usable_bytes
         ]
+
+    def without(self, keys: AbstractSet[Key]) -> Learned:
+        """As if there were no candidates of these names."""
+        left = (prediction for prediction in self.predictions if key_of(prediction.candidate) not in keys)
+        return replace(self, predictions=tuple(left))
 
 
 class Lessons:

@@ -8,7 +8,7 @@ import report_samples as samples
 from autosp.cost_model.floor import floor_s
 from autosp.cost_model.predict import predict
 from autosp.report import tables, units
-from autosp.spec import Candidate, Partition, Reading, Tier
+from autosp.spec import Candidate, Outcome, Partition, Reading, Tier
 from report_samples import line_with, lines
 
 
@@ -73,6 +73,13 @@ def test_trials_without_a_winner_or_a_floor() -> None:
     table = tables.trials_table(samples.trials(), samples.BUDGET_BYTES, None)
     assert lines(table)[0] == "Trials under 4.00 GB"
     assert not any("chosen" in line for line in lines(table))
+
+
+def test_a_trial_that_was_cut_short_has_no_peak() -> None:
+    killed = samples.measurement(0.0, 0, Outcome.KILLED)
+    trial = samples.trials()[1].model_copy(update={"measurement": killed})
+    (row,) = [line for line in lines(tables.trials_table([trial], samples.BUDGET_BYTES, None)) if "killed" in line]
+    assert row.endswith(" – killed sliding window")
 
 
 def test_trials_fit_120_columns() -> None:

@@ -10,7 +10,7 @@ from optuna.distributions import IntDistribution
 from optuna.trial import TrialState
 
 from autosp.search.learned import Learned
-from autosp.search.sampler import PARAMETERS, CostModelSampler
+from autosp.search.sampler import PARAMETERS, CostModelSampler, running_keys
 from autosp.search.space import Key, key_of, rank
 from autosp.spec import Candidate, Prediction
 from builders import prediction, profile
@@ -173,3 +173,31 @@ def test_nothing_left(sampler: CostModelSampler) -> None:
     for _ in RANKED:
         asked(study, sampler)
     assert asked(study, sampler) == key_of(FAST.candidate)  # valid numbers, for who asks all the same
+
+
+def test_what_must_run_comes_first_and_once() -> None:
+    sampler = CostModelSampler(RANKED, BUDGET, [key_of(SLOW.candidate), key_of(STEADY.candidate)])
+    study = study_of(sampler)
+    assert sampler.due(study) == [key_of(SLOW.candidate), key_of(STEADY.candidate)]
+    assert asked(study, sampler) == key_of(SLOW.candidate)
+    sampler.validated = frozenset({key_of(STEADY.candidate)})
+    assert sampler.due(study) == []
+    assert asked(study, sampler) == key_of(FAST.candidate)
+    assert sampler.next_key(study) is None
+
+
+def test_what_was_measured_is_not_proposed_though_optuna_was_never_told(sampler: CostModelSampler) -> None:
+    study = study_of(sampler)
+    sampler.validated = frozenset({key_of(FAST.candidate)})
+    assert sampler.next_key(study) == key_of(STEADY.candidate)
+
+
+def test_what_runs_is_not_proposed_and_what_failed_is(sampler: CostModelSampler) -> None:
+    study = study_of(sampler)
+    trial = study.ask()
+    key = suggested(trial, sampler)
+    assert running_keys(study) == {key}
+    assert sampler.next_key(study) != key
+    study.tell(trial, state=TrialState.FAIL)
+    assert running_keys(study) == frozenset()
+    assert sampler.next_key(study) == key
