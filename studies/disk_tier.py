@@ -22,9 +22,10 @@ from disk_floors import FLOORS
 from disk_measure import CHECKPOINT, run_job
 from disk_models import SCALES, checkpoint_of
 from disk_readers import READING
-from disk_results import Case, Job, Results, raw_path, read_rows
-from disk_study import Run, Study
+from disk_results import Case, Job, Results, Row, raw_path
+from disk_study import Run
 from disk_window import WINDOWS
+from kept_rows import Study, write_report
 from record import RESULTS
 
 from autosp.settings import settings
@@ -43,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
         scratch.mkdir(parents=True, exist_ok=True)
         measure(name, asked, scratch.resolve())
     if name != PLANS:
-        write_report(name, asked.scale, asked.output)
+        write_report(STUDIES[name], raw_path(name, asked.scale, asked.output), Row)
 
 
 def measure(name: str, asked: argparse.Namespace, scratch: Path) -> None:
@@ -72,23 +73,6 @@ def measure(name: str, asked: argparse.Namespace, scratch: Path) -> None:
                 run.tuned(length, percent)
     else:
         STUDIES[name].run(run)
-
-
-def write_report(name: str, scale: str, folder: Path) -> None:
-    """The table as markdown and the picture, beside the rows."""
-    raw = raw_path(name, scale, folder)
-    rows = list({row.case: row for row in read_rows(raw)}.values())
-    if not any(row.ok for row in rows):
-        print(f"no figures in {raw}")
-        return
-    head = ", ".join(f"{key} {value}" for key, value in rows[-1].environment.items())
-    commits = {row.environment["commit"] for row in rows}
-    if len(commits) > 1:
-        head += f" (the rows are of {len(commits)} commits)"
-    text = STUDIES[name].table(rows)
-    raw.with_suffix(".md").write_text(f"# {STUDIES[name].title}\n\n{head}\n\n{text}\n", encoding="utf-8")
-    STUDIES[name].picture(rows, raw.with_suffix(".png"))
-    print(text)
 
 
 def _numbers(text: str | None, default: tuple[int, ...] | tuple[float, ...], kind: type) -> tuple:
