@@ -25,8 +25,7 @@ from disk_readers import READING
 from disk_results import Case, Job, Results, Row, raw_path
 from disk_study import Run
 from disk_window import WINDOWS
-from kept_rows import Study, write_report
-from record import RESULTS
+from kept_rows import Study, add_arguments, write_report
 
 from autosp.settings import settings
 
@@ -86,11 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", help="lengths of the batch; default: those of the scale")
     parser.add_argument("--budgets", help="percent of the weights; default: 5,12,25,50")
     parser.add_argument("--repeats", type=int, help="default: 2, of readers 1")
-    parser.add_argument("--timeout-s", type=float, default=3600.0, help="of one measurement")
-    parser.add_argument("--again", action="store_true", help="measure again what is there")
-    parser.add_argument("--report", action="store_true", help="only make the table and the picture")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--scratch", type=Path, help="folder on the disk to be measured; default: the cache")
+    add_arguments(parser)
     return parser
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, Protocol, Self, TypeVar
 
 from isolation import NoAnswerError, answer_of
-from record import environment
+from record import RESULTS, environment
 
 from autosp.devices import Device
 
@@ -163,3 +164,12 @@ def head_of(rows: list[Any]) -> str:
     head = ", ".join(f"{key} {value}" for key, value in rows[-1].environment.items())
     commits = {row.environment["commit"] for row in rows}
     return head if len(commits) == 1 else f"{head} (the rows are of {len(commits)} commits)"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """What every command that keeps rows understands."""
+    parser.add_argument("--timeout-s", type=float, default=3600.0, help="of one measurement")
+    parser.add_argument("--again", action="store_true", help="measure again what is there")
+    parser.add_argument("--report", action="store_true", help="only make the table and the picture")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--scratch", type=Path, help="folder on the disk to be measured; default: the cache")
