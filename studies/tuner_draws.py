@@ -106,7 +106,15 @@ def _llama(drawn: Draw, width: int) -> Made:
 def _gpt2(drawn: Draw, width: int) -> Made:
     from transformers import GPT2Config, GPT2Model
 
-    config = GPT2Config(n_embd=width, n_layer=drawn.layers, n_head=4, vocab_size=VOCABULARY, use_cache=False)
+    config = GPT2Config(
+        n_embd=width,
+        n_layer=drawn.layers,
+        n_head=4,
+        vocab_size=VOCABULARY,
+        bos_token_id=0,
+        eos_token_id=0,
+        use_cache=False,
+    )
     return GPT2Model(config), _tokens(drawn)
 
 
