@@ -10,8 +10,9 @@ from typing import Any
 from disk_contention import ALONE, ONE_MODEL, WITHOUT_PAUSE
 from disk_measure import READERS
 from disk_models import MIB, SCALES
-from disk_results import Row, having
-from disk_study import Run, Study
+from disk_results import Row
+from disk_study import Run
+from kept_rows import Study, having
 from record import markdown
 
 from autosp.report.units import rate, seconds
@@ -105,7 +106,7 @@ def _rate_of(mine: list[Row], place_bytes: int) -> float:
 
 def picture(rows: list[Row], path: Path) -> None:
     """Slow-down over the block size, beside the disk's rate over the block size."""
-    from disk_pictures import figure, finish
+    from panels import figure, finish
 
     canvas, (left, right) = figure(2, width=5.4)
     found = list(settings_of(rows))

@@ -19,11 +19,12 @@ from disk_floors import FLOORS, WANTED
 from disk_measure import CHECKPOINT, READERS, TUNE, run_job
 from disk_models import SCALES, checkpoint_of, load
 from disk_readers import READING
-from disk_results import Case, Job, Results, Row, having, raw_path, read_rows
+from disk_results import Case, Job, Results, Row, raw_path, read_rows
 from disk_study import EQUAL, Floor, Run, floor_of, least_read_bytes, output_of
 from disk_systems import DAT, PLANNED, SAFETENSORS
 from disk_window import THEIRS, WINDOWS, points, windows
 from isolation import answer_of
+from kept_rows import having
 from peer_measure import drop_from_page_cache
 from peer_systems import PLAIN, TUNED, WINDOW
 

@@ -96,7 +96,9 @@ def test_a_process_of_its_own_measures_what_this_one_does(slow_tier: Tier, tmp_p
         here = [validate(bench, workload, reference, BUDGET_BYTES, candidate) for candidate in candidates]
     steps: list[str] = []
     ranked = [prediction(candidate) for candidate in candidates]
-    opened = IsolatedTrials(workload, device, profile, cache_dir, (BUDGET_BYTES, None), Isolation(), ranked, steps.append)
+    opened = IsolatedTrials(
+        workload, device, profile, cache_dir, (BUDGET_BYTES, None), Isolation(), ranked, steps.append
+    )
     with opened as trials:
         there = [trials.validate(candidate) for candidate in candidates]
     device.close()
