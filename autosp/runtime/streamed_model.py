@@ -46,6 +46,8 @@ class Stats:
     reads: int
     read_bytes: int
     """From disk to host, where layers rest behind it."""
+    gradient_bytes: int
+    """From device to host, while training."""
     link_bytes: dict[str, int]
     """Bytes moved over each link, such as "host->device"."""
     pass_s: tuple[float, ...]

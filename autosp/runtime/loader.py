@@ -1,0 +1,241 @@
+"""Which layers are in the arena: loads them when they are asked for, evicts those whose place is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from autosp.batch import map_tensors, tensors_in
+from autosp.devices import Copied, Device
+from autosp.partition.tensors import held_by
+from autosp.runtime.recorder import Recorder
+from autosp.runtime.staging import Staging
+from autosp.runtime.streamed_layer import StreamedLayer
+from autosp.runtime.transfers import Prefetch, State, TransferGroup, build_groups
+from autosp.schedule.actions import Kind, Schedule
+from autosp.tiers import Store
+
+
+@dataclass
+class Counters:
+    """What the executor did. Only ever grows."""
+
+    passes: int = 0
+    visits: int = 0
+    loads: int = 0
+    moved_bytes: int = 0
+    misses: int = 0
+    waits: int = 0
+    """Visits that found their group still loading."""
+    temporary_loads: int = 0
+    """Misses whose place was in use, served from memory taken for the occasion."""
+    reads: int = 0
+    read_bytes: int = 0
+    """From disk to host, of what rests behind it."""
+    gradient_bytes: int = 0
+    """From device to host."""
+
+
+class Loader:
+    """The groups of one schedule in one arena."""
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        layers: Sequence[StreamedLayer],
+        device: Device,
+        store: Store,
+        arena: torch.Tensor,
+        staging: torch.Tensor,
+        recorder: Recorder,
+        counters: Counters,
+    ) -> None:
+        """`arena` and `staging` hold what the schedule says that they must."""
+        self.arena = arena
+        self.staging = Staging(staging, device, self._was_read)
+        self._device = device
+        self._store = store
+        self._recorder = recorder
+        self._counters = counters
+        self._by_index = {layer.layer.index: layer for layer in layers}
+        self._present: list[TransferGroup] = []
+        self.groups: Mapping[tuple[int, ...], TransferGroup] = build_groups(schedule, self._by_index, store, arena)
+        self.group_of = {index: group for group in self.groups.values() for index in group.indices}
+        for layer in layers:
+            layer.place(self._place_of(layer))
+
+    # -- what is asked for ahead ----------------------------------------------------------------------------------
+
+    def issue(self, prefetch: Prefetch) -> None:
+        """Start a prefetch, if its bytes are not there or on their way."""
+        if prefetch.kind is Kind.READ:
+            self.staging.read(prefetch.group)
+        else:
+            self._load(prefetch.group)
+
+    def evict(self, groups: Iterable[TransferGroup]) -> None:
+        """Forget these groups' bytes, where they are in the arena."""
+        for group in [group for group in groups if group.state is not State.ABSENT]:
+            self._evict(group)
+
+    def drop_written(self) -> None:
+        """Forget bytes whose weights at rest were written to since they left there."""
+        for group in self.staging.ahead():
+            if group.written_since(group.read_version):
+                group.read = None
+        self.evict([group for group in self._present if group.written_since(group.loaded_version)])
+
+    def take_samples(self) -> None:
+        """Until the next pass anybody may write to the weights, also where no version counter sees it (`.data`)."""
+        for group in {*self._present, *self.staging.ahead()}:
+            group.take_sample()
+
+    # -- what is needed now ---------------------------------------------------------------------------------------
+
+    def acquire(self, layer: StreamedLayer) -> TransferGroup | None:
+        """Order compute after the layer's load and bind its tensors. None: it got temporary memory."""
+        group = self.group_of[layer.layer.index]
+        if layer.running:  # a call inside a call of the same layer
+            layer.running += 1
+            return group
+        if not self.fetch(group):
+            layer.place(self._load_temporarily((layer,), layer.layer.n_bytes))
+            layer.bind_device()
+            layer.running = 1
+            return None
+        layer.bind_device()
+        layer.running = 1
+        group.running += 1
+        return group
+
+    def release(self, layer: StreamedLayer, group: TransferGroup | None) -> None:
+        """Bring the layer's tensors to rest. `group` is what `acquire` gave."""
+        layer.running -= 1
+        if layer.running:
+            return
+        layer.bind_rest()
+        if group is not None:
+            group.running -= 1
+        else:
+            layer.place(self._place_of(layer))
+
+    def fetch(self, group: TransferGroup) -> bool:
+        """Order compute after the group's load. False if a layer that is running needs the place."""
+        if group.state is State.ABSENT:
+            self._counters.misses += 1
+            if not self._load(group):
+                return False
+        if group.state is State.LOADING:
+            self._counters.waits += 1
+            try:
+                self._device.wait(group.ready)
+            except BaseException:
+                self._evict(group)
+                raise
+            group.state = State.READY
+            group.ready = None
+        return True
+
+    def temporary(self, group: TransferGroup) -> torch.Tensor:
+        """The group's bytes in memory taken for the occasion, compute ordered after their copy."""
+        return self._load_temporarily(group.layers, group.n_bytes)
+
+    # -- whose memory it is ---------------------------------------------------------------------------------------
+
+    def is_lent(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor, or one that it wraps, is a view of the arena."""
+        return any(True for _ in self._lent(tensor))
+
+    def lender(self, tensor: torch.Tensor) -> TransferGroup:
+        """The group whose bytes in the arena a lent tensor shows."""
+        offset = next(self._lent(tensor)).data_ptr() - self.arena.data_ptr()
+        return next(group for group in self._present if group.begin <= offset < group.end)
+
+    def own(self, output: Any) -> Any:
+        """The output, in memory of its own where a layer handed out a view of its weights: those are overwritten."""
+        if not any(self.is_lent(tensor) for tensor in tensors_in(output)):
+            return output
+        return map_tensors(lambda tensor: tensor.clone() if self.is_lent(tensor) else tensor, output)
+
+    # -- the end --------------------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Bring every layer to rest, wherever a pass was when it raised."""
+        for layer in self._by_index.values():
+            if layer.running:
+                layer.bind_rest()
+                layer.running = 0
+                layer.place(self._place_of(layer))
+        for group in set(self.group_of.values()):
+            group.running = 0
+
+    def close(self) -> None:
+        """Let go of the arena, so that its memory is free when this returns. Nothing may be under way."""
+        self.staging.close()
+        for layer in self._by_index.values():
+            layer.leave()
+        self._by_index.clear()
+        self.group_of.clear()
+        self.groups = {}
+        self._present.clear()
+        self.arena = torch.empty(0, dtype=torch.uint8)
+
+    def _lent(self, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+        arena = self.arena.untyped_storage().data_ptr()
+        for _, held in held_by(tensor):
+            if held.layout is torch.strided and held.numel() and held.untyped_storage().data_ptr() == arena:
+                yield held
+
+    def _place_of(self, layer: StreamedLayer) -> torch.Tensor:
+        return self.group_of[layer.layer.index].place_of(layer)
+
+    def _load(self, group: TransferGroup) -> bool:
+        """Start the group's copy if it is not there. False if a layer that is running needs the place."""
+        if group.state is not State.ABSENT:
+            return True
+        rivals = [other for other in self._present if other.begin < group.end and group.begin < other.end]
+        if any(rival.running for rival in rivals):
+            return False
+        for rival in rivals:
+            self._evict(rival)
+        group.loaded_version = group.version()
+        group.ready = self._copy(group)
+        group.state = State.LOADING
+        self._present.append(group)
+        self._recorder.loaded(group.indices, group.begin, group.ready, tuple(rival.indices for rival in rivals))
+        self._counters.loads += 1
+        self._counters.moved_bytes += group.n_bytes
+        return True
+
+    def _copy(self, group: TransferGroup) -> Copied:
+        """To its target, once that is free: what can read the old bytes was launched before this point of compute."""
+        free = self._device.record()
+        if group.staging_offset is None:
+            return self._device.copy(group.regions, group.target, free)
+        return self.staging.load(group, free)
+
+    def _was_read(self, group: TransferGroup) -> None:
+        self._recorder.was_read(group.indices, group.staging_offset or 0, group.read)
+        self._counters.reads += 1
+        self._counters.read_bytes += group.n_bytes
+
+    def _load_temporarily(self, layers: tuple[StreamedLayer, ...], n_bytes: int) -> torch.Tensor:
+        """Layers whose place is taken by one that is running around them: right, at the price of memory."""
+        indices = [layer.layer.index for layer in layers]
+        self._counters.temporary_loads += 1
+        self._counters.moved_bytes += n_bytes
+        memory = self._device.allocate(n_bytes)
+        staging_offset = None if self.group_of[indices[0]].staging_offset is None else 0
+        group = TransferGroup(layers, self._store.regions(indices), memory, 0, n_bytes, staging_offset)
+        self._device.wait(self._copy(group))
+        return memory
+
+    def _evict(self, group: TransferGroup) -> None:
+        """Unmodified weights are dropped: there is nothing to copy back. A copy on its way is overtaken in order."""
+        group.state = State.ABSENT
+        group.ready = None
+        group.sample = None
+        self._present.remove(group)
