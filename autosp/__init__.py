@@ -7,10 +7,11 @@ with autosp.apply(model, plan):
 
 from autosp.apply import apply
 from autosp.load import load
+from autosp.manual import plan
 from autosp.runtime.streamed_model import Stats, StreamedModel
 from autosp.spec import Plan, Prediction, Profile
 from autosp.studies import list_studies, load_plan
-from autosp.tune import estimate, floor, plan, profile, resume, tune
+from autosp.tune import estimate, floor, profile, resume, tune
 
 __all__ = [
     "Plan",

@@ -18,10 +18,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from autosp.errors import PlanFormatError
 from autosp.files import write_atomically
 
-PLAN_SCHEMA_VERSION = 3
-"""1: before lookup tables; 2: before `Layer.weight_bytes`, and layers on disk behind the host; both still read."""
+PLAN_SCHEMA_VERSION = 4
+"""1: before lookup tables; 2: before `Layer.weight_bytes`, and layers on disk behind the host; 3: before training; all
+still read."""
 
-Mode = Literal["inference"]
+Mode = Literal["inference", "training"]
 
 
 class Record(BaseModel):
@@ -59,6 +60,7 @@ class Layer(Record):
     weight_bytes: int | None = Field(
         default=None, description="bytes of the tensors themselves; None in a plan older than schema 3"
     )
+    gradient_bytes: int = Field(default=0, description="bytes of the gradients that a training pass gives")
 
 
 class Partition(Record):
@@ -69,6 +71,9 @@ class Partition(Record):
     resident_bytes: int
     visits: tuple[int, ...] = Field(description="layer index per call, in the order of one period of execution")
     repeats: int = Field(description="periods per pass; more than one where the step calls the model again and again")
+    backward: tuple[int, ...] = Field(
+        default=(), description="layers whose weights a training pass's backward needs, in the order of need"
+    )
     lookups: Layer | None = Field(
         default=None, description="tables of which a pass reads a few rows: they stay on the slow tier"
     )
@@ -118,6 +123,7 @@ class Candidate(Record):
 
     `residents` never leave; the other `k - len(residents)` layers are the ring that streamed layers share. Layers
     `on_disk` rest behind the host: they are read into a ring of `read_ahead` groups in host memory, and loaded from it.
+    In training, of layers to `recompute` only the inputs are kept for the backward pass.
     """
 
     k: int = Field(ge=0)
@@ -125,6 +131,7 @@ class Candidate(Record):
     residents: tuple[int, ...] = ()
     on_disk: tuple[int, ...] = ()
     read_ahead: int = Field(default=0, ge=0, description="groups in the host's ring; 0 if nothing rests on disk")
+    recompute: tuple[int, ...] = ()
 
     @model_validator(mode="after")
     def _what_rests_on_disk_is_streamed(self) -> Candidate:
@@ -153,7 +160,8 @@ class Candidate(Record):
     def label(self) -> str:
         """Short name for tables."""
         disk = f" on disk={len(self.on_disk)} read-ahead={self.read_ahead}" if self.on_disk else ""
-        return f"k={self.k} k'={self.k_prime} residents={len(self.residents)}{disk}"
+        again = f" recompute={len(self.recompute)}" if self.recompute else ""
+        return f"k={self.k} k'={self.k_prime} residents={len(self.residents)}{disk}{again}"
 
 
 class Prediction(Record):
@@ -292,8 +300,13 @@ class Plan(Record):
     def _indices_name_layers(self) -> Plan:
         count = len(self.partition.layers)
         visits, candidate = self.partition.visits, self.candidate
-        if any(not 0 <= index < count for index in (*visits, *candidate.residents, *candidate.on_disk)):
+        backward = self.partition.backward
+        if any(not 0 <= index < count for index in (*visits, *backward, *candidate.residents, *candidate.on_disk)):
             raise ValueError(f"a visit, a resident or a layer on disk is none of the {count} layers")
+        if not {*backward} <= {*visits} or not {*candidate.recompute} <= {*backward}:
+            raise ValueError("only what a pass visits goes backward, and only that is recomputed")
+        if candidate.on_disk and self.mode == "training":
+            raise ValueError("layers rest on disk: in training, weights rest in host memory")
         split = candidate.split_groups(visits)
         if split:
             raise ValueError(f"layers {split[0]} travel together, and only some of them rest on disk")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -14,7 +12,6 @@ from tqdm.auto import tqdm
 from autosp.apart import import_apart
 from autosp.batch import Step
 from autosp.cost_model.floor import floor_s
-from autosp.cost_model.placement import Placing, evenly_spread, host_too_small
 from autosp.devices import Device, choose_device
 from autosp.errors import AutospError, BudgetTooSmallError, OutputMismatchError, SettingError
 from autosp.partition import partition
@@ -25,7 +22,7 @@ from autosp.search.limits import Limits
 from autosp.search.space import rank, suggested_gb
 from autosp.search.validate import Reference, validate
 from autosp.settings import settings
-from autosp.spec import Candidate, Outcome, Partition, Plan, Prediction, Profile, StudyKey, Trial
+from autosp.spec import Outcome, Partition, Plan, Prediction, Profile, StudyKey, Trial
 from autosp.store import Repository
 from autosp.workload import Workload, parse_budget, parse_budgets
 
@@ -74,6 +71,7 @@ def tune(
     Raises: BudgetError, BudgetTooSmallError, ModelError, SettingError, TierError, StoreError, StudyMismatchError;
     whatever the model itself raises passes through.
     """
+    _is_searched(mode)
     chosen = choose_device(device)
     budgets = parse_budgets(max_gpu_gb, max_cpu_gb, chosen.info.slow_tier)
     workload = Workload.of(model, sample_batch, step, mode, chosen, seed)
@@ -119,49 +117,6 @@ def resume(
         return _continue(repository, study_name, key, workload, chosen, limits, progress)
 
 
-def plan(
-    model: nn.Module,
-    sample_batch: Any,
-    *,
-    k: int,
-    k_prime: int,
-    residents: int = 0,
-    max_cpu_gb: float | str | None = None,
-    mode: str = "inference",
-    step: Step | None = None,
-    device: torch.device | str | Device | None = None,
-) -> Plan:
-    """The plan with the k and k' that the user sets, as the Superpipeline paper uses them: nothing is searched.
-
-    One pass is observed for the order of the layers. `residents` layers, spread evenly, never leave the device. What
-    the host has no room for rests on disk, spread evenly too.
-
-    Raises: SettingError if the numbers do not fit together or the model has fewer layers; BudgetTooSmallError if the
-    host has no room for a transfer.
-    """
-    chosen = choose_device(device)
-    workload = Workload.of(model, sample_batch, step, mode, chosen)
-    parts = partition(
-        model, workload.run, chosen.torch_device, lookups=chosen.reads_host, slow_tier=chosen.info.slow_tier
-    )
-    candidate = _candidate(k, k_prime, residents, list(dict.fromkeys(parts.visits)))
-    host_bytes = None if max_cpu_gb is None else parse_budget(max_cpu_gb, "max_cpu_gb")
-    host_bytes = binding_host_budget(parts, chosen, host_bytes)
-    if host_bytes is not None:
-        placing = Placing(candidate, parts, host_bytes)
-        placed = placing.with_read_ahead(2) or placing.with_read_ahead(1)
-        if placed is None:
-            raise host_too_small(parts, host_bytes)
-        candidate = placed[0]
-    return Plan(
-        **_identity(workload, chosen),
-        host_budget_bytes=host_bytes,
-        partition=parts,
-        candidate=candidate,
-        why=f"{candidate.label()} was set by the user",
-    )
-
-
 def profile(
     model: nn.Module,
     sample_batch: Any,
@@ -176,6 +131,7 @@ def profile(
 
     The model is as before when this returns or raises.
     """
+    _is_searched(mode)
     chosen = choose_device(device)
     workload = Workload.of(model, sample_batch, step, mode, chosen)
     with _progress(progress) as show:
@@ -249,7 +205,7 @@ def _continue(
     if verdict.best is None:
         raise _no_plan(measured, budget_bytes, repository.trials(name))
     answer = Plan(
-        **_identity(workload, device),
+        **workload.identity(device),
         study_name=name,
         budget_bytes=budget_bytes,
         host_budget_bytes=host_bytes,
@@ -262,6 +218,15 @@ def _continue(
     )
     repository.save_plan(name, answer)
     return answer
+
+
+def _is_searched(mode: str) -> None:
+    """Raises: SettingError for a mode whose plans are set by the user."""
+    if mode == "training":
+        raise SettingError(
+            "mode='training' has no search: set k and k' with autosp.plan(model, sample_batch, k=…, k_prime=…, "
+            "mode='training', step=…), which autosp.apply takes"
+        )
 
 
 def _is_entered(repository: Repository, name: str, key: StudyKey) -> bool:
@@ -283,36 +248,6 @@ def _plain_pass(workload: Workload, device: Device) -> tuple[Partition, Any]:
         slow_tier=device.info.slow_tier,
     )
     return parts, outputs[0]
-
-
-def _identity(workload: Workload, device: Device) -> dict[str, Any]:
-    """What a plan is for, and what made it."""
-    key = workload.key(device, 0)
-    return {
-        "autosp_version": version("autosp"),
-        "torch_version": device.info.torch_version,
-        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "mode": workload.mode,
-        "model_name": key.model_name,
-        "model_fingerprint": key.model_fingerprint,
-        "batch_signature": key.batch_signature,
-        "device": device.info,
-    }
-
-
-def _candidate(k: int, k_prime: int, residents: int, visited: list[int]) -> Candidate:
-    """The user's numbers, checked. k' beyond the ring would move layers that have no place to go."""
-    for name, value, least in (("k", k, 1), ("k_prime", k_prime, 1), ("residents", residents, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise SettingError(f"{name}={value!r}: pass a whole number of at least {least}")
-    if k > len(visited):
-        raise SettingError(f"k={k}: the pass visits {len(visited)} layers only")
-    if residents > k or (residents < len(visited) and k - residents < k_prime):
-        raise SettingError(
-            f"k={k} with residents={residents} leaves {max(0, k - residents)} places for streamed layers, too few to "
-            f"move k_prime={k_prime} at a time; raise k to at least {min(residents + k_prime, len(visited))}"
-        )
-    return Candidate(k=k, k_prime=k_prime, residents=tuple(sorted(evenly_spread(visited, residents))))
 
 
 def _no_plan(profile: Profile, budget_bytes: int, trials: list[Trial]) -> AutospError:

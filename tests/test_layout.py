@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "studies": "store",
     "apply": "devices intercept partition runtime schedule settings tiers",
     "load": "apply checkpoint factory runtime",
+    "manual": "batch cost_model devices partition profiler settings workload",
     "tune": "apart batch cost_model devices partition profiler runtime search settings store workload",
     "report": "cost_model files schedule",
 }

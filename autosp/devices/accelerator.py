@@ -1,4 +1,4 @@
-"""CUDA, ROCm and XPU through torch's device modules: one copy stream beside the user's compute stream.
+"""CUDA, ROCm and XPU through torch's device modules: a stream for copies each way beside the user's compute stream.
 
 [Note: copies keep their order] Copies are asked for by the host in an order in which a later one may overwrite what an
 earlier one brings. One whose source is still being read cannot be put on the stream yet, so neither can those asked for
@@ -113,6 +113,7 @@ class AcceleratorDevice:
         self.torch_device = chosen
         self._module = torch.get_device_module(chosen)
         self._copies = self._module.Stream(chosen)
+        self._sends = self._module.Stream(chosen)
         # A thread that waits for a blocking event sleeps; for others it would take a core.
         self._event_options = {"blocking": True} if chosen.type == "cuda" else {}
         self._reader = Worker("autosp-reader", self._issue_asked)
@@ -120,6 +121,7 @@ class AcceleratorDevice:
         self._asking = threading.Lock()
         self._anchor: tuple[Any, float] | None = None
         self._baseline = 0
+        self.is_host = False
         self.reads_host = self._can_read_host()
         self.info = self._describe()
 
@@ -168,6 +170,18 @@ class AcceleratorDevice:
             for one in pieces
         ]
         return self._ask(_Asked(StreamCopy(), runs, after, read))
+
+    def send(self, source: torch.Tensor, target: torch.Tensor, after: Any = None) -> StreamCopy:
+        """One `cudaMemcpyAsync` (or its like) on the stream of the other direction."""
+        copied = StreamCopy()
+        self._put(copied, self._sends, [(target, source)], after)
+        return copied
+
+    def settle(self, copied: StreamCopy | None) -> None:
+        """Wait for the event at its end."""
+        if copied is not None:
+            copied.wait_issued()
+            copied.times.ended.synchronize()
 
     def record(self) -> Any:
         """On the user's current stream."""
@@ -264,16 +278,26 @@ class AcceleratorDevice:
             self._issue(self._asked.popleft())
 
     def _issue(self, asked: _Asked) -> None:
-        """Put a copy on the copy stream. What goes wrong is for its waiter to raise; Ctrl-C is raised here, too."""
-        copied = asked.copied
+        """Put a copy on the copy stream once its source is read."""
+        self._put(asked.copied, self._copies, asked.runs, asked.after, asked.read)
+
+    def _put(
+        self,
+        copied: StreamCopy,
+        stream: Any,
+        runs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        after: Any,
+        read: CopyEvent | None = None,
+    ) -> None:
+        """Put a copy on a stream. What goes wrong is for its waiter to raise; Ctrl-C is raised here, too."""
         try:
-            if asked.read is not None:
-                asked.read.wait()  # it is over: raises its error
-            if asked.after is not None:
-                self._copies.wait_event(asked.after)
-            with self._module.stream(self._copies):
+            if read is not None:
+                read.wait()  # it is over: raises its error
+            if after is not None:
+                stream.wait_event(after)
+            with self._module.stream(stream):
                 copied.times.began = self._timing_event()
-                for target, source in asked.runs:
+                for target, source in runs:
                     target.copy_(source, non_blocking=True)
                 copied.times.ended = self._timing_event()
         except BaseException as error:

@@ -10,8 +10,8 @@ from torch import nn
 from autosp.devices import Device
 from autosp.partition import bind
 from autosp.runtime.streamed_model import StreamedModel
-from autosp.schedule.streaming import lower
-from autosp.spec import Candidate, Partition
+from autosp.schedule.lowering import lower_for
+from autosp.spec import Candidate, Mode, Partition
 from autosp.tiers import DiskStore, HostStore, Originals, Store, TieredStore, open_store
 
 
@@ -29,6 +29,7 @@ class Bench:
         device: Device,
         cache_dir: Path,
         host_budget_bytes: int | None = None,
+        mode: Mode = "inference",
     ) -> None:
         """`host_budget_bytes`: None where the slow tier has room for all.
 
@@ -38,6 +39,7 @@ class Bench:
         self.model = model
         self.device = device
         self.host_budget_bytes = host_budget_bytes
+        self._mode = mode
         self._bound = bind(model, partition, device.info.slow_tier)
         self.partition = self._bound.partition
         self.store: Store
@@ -56,10 +58,9 @@ class Bench:
 
     def apply(self, candidate: Candidate) -> StreamedModel[nn.Module]:
         """The model under `candidate`, until `remove()`."""
-        layer_bytes = [layer.n_bytes for layer in self.partition.layers]
-        schedule = lower(candidate, layer_bytes, self.partition.visits)
+        schedule = lower_for(self._mode, candidate, self.partition)
         if self.host_budget_bytes is None:
-            return StreamedModel(self._bound, schedule, self.device, self.store, Originals.KEPT)
+            return StreamedModel(self._bound, schedule, self.device, self.store, Originals.KEPT, mode=self._mode)
         stored = self._bound.stored({*candidate.residents, *candidate.on_disk})
         host = HostStore(stored, self.device)
         store = TieredStore(host, self.store, candidate.on_disk)

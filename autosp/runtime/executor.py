@@ -50,11 +50,13 @@ class Executor:
         staging: torch.Tensor,
         issue: Issue = prefetches,
     ) -> None:
-        """`arena` and `staging` hold what the schedule says that they must. `issue` reads from it what to issue when."""
+        """`arena` and `staging` hold what the schedule says that they must. `issue` reads it."""
         self.counters = Counters()
         self.recorder = Recorder(device)
         self.observer: Observer | None = None
         self.before_pass: Callable[[], None] = lambda: None
+        self.backward_visits: list[int] = []
+        """Layers whose weights the last backward pass needed, in the order of need."""
         self.device = device
         self.loader = Loader(schedule, layers, device, store, arena, staging, self.recorder, self.counters)
         visits, self._start, after = issue(schedule, self.loader.groups)
@@ -120,6 +122,10 @@ class Executor:
         self.counters.passes += 1
         self.recorder.begin_pass()
         self.loader.drop_written()
+        self.prime()
+
+    def prime(self) -> None:
+        """Issue what is due before the first visit, once: later passes are prepared by the ones before them."""
         if not self._primed:
             self._primed = True
             self.issue_start()

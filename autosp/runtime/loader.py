@@ -102,7 +102,7 @@ class Loader:
             layer.running += 1
             return group
         if not self.fetch(group):
-            layer.place(self._load_temporarily((layer,), layer.layer.n_bytes))
+            layer.place(self._load_temporarily(layer))
             layer.bind_device()
             layer.running = 1
             return None
@@ -139,9 +139,16 @@ class Loader:
             group.ready = None
         return True
 
-    def temporary(self, group: TransferGroup) -> torch.Tensor:
-        """The group's bytes in memory taken for the occasion, compute ordered after their copy."""
-        return self._load_temporarily(group.layers, group.n_bytes)
+    def need(self, index: int) -> torch.Tensor | None:
+        """Have a layer's bytes at their address, without binding its tensors: compute is ordered after their load.
+
+        Where a layer that is running needs the place, they are in the memory that is returned.
+        """
+        group = self.group_of[index]
+        if group.state is State.READY or self.fetch(group):
+            return None
+        layer = self._by_index[index]
+        return self._load_temporarily(layer)
 
     # -- whose memory it is ---------------------------------------------------------------------------------------
 
@@ -149,10 +156,23 @@ class Loader:
         """Whether a tensor, or one that it wraps, is a view of the arena."""
         return any(True for _ in self._lent(tensor))
 
-    def lender(self, tensor: torch.Tensor) -> TransferGroup:
-        """The group whose bytes in the arena a lent tensor shows."""
-        offset = next(self._lent(tensor)).data_ptr() - self.arena.data_ptr()
-        return next(group for group in self._present if group.begin <= offset < group.end)
+    def lender(self, tensor: torch.Tensor) -> int:
+        """The layer whose bytes in the arena a lent tensor shows."""
+        address = next(self._lent(tensor)).data_ptr()
+        return next(
+            layer.layer.index
+            for group in self._present
+            for layer in group.layers
+            if 0 <= address - self._place_of(layer).data_ptr() < layer.layer.n_bytes
+        )
+
+    def moved(self, tensor: torch.Tensor, index: int, memory: torch.Tensor) -> torch.Tensor:
+        """A lent tensor as it is in `memory`, which holds its layer's bytes."""
+        begin = (tensor.data_ptr() - self._place_of(self._by_index[index]).data_ptr()) + memory.storage_offset()
+        with torch.no_grad():
+            return torch.empty(0, dtype=tensor.dtype, device=memory.device).set_(
+                memory.untyped_storage(), begin // tensor.element_size(), tensor.size(), tensor.stride()
+            )
 
     def own(self, output: Any) -> Any:
         """The output, in memory of its own where a layer handed out a view of its weights: those are overwritten."""
@@ -222,14 +242,14 @@ class Loader:
         self._counters.reads += 1
         self._counters.read_bytes += group.n_bytes
 
-    def _load_temporarily(self, layers: tuple[StreamedLayer, ...], n_bytes: int) -> torch.Tensor:
-        """Layers whose place is taken by one that is running around them: right, at the price of memory."""
-        indices = [layer.layer.index for layer in layers]
+    def _load_temporarily(self, layer: StreamedLayer) -> torch.Tensor:
+        """A layer whose place is taken by one that is running around it: right, at the price of memory."""
+        index, n_bytes = layer.layer.index, layer.layer.n_bytes
         self._counters.temporary_loads += 1
         self._counters.moved_bytes += n_bytes
         memory = self._device.allocate(n_bytes)
-        staging_offset = None if self.group_of[indices[0]].staging_offset is None else 0
-        group = TransferGroup(layers, self._store.regions(indices), memory, 0, n_bytes, staging_offset)
+        staging_offset = None if self.group_of[index].staging_offset is None else 0
+        group = TransferGroup((layer,), self._store.regions([index]), memory, 0, n_bytes, staging_offset)
         self._device.wait(self._copy(group))
         return memory
 

@@ -18,13 +18,15 @@ from autosp.intercept import Intercepted
 from autosp.partition import BoundModel, NamedTensor
 from autosp.partition.placed import Placed, tensors_of
 from autosp.runtime.executor import Executor, Observer
+from autosp.runtime.gradients import Gradients, follow
 from autosp.runtime.guests import Guests
 from autosp.runtime.lookups import Lookups
 from autosp.runtime.residents import Residents
 from autosp.runtime.streamed_layer import StreamedLayer
+from autosp.runtime.training import TrainingExecutor
 from autosp.schedule.actions import Schedule
 from autosp.schedule.timeline import Timeline
-from autosp.spec import Tier
+from autosp.spec import Mode, Tier
 from autosp.tiers import Originals, Store, forget_pages
 
 M = TypeVar("M", bound=nn.Module)
@@ -70,6 +72,7 @@ class StreamedModel(Generic[M]):
         originals: Originals,
         on_close: Callable[[], None] = lambda: None,
         floor_s: float | None = None,
+        mode: Mode = "inference",
     ) -> None:
         """`on_close` frees the store once the model is at rest. `floor_s`: the least that one pass can take."""
         self.model = bound.model
@@ -98,6 +101,7 @@ class StreamedModel(Generic[M]):
         staging = anonymous(schedule.staging_bytes)
         staging.zero_()  # its pages are taken before anything is measured, and before a pass
         device.pin(staging)
+        gradients = Gradients(streamed if mode == "training" else (), device)
         device.start_measuring()
         try:
             self._residents = Residents(staying, device)
@@ -109,10 +113,16 @@ class StreamedModel(Generic[M]):
             self._addresses = [_address(named.tensor) for named in kept]
             self._layers = [StreamedLayer(layer) for layer in streamed]
             arena = device.allocate(schedule.arena_bytes)
-            self._executor = Executor(schedule, self._layers, device, store, arena, staging)
+            if mode == "training":
+                self._executor: Executor = TrainingExecutor(
+                    schedule, self._layers, device, store, arena, staging, gradients
+                )
+            else:
+                self._executor = Executor(schedule, self._layers, device, store, arena, staging)
             del arena, staging
             self._executor.before_pass = store.check
             self._intercept()
+            follow(self.model.parameters())
             if device.torch_device.type != "cpu":
                 known = [named.tensor for named in _all_tensors(bound)]
                 self._guests = Guests(bound.model, known, lambda data: data.to(device.torch_device))
@@ -144,6 +154,8 @@ class StreamedModel(Generic[M]):
         pass_s = tuple(recorder.pass_s())
         names = {layer.layer.index: layer.layer.name for layer in self._bound.layers}
         link_bytes = {f"{self._device.info.slow_tier}->{Tier.DEVICE}": counters.moved_bytes}
+        if counters.gradient_bytes:
+            link_bytes[f"{Tier.DEVICE}->{self._device.info.slow_tier}"] = counters.gradient_bytes
         if self._disk_layers:
             link_bytes[f"{Tier.DISK}->{Tier.HOST}"] = counters.read_bytes
         return Stats(
@@ -154,6 +166,11 @@ class StreamedModel(Generic[M]):
             stall_s={names[layer]: seconds for layer, seconds in recorder.stall_s().items() if seconds > 0},
             over_floor=median(pass_s) / self._floor_s if pass_s and self._floor_s else None,
         )
+
+    @property
+    def backward_visits(self) -> tuple[int, ...]:
+        """Layers whose weights the last backward pass needed, in the order of need."""
+        return tuple(self._executor.backward_visits)
 
     def timeline(self) -> Timeline:
         """When everything happened in the last passes, in seconds from the first one's beginning. Waits for the device.
@@ -187,6 +204,7 @@ class StreamedModel(Generic[M]):
         self._layers = []
         self._wrappers = []
         self._on_close()
+        follow(self.model.parameters())
 
     def _move_opaque(self) -> None:
         """What cannot be packed goes to the device as it is."""

@@ -168,6 +168,27 @@ def prefetches(schedule: Schedule, groups: Groups) -> Issues:
     )
 
 
+def prefetches_of_one_pass(schedule: Schedule, groups: Groups) -> Issues:
+    """Within a pass only, in list order: a load is issued after the compute action that it follows in the list."""
+    streamed = {index for layers in groups for index in layers}
+    visits: list[Visit] = []
+    issued_after: list[tuple[int, Action]] = []
+    needed_by: dict[Ref, int] = {}
+    for action in schedule.actions:
+        if action.kind is Kind.LOAD:
+            issued_after.append((len(visits) - 1, action))
+        elif action.kind in (Kind.FORWARD, Kind.BACKWARD) and action.layers[0] in streamed:
+            for ref in action.waits:
+                needed_by.setdefault(ref, len(visits))
+            visits.append((action.kind, action.layers[0]))
+    start: list[Prefetch] = []
+    after: list[list[Prefetch]] = [[] for _ in visits]
+    for visit, action in issued_after:
+        prefetch = Prefetch(Kind.LOAD, groups[action.layers], needed_by[action.ref] - visit)
+        (after[visit] if visit >= 0 else start).append(prefetch)
+    return visits, start, after
+
+
 def _due(queue: Sequence[Action], visit_of: Mapping[Ref, int], period: int) -> dict[Ref, int]:
     """The visit of a pass after which each action of a queue is issued; negative ones are of the passes before.
 
