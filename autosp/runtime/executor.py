@@ -8,20 +8,17 @@ is loaded on the spot (a miss) if it is not there.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
 
-from autosp.devices import Device
 from autosp.runtime.cursor import Cursor
-from autosp.runtime.loader import Counters, Loader
-from autosp.runtime.recorder import Recorder
+from autosp.runtime.loader import Loader
 from autosp.runtime.streamed_layer import StreamedLayer
 from autosp.runtime.transfers import Issue, prefetches
 from autosp.schedule.actions import Kind, Schedule
-from autosp.tiers import Store
 
 
 class Observer(Protocol):
@@ -40,26 +37,17 @@ class Observer(Protocol):
 class Executor:
     """Streams the layers of one model through one arena. One pass at a time: other threads wait for their turn."""
 
-    def __init__(
-        self,
-        schedule: Schedule,
-        layers: Sequence[StreamedLayer],
-        device: Device,
-        store: Store,
-        arena: torch.Tensor,
-        staging: torch.Tensor,
-        issue: Issue = prefetches,
-    ) -> None:
-        """`arena` and `staging` hold what the schedule says that they must. `issue` reads it."""
-        self.counters = Counters()
-        self.recorder = Recorder(device)
+    def __init__(self, schedule: Schedule, loader: Loader, issue: Issue = prefetches) -> None:
+        """`loader` is of the same schedule; `issue` reads from it what to issue when."""
+        self.loader = loader
+        self.device = loader.device
+        self.counters = loader.counters
+        self.recorder = loader.recorder
         self.observer: Observer | None = None
         self.before_pass: Callable[[], None] = lambda: None
         self.backward_visits: list[int] = []
         """Layers whose weights the last backward pass needed, in the order of need."""
-        self.device = device
-        self.loader = Loader(schedule, layers, device, store, arena, staging, self.recorder, self.counters)
-        visits, self._start, after = issue(schedule, self.loader.groups)
+        visits, self._start, after = issue(schedule, loader.groups)
         self.cursor = Cursor(visits, after, self.loader.issue)
         self._lock = threading.RLock()
         self._owner: int | None = None

@@ -50,16 +50,14 @@ class Loader:
         store: Store,
         arena: torch.Tensor,
         staging: torch.Tensor,
-        recorder: Recorder,
-        counters: Counters,
     ) -> None:
         """`arena` and `staging` hold what the schedule says that they must."""
         self.arena = arena
         self.staging = Staging(staging, device, self._was_read)
-        self._device = device
+        self.device = device
+        self.counters = Counters()
+        self.recorder = Recorder(device)
         self._store = store
-        self._recorder = recorder
-        self._counters = counters
         self._by_index = {layer.layer.index: layer for layer in layers}
         self._present: list[TransferGroup] = []
         self.groups: Mapping[tuple[int, ...], TransferGroup] = build_groups(schedule, self._by_index, store, arena)
@@ -125,13 +123,13 @@ class Loader:
     def fetch(self, group: TransferGroup) -> bool:
         """Order compute after the group's load. False if a layer that is running needs the place."""
         if group.state is State.ABSENT:
-            self._counters.misses += 1
+            self.counters.misses += 1
             if not self._load(group):
                 return False
         if group.state is State.LOADING:
-            self._counters.waits += 1
+            self.counters.waits += 1
             try:
-                self._device.wait(group.ready)
+                self.device.wait(group.ready)
             except BaseException:
                 self._evict(group)
                 raise
@@ -225,32 +223,32 @@ class Loader:
         group.ready = self._copy(group)
         group.state = State.LOADING
         self._present.append(group)
-        self._recorder.loaded(group.indices, group.begin, group.ready, tuple(rival.indices for rival in rivals))
-        self._counters.loads += 1
-        self._counters.moved_bytes += group.n_bytes
+        self.recorder.loaded(group.indices, group.begin, group.ready, tuple(rival.indices for rival in rivals))
+        self.counters.loads += 1
+        self.counters.moved_bytes += group.n_bytes
         return True
 
     def _copy(self, group: TransferGroup) -> Copied:
         """To its target, once that is free: what can read the old bytes was launched before this point of compute."""
-        free = self._device.record()
+        free = self.device.record()
         if group.staging_offset is None:
-            return self._device.copy(group.regions, group.target, free)
+            return self.device.copy(group.regions, group.target, free)
         return self.staging.load(group, free)
 
     def _was_read(self, group: TransferGroup) -> None:
-        self._recorder.was_read(group.indices, group.staging_offset or 0, group.read)
-        self._counters.reads += 1
-        self._counters.read_bytes += group.n_bytes
+        self.recorder.was_read(group.indices, group.staging_offset or 0, group.read)
+        self.counters.reads += 1
+        self.counters.read_bytes += group.n_bytes
 
     def _load_temporarily(self, layer: StreamedLayer) -> torch.Tensor:
         """A layer whose place is taken by one that is running around it: right, at the price of memory."""
         index, n_bytes = layer.layer.index, layer.layer.n_bytes
-        self._counters.temporary_loads += 1
-        self._counters.moved_bytes += n_bytes
-        memory = self._device.allocate(n_bytes)
+        self.counters.temporary_loads += 1
+        self.counters.moved_bytes += n_bytes
+        memory = self.device.allocate(n_bytes)
         staging_offset = None if self.group_of[index].staging_offset is None else 0
         group = TransferGroup((layer,), self._store.regions([index]), memory, 0, n_bytes, staging_offset)
-        self._device.wait(self._copy(group))
+        self.device.wait(self._copy(group))
         return memory
 
     def _evict(self, group: TransferGroup) -> None:

@@ -20,6 +20,7 @@ from autosp.partition.placed import Placed, tensors_of
 from autosp.runtime.executor import Executor, Observer
 from autosp.runtime.gradients import Gradients, follow
 from autosp.runtime.guests import Guests
+from autosp.runtime.loader import Loader
 from autosp.runtime.lookups import Lookups
 from autosp.runtime.residents import Residents
 from autosp.runtime.streamed_layer import StreamedLayer
@@ -113,16 +114,16 @@ class StreamedModel(Generic[M]):
             self._addresses = [_address(named.tensor) for named in kept]
             self._layers = [StreamedLayer(layer) for layer in streamed]
             arena = device.allocate(schedule.arena_bytes)
-            if mode == "training":
-                self._executor: Executor = TrainingExecutor(
-                    schedule, self._layers, device, store, arena, staging, gradients
-                )
-            else:
-                self._executor = Executor(schedule, self._layers, device, store, arena, staging)
+            loader = Loader(schedule, self._layers, device, store, arena, staging)
             del arena, staging
+            if mode == "training":
+                self._executor: Executor = TrainingExecutor(schedule, loader, gradients)
+            else:
+                self._executor = Executor(schedule, loader)
             self._executor.before_pass = store.check
             self._intercept()
-            follow(self.model.parameters())
+            if mode == "training":
+                follow(self.model.parameters())
             if device.torch_device.type != "cpu":
                 known = [named.tensor for named in _all_tensors(bound)]
                 self._guests = Guests(bound.model, known, lambda data: data.to(device.torch_device))

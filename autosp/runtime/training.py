@@ -12,7 +12,7 @@ One thread at a time trains a model: another that calls it between a forward and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -22,32 +22,22 @@ from torch import nn
 from torch.autograd import Variable
 from torch.utils.checkpoint import checkpoint
 
-from autosp.devices import Device
 from autosp.errors import ModelChangedError
 from autosp.runtime.executor import Executor, uncached_autocast
 from autosp.runtime.gradients import Gradients
+from autosp.runtime.loader import Loader
 from autosp.runtime.saved import SavedTensors
 from autosp.runtime.streamed_layer import StreamedLayer
 from autosp.runtime.transfers import prefetches_of_one_pass
 from autosp.schedule.actions import Kind, Schedule
-from autosp.tiers import Store
 
 
 class TrainingExecutor(Executor):
     """An executor whose passes may go on backward. Without autograd its passes are those of inference."""
 
-    def __init__(
-        self,
-        schedule: Schedule,
-        layers: Sequence[StreamedLayer],
-        device: Device,
-        store: Store,
-        arena: torch.Tensor,
-        staging: torch.Tensor,
-        gradients: Gradients,
-    ) -> None:
-        """`gradients` of the same layers."""
-        super().__init__(schedule, layers, device, store, arena, staging, prefetches_of_one_pass)
+    def __init__(self, schedule: Schedule, loader: Loader, gradients: Gradients) -> None:
+        """`gradients` of the layers that `loader` loads."""
+        super().__init__(schedule, loader, prefetches_of_one_pass)
         self._recomputed = schedule.recomputed
         self._gradients = gradients
         self._gradients.connect(self.counters, self._enter_backward)

@@ -356,8 +356,31 @@ def test_old_gradients_stay_what_they_are(apply: Apply) -> None:
             one.zero_grad()
         kept.append(held)
     assert equal(*kept)
-    backward(model, batch)
     assert len({one[0].data_ptr() for one in kept[0]}) == 3
+
+
+def test_host_memory_for_gradients_is_taken_once(apply: Apply) -> None:
+    model, batch = make("stack")
+    apply(model.train(), batch, PLANS["k=3 k'=1"])
+    addresses = []
+    for step in range(3):
+        model.zero_grad()
+        backward(model, batch, step)
+        addresses.append([block.up.weight.grad.data_ptr() for block in model.blocks])
+    assert addresses[0] == addresses[1] == addresses[2]
+    assert len(set(addresses[0])) == len(addresses[0])
+
+
+@pytest.mark.parametrize("plan", ["k=1 k'=1", "recompute some"])
+def test_compiled_models(plan: str, apply: Apply) -> None:
+    model, batch = make("stack")
+    model, plain = twins(model)
+    apply(model, batch, PLANS[plan])
+    for one in (model, plain):
+        compiled = torch.compile(one, backend="aot_eager")
+        for step in range(2):
+            backward(compiled, batch, step)
+    assert_same_gradients(model, plain)
 
 
 def test_writes_that_torch_does_not_count_are_seen_by_the_next_step(apply: Apply) -> None:
