@@ -208,9 +208,8 @@ class Gradients:
             self._send(value, self._staged(value), aside)
 
     def _send(self, value: torch.Tensor, target: torch.Tensor, total: torch.Tensor | None) -> None:
-        while self._leaving and (
-            self._device.finished(self._leaving[0].copied) or self._in_flight() > self._most_in_flight
-        ):
+        most = self._most_in_flight - value.numel() * value.element_size()  # a layer's with this one
+        while self._leaving and (self._device.finished(self._leaving[0].copied) or self._in_flight() > most):
             self._settle_oldest()
         copied = self._device.send(_bytes_of(value), _bytes_of(target), self._device.record())
         self._leaving.append(_Leaving(copied, value, target, total))
