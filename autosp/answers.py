@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from autosp.errors import StoreError
-from autosp.spec import Plan, Profile, Trial
+from autosp.spec import Plan, Prediction, Profile, Trial
 from autosp.terminal import console, load_pictures, save, tell
 
 if TYPE_CHECKING:
@@ -45,17 +45,25 @@ def read_study(study: str, storage: str | None) -> Stored:
 
 
 def kept_study(
-    subject: Subject, budget: float | str, host_budget: float | str | None, device: str | None, storage: str | None
+    subject: Subject,
+    budget: float | str | None,
+    host_budget: float | str | None,
+    slack: float | None,
+    device: str | None,
+    storage: str | None,
 ) -> str | None:
-    """The study that `tune` of this subject would continue."""
+    """The study that `tune` of this subject would continue. With slack: at least that of the fastest plan."""
     from autosp.devices import choose_device
+    from autosp.profiler.host import whole_device
     from autosp.store import Repository
     from autosp.workload import Workload, parse_budgets
 
     chosen = choose_device(device)
     workload = Workload.of(subject.model, subject.batch, subject.step, "inference", chosen)
+    budgets = parse_budgets(whole_device(chosen) if budget is None else budget, host_budget, chosen.info.slow_tier)
     with Repository(storage) as repository:
-        return repository.find_study(workload.key(chosen, *parse_budgets(budget, host_budget, chosen.info.slow_tier)))
+        keys = workload.key(chosen, *budgets, slack), workload.key(chosen, *budgets)
+        return next(filter(None, map(repository.find_study, keys)), None)
 
 
 def show_answer(plan: Plan, storage: str | None, output: Path | None) -> None:
@@ -109,6 +117,27 @@ def draw_front(
     )
 
 
+def draw_plans(plans: Sequence[Plan], predicted: Sequence[Prediction], path: Path, storage: str | None) -> None:
+    """A measured front on the one that was predicted."""
+    from autosp.search.lean import study_of
+    from autosp.store import Repository
+
+    with Repository(storage) as repository:
+        profile, _ = study_of(repository, plans[-1])
+    load_pictures("front").front(
+        profile,
+        predicted,
+        [
+            Trial(number=number, prediction=plan.prediction, measurement=plan.measurement)
+            for number, plan in enumerate(plans)
+            if plan.prediction is not None and plan.measurement is not None
+        ],
+        [],
+        path,
+        host_budget_bytes=plans[-1].host_budget_bytes,
+    )
+
+
 def profile_of(plan: Plan, storage: str | None) -> Profile | None:
     """The profile that a plan rests on. If the database does not have it: None, and the reason is told."""
     from autosp.store import Repository
@@ -136,12 +165,12 @@ def _rests_on(plan: Plan, profile: Profile) -> bool:
 def workload_of(factory: str, plan: Plan) -> tuple[Workload, Device]:
     """A model and its batch to run a plan on. Told if the batch is not what the plan is for."""
     from autosp.batch import signature
-    from autosp.devices import choose_device
+    from autosp.devices import device_for
     from autosp.factory import make_subject
     from autosp.workload import Workload
 
     subject = make_subject(factory)
-    device = choose_device(plan.device.kind)
+    device = device_for(plan.device)
     workload = Workload.of(subject.model, subject.batch, subject.step, plan.mode, device)
     if signature(workload.batch) != plan.batch_signature:
         tell(f"the plan is for {plan.batch_signature}: its figures do not hold for {signature(workload.batch)}")

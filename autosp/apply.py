@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from autosp.devices import choose_device
+from autosp.devices import device_for
 from autosp.errors import PlanMismatchError, SettingError
 from autosp.intercept import is_intercepted
 from autosp.partition import bind, model_fingerprint
@@ -14,7 +14,7 @@ from autosp.runtime.streamed_model import StreamedModel
 from autosp.schedule.lowering import lower_for
 from autosp.settings import settings
 from autosp.spec import Plan
-from autosp.tiers import Originals, open_store
+from autosp.tiers import Originals, Readers, open_store
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -48,15 +48,17 @@ def apply(model: M, plan: Plan) -> StreamedModel[M]:
             f"the plan is for {plan.model_name} with fingerprint {plan.model_fingerprint}; this "
             f"{type(model).__name__} has {found}: other module classes, tensor names, shapes, dtypes or ties"
         )
-    device = choose_device(plan.device.kind, plan.mode)
+    device = device_for(plan.device)
     bound = bind(model, plan.partition, device.info.slow_tier)
     schedule = lower_for(plan.mode, plan.candidate, bound.partition)
     stored = bound.stored(plan.candidate.residents)
-    store = open_store(device, stored, settings().cache_dir, Originals.FREED, plan.candidate.on_disk)
+    readers = Readers(plan.reading)
+    store = open_store(device, stored, settings().cache_dir, Originals.FREED, plan.candidate.on_disk, readers)
 
     def close() -> None:
         store.close()
         device.close()
+        readers.close()
 
     pass_floor_s = plan.floor_s / plan.partition.repeats if plan.floor_s else None
     return StreamedModel(bound, schedule, device, store, Originals.FREED, close, pass_floor_s, plan.mode)

@@ -17,13 +17,14 @@ from typing import Annotated
 try:
     import typer
 
-    from autosp import answers
+    from autosp import answers, fronts
     from autosp.database import database
     from autosp.options import (
-        Budget,
+        BudgetOrAll,
         DeviceName,
         Factory,
         HostBudget,
+        Isolate,
         MaxTrials,
         Output,
         PlanFile,
@@ -31,17 +32,22 @@ try:
         Storage,
         Study,
         Timeout,
+        TrialTimeout,
     )
     from autosp.terminal import Commands, budget_of, check_folder, console, interruptible, load_pictures, save, tell
+    from autosp.tryout import demo, doctor
 except ImportError as missing:  # the console script exists without the extra, too
     raise SystemExit(f"the command line needs {missing.name}: pip install 'autosp[cli]'") from missing
 
 from autosp.errors import SettingError, StudyNotFoundError
 from autosp.factory import make_subject
-from autosp.spec import Plan, Trial
+from autosp.spec import Plan
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(database, name="db")
+app.command()(fronts.estimate)
+app.command()(fronts.pareto)
+app.command()(fronts.tune_batch)
 
 
 def main() -> None:
@@ -67,14 +73,19 @@ def _root(
 @app.command()
 def tune(
     factory: Factory,
-    max_gpu_gb: Budget,
+    max_gpu_gb: BudgetOrAll = None,
     max_cpu_gb: HostBudget = None,
+    slack: Annotated[
+        float | None, typer.Option(help="0.05: the least memory that takes at most 5 % longer than the fastest.")
+    ] = None,
     storage: Storage = None,
     study_name: Annotated[str | None, typer.Option(help="Default: made from the model's name.")] = None,
     max_trials: MaxTrials = None,
     timeout_s: Timeout = None,
     device: DeviceName = None,
     seed: Annotated[int, typer.Option(help="Of the pass whose outputs are compared.")] = 0,
+    isolate: Isolate = False,
+    trial_timeout_s: TrialTimeout = None,
     output: Output = None,
 ) -> None:
     """Find the fastest plan under a memory budget, measured on this device."""
@@ -83,15 +94,16 @@ def tune(
     check_folder(output)
     subject = make_subject(factory)
     began = datetime.now(UTC).isoformat(timespec="seconds")
-    budget = budget_of(max_gpu_gb)
+    budget = None if max_gpu_gb is None else budget_of(max_gpu_gb)
     host_budget = None if max_cpu_gb is None else budget_of(max_cpu_gb)
-    kept = partial(answers.kept_study, subject, budget, host_budget, device, storage)
+    kept = partial(answers.kept_study, subject, budget, host_budget, slack, device, storage)
     with interruptible(factory, storage, device, kept):
         plan = autosp.tune(
             subject.model,
             subject.batch,
             budget,
             max_cpu_gb=host_budget,
+            slack=slack,
             step=subject.step,
             device=device,
             storage=storage,
@@ -99,6 +111,8 @@ def tune(
             max_trials=max_trials,
             timeout_s=timeout_s,
             seed=seed,
+            isolate=isolate,
+            trial_timeout_s=trial_timeout_s,
             progress=sys.stderr.isatty(),
         )
     if plan.created_at < began:
@@ -114,6 +128,8 @@ def resume(
     max_trials: MaxTrials = None,
     timeout_s: Timeout = None,
     device: DeviceName = None,
+    isolate: Isolate = False,
+    trial_timeout_s: TrialTimeout = None,
     output: Output = None,
 ) -> None:
     """Continue an interrupted study, or a finished one with a higher limit. Nothing that was measured is repeated."""
@@ -132,60 +148,11 @@ def resume(
             storage=storage,
             max_trials=max_trials,
             timeout_s=timeout_s,
+            isolate=isolate,
+            trial_timeout_s=trial_timeout_s,
             progress=sys.stderr.isatty(),
         )
     answers.show_answer(plan, storage, output)
-
-
-@app.command()
-def estimate(
-    max_gpu_gb: Budget,
-    max_cpu_gb: HostBudget = None,
-    factory: Annotated[str | None, typer.Argument(metavar="[MODULE:FACTORY]", help="Measured now.")] = None,
-    study: Annotated[str | None, typer.Option(help="Take this study's stored profile: no model is needed.")] = None,
-    top: Annotated[int, typer.Option(min=1, help="How many predictions to print.")] = 10,
-    storage: Storage = None,
-    device: DeviceName = None,
-    plot: Plot = None,
-) -> None:
-    """Predict every setting under a budget, without validating any."""
-    import autosp
-    from autosp.report.tables import predictions_table
-    from autosp.workload import parse_budgets
-
-    if (factory is None) == (study is None):
-        raise SettingError("name what to estimate: either MODULE:FACTORY or --study, one of them")
-    budget = budget_of(max_gpu_gb)
-    host_budget = None if max_cpu_gb is None else budget_of(max_cpu_gb)
-    trials: list[Trial] = []
-    chosen: Plan | None = None
-    if plot is not None:
-        load_pictures("drawing").checked_path(plot)
-    if factory is not None:
-        subject = make_subject(factory)
-        profile = autosp.profile(
-            subject.model,
-            subject.batch,
-            max_cpu_gb=host_budget,
-            step=subject.step,
-            device=device,
-            progress=sys.stderr.isatty(),
-        )
-        others: set[int] = set()
-    else:
-        stored = answers.read_study(str(study), storage)
-        if stored.profile is None:
-            raise StudyNotFoundError(f"study {study!r} has no profile yet: continue it with `autosp resume`")
-        profile, trials, chosen = stored.profile, stored.trials, stored.plan
-        others = {stored.budget_bytes}
-    ranked = autosp.estimate(profile, budget, host_budget)
-    console().print(predictions_table(ranked, autosp.floor(profile, budget, host_budget), top))
-    if plot is not None:
-        budget_bytes, host_bytes = parse_budgets(budget, host_budget, profile.device.slow_tier)
-        budgets_bytes = [budget_bytes, *others.difference({budget_bytes})]
-        answers.draw_front(profile, trials, budgets_bytes, host_bytes, plot, chosen)
-    else:
-        tell("`--plot front.png` draws memory against latency, with the floor")
 
 
 @app.command()
@@ -313,36 +280,5 @@ def trace(
     tell(f"open {out} in https://ui.perfetto.dev or chrome://tracing")
 
 
-@app.command()
-def doctor(
-    storage: Storage = None,
-    device: DeviceName = None,
-    probe_mb: Annotated[float, typer.Option(min=0, help="Megabytes of the link's probe; 0 leaves it out.")] = 256,
-) -> None:
-    """Say what autosp finds here: versions, device, memory, disk, database, and the link's measured bandwidth."""
-    from autosp.devices import choose_device
-    from autosp.doctor import facts, probe_link
-    from autosp.report.tables import facts_table, link_table
-
-    chosen = choose_device(device)
-    console().print(facts_table("autosp doctor", facts(chosen, storage)))
-    if probe_mb:
-        console().print(link_table(probe_link(chosen, round(probe_mb * 1e6))))
-    chosen.close()
-
-
-@app.command()
-def demo(
-    model: Annotated[str, typer.Option(help="minilm, or llama-1b.")] = "minilm",
-    max_gpu_gb: Annotated[str | None, typer.Option("--max-gpu-gb", help="Default: what the demo suggests.")] = None,
-    storage: Storage = None,
-    output: Annotated[Path, typer.Option("--output", "-o", dir_okay=False, help="Where the plan goes.")] = Path(
-        "plan.json"
-    ),
-) -> None:
-    """Tune a well-known model and see what streaming makes of it."""
-    from autosp.demo import run as run_demo
-
-    check_folder(output)
-    budget = None if max_gpu_gb is None else budget_of(max_gpu_gb)
-    run_demo(model, max_gpu_gb=budget, storage=storage, output=output)
+app.command()(doctor)
+app.command()(demo)

@@ -71,6 +71,7 @@ def probe_link(device: Device, n_bytes: int, progress: Callable[[str], None] = l
 
     from autosp.partition import partition
     from autosp.profiler.links import measure_link
+    from autosp.profiler.reading import measure_reading
     from autosp.runtime.bench import Bench
 
     width = max(64, round((n_bytes / PROBE_LAYERS / 4) ** 0.5))
@@ -84,7 +85,9 @@ def probe_link(device: Device, n_bytes: int, progress: Callable[[str], None] = l
     parts = partition(model, run, device.torch_device, lookups=device.reads_host, slow_tier=device.info.slow_tier)
     total = parts.streamable_bytes
     with Bench(model, parts, device, settings().cache_dir) as bench:
-        return measure_link(device, bench.store, total, total // 4, torch.float32, progress)
+        reads = measure_reading(bench, progress)
+        link = measure_link(device, bench.store, total, total // 4, progress)
+        return link if reads is None else link.model_copy(update=reads._asdict())
 
 
 def _existing(path: Path) -> Path:

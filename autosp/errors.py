@@ -17,6 +17,8 @@
     │   ├── DiskFullError           no room for the packed weights
     │   ├── HostMemoryError         no host memory for them
     │   └── ReadError               weights could not be read back
+    ├── IsolationError              a trial's own process does not start, or every one of them ended early
+    │   └── NotPicklableError       the model, batch or step cannot be sent to it
     └── StoreError                  the database
         ├── StudyNotFoundError      no study of that name; names the close ones
         ├── StudyMismatchError      the study was made for something else
@@ -104,6 +106,14 @@ class HostMemoryError(TierError, MemoryError):
 
 class ReadError(TierError):
     """Weights could not be read back from their file."""
+
+
+class IsolationError(AutospError, RuntimeError):
+    """The process of its own that trials run in does not start, or no trial came to its end in it."""
+
+
+class NotPicklableError(IsolationError):
+    """The model, the batch or the step cannot be sent to another process."""
 
 
 class StoreError(AutospError):

@@ -19,9 +19,9 @@ from autosp.batch import Step, call, map_tensors, signature, step_name, tensors_
 from autosp.devices import Device
 from autosp.errors import BudgetError, SettingError
 from autosp.intercept import is_intercepted
-from autosp.partition import model_fingerprint
+from autosp.partition import model_fingerprint, partition
 from autosp.partition.trace import attributes_of, restore_attributes
-from autosp.spec import Mode, StudyKey, Tier
+from autosp.spec import Mode, Partition, StudyKey, Tier
 
 _UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -116,7 +116,21 @@ class Workload:
             "device": device.info,
         }
 
-    def key(self, device: Device, budget_bytes: int, host_budget_bytes: int | None = None) -> StudyKey:
+    def observed_pass(self, device: Device) -> tuple[Partition, Any]:
+        """The layers, and the output, of one pass of the unstreamed model."""
+        outputs: list[Any] = []
+        parts = partition(
+            self.model,
+            lambda: outputs.append(self.run_seeded()),
+            device.torch_device,
+            lookups=device.reads_host,
+            slow_tier=device.info.slow_tier,
+        )
+        return parts, outputs[0]
+
+    def key(
+        self, device: Device, budget_bytes: int, host_budget_bytes: int | None = None, slack: float | None = None
+    ) -> StudyKey:
         """What identifies a study of this workload."""
         return StudyKey(
             model_name=type(self.model).__name__,
@@ -127,6 +141,7 @@ class Workload:
             mode=self.mode,
             budget_bytes=budget_bytes,
             host_budget_bytes=host_budget_bytes,
+            slack=slack,
         )
 
 
@@ -134,6 +149,15 @@ def _described(loss: Any) -> str:
     if not isinstance(loss, torch.Tensor):
         return f"a {type(loss).__name__}"
     return f"a tensor of shape {tuple(loss.shape)}" + ("" if loss.requires_grad else " that requires no gradient")
+
+
+def require_searched(mode: str) -> None:
+    """Raises: SettingError for a mode whose plans are set by the user."""
+    if mode == "training":
+        raise SettingError(
+            "mode='training' has no search: set k and k' with autosp.plan(model, sample_batch, k=…, k_prime=…, "
+            "mode='training', step=…), which autosp.apply takes"
+        )
 
 
 def parse_budgets(max_gpu_gb: float | str, max_cpu_gb: float | str | None, slow_tier: Tier) -> tuple[int, int | None]:

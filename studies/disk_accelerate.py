@@ -8,9 +8,10 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from disk_models import SCALES
-from disk_results import Row, having
-from disk_study import PHASES, Run, Study, disk_of, floor_of, gb, output_of, plain_of
+from disk_results import Row
+from disk_study import PHASES, Run, disk_of, floor_of, gb, output_of, plain_of
 from disk_systems import DAT, DISK_SYSTEMS, PLANNED, SAFETENSORS
+from kept_rows import Study, having
 from peer_systems import PLAIN, TUNED, WINDOW
 from record import markdown
 
@@ -182,7 +183,7 @@ def _floors(rows: list[Row], mine: list[Row], phase: str) -> Iterator[float]:
 
 def picture(rows: list[Row], path: Path) -> None:
     """Seconds of a pass, a panel per length: a bar per system, cold beside warm, with the peak in words."""
-    from disk_pictures import figure, finish
+    from panels import figure, finish
 
     lengths = sorted({row.case.tokens for row in having(rows)})
     canvas, panels = figure(len(lengths), width=5.4)

@@ -1,7 +1,7 @@
 """What reading costs compute: passes with everything resident, alone and while autosp's readers stream beside them.
 
-One reader is one `CpuDevice` with its thread, as a streamed model has; two are two of them that take turns. Each fills
-two places of a ring, again and again.
+Transfers fill two places of a ring, again and again, one after the other, as those of a streamed model do; the blocks
+of each are spread over the readers.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from peer_models import PeerModel
 import autosp
 from autosp.devices import Copied, CpuDevice
 from autosp.runtime.bench import Bench
-from autosp.spec import Candidate
-from autosp.tiers import reader
+from autosp.spec import Candidate, Reading
 from autosp.workload import Workload
 
 ALONE = "alone"
@@ -34,14 +33,14 @@ BEYOND_PASS = 1.3
 """How much more than a pass's length is queued where reads are not to pause: what is left over is waited for."""
 
 
-class Readers:
-    """Streams a store's bytes, whatever they are, with `count` reader threads."""
+class Stream:
+    """Reads a store's bytes, whatever they are, with the readers that it has."""
 
-    def __init__(self, bench: Bench, count: int, place_bytes: int) -> None:
+    def __init__(self, bench: Bench, place_bytes: int) -> None:
         self._store = bench.store
         self._store_bytes = bench.partition.streamable_bytes
-        self._devices = [CpuDevice() for _ in range(count)]
-        self._places = [device.allocate(PLACES * place_bytes) for device in self._devices]
+        self._device = CpuDevice()
+        self._ring = self._device.allocate(PLACES * place_bytes)
         self._place_bytes = place_bytes
         self._next = 0
         self._turn = 0
@@ -51,19 +50,18 @@ class Readers:
         return [self._start_one() for _ in range(math.ceil(n_bytes / self._place_bytes))]
 
     def _start_one(self) -> Copied:
-        index, round_ = self._turn % len(self._devices), self._turn // len(self._devices)
-        self._turn += 1
         if self._next + self._place_bytes > self._store_bytes:
             self._next = 0
         region = self._store.window(self._next, self._place_bytes)
         self._next += self._place_bytes
-        begin = round_ % PLACES * self._place_bytes
-        return self._devices[index].copy([region], self._places[index][begin : begin + self._place_bytes])
+        begin = self._turn % PLACES * self._place_bytes
+        self._turn += 1
+        return self._device.copy([region], self._ring[begin : begin + self._place_bytes])
 
     def wait(self, copies: Sequence[Copied]) -> None:
         """Until they are over. Raises: ReadError."""
         for copy in copies:
-            self._devices[0].wait(copy)
+            self._device.wait(copy)
 
     def bytes_until(self, copies: Sequence[Copied], moment_s: float) -> int:
         """What had been read at a moment of `time.perf_counter`."""
@@ -77,9 +75,8 @@ class Readers:
         return len(copies) * self._place_bytes / (time.perf_counter() - begin)
 
     def close(self) -> None:
-        """End the threads."""
-        for device in self._devices:
-            device.close()
+        """End the thread that asks."""
+        self._device.close()
 
 
 def measure_readers(
@@ -92,38 +89,34 @@ def measure_readers(
     beside_bytes: int,
     rate_bytes: int,
 ) -> dict[str, Any]:
-    """Rates of reading `rate_bytes` into places of each size, then passes alone and beside, with one size of place.
-
-    The product's own block size is replaced for the life of this process.
-    """
-    assert reader.CHUNK_BYTES, "the product's size of one read"
-    reader.CHUNK_BYTES = block_bytes
+    """Rates of reading `rate_bytes` into places of each size, then passes alone and beside, with one size of place."""
     device = CpuDevice()
     made = autosp.plan(example.model, example.batch, k=1, k_prime=1, step=example.step, device=device)
     visited = tuple(sorted(set(made.partition.visits)))
     workload = Workload.of(example.model, example.batch, example.step, "inference", device)
     with Bench(example.model, made.partition, device, folder) as bench:
-        rates = {n_bytes: _rate(bench, readers, n_bytes, rate_bytes) for n_bytes in place_bytes}
+        bench.readers.use(Reading(readers=readers, block_bytes=block_bytes))
+        rates = {n_bytes: _rate(bench, n_bytes, rate_bytes) for n_bytes in place_bytes}
         streamed = bench.apply(Candidate(k=len(visited), k_prime=1, residents=visited))
-        streams = Readers(bench, readers, beside_bytes)
+        stream = Stream(bench, beside_bytes)
         try:
-            bytes_per_s = _rate(bench, readers, beside_bytes, rate_bytes)
-            passes = _beside(workload, streams, made.partition.streamable_bytes, bytes_per_s)
+            bytes_per_s = _rate(bench, beside_bytes, rate_bytes)
+            passes = _beside(workload, stream, made.partition.streamable_bytes, bytes_per_s)
         finally:
-            streams.close()
+            stream.close()
             streamed.remove()
     return {"rates": list(rates.items()), **passes}
 
 
-def _rate(bench: Bench, count: int, place_bytes: int, n_bytes: int) -> float:
-    readers = Readers(bench, count, place_bytes)
+def _rate(bench: Bench, place_bytes: int, n_bytes: int) -> float:
+    stream = Stream(bench, place_bytes)
     try:
-        return readers.rate(n_bytes)
+        return stream.rate(n_bytes)
     finally:
-        readers.close()
+        stream.close()
 
 
-def _beside(workload: Workload, readers: Readers, model_bytes: int, bytes_per_s: float) -> dict[str, Any]:
+def _beside(workload: Workload, stream: Stream, model_bytes: int, bytes_per_s: float) -> dict[str, Any]:
     workload.run()
     samples: dict[str, list[float]] = {ALONE: [], ONE_MODEL: [], WITHOUT_PAUSE: []}
     read: dict[str, list[int]] = {name: [] for name in samples}
@@ -131,11 +124,11 @@ def _beside(workload: Workload, readers: Readers, model_bytes: int, bytes_per_s:
         for name in samples:
             pass_s = median(samples[ALONE]) if samples[ALONE] else 0.0
             wanted = {ALONE: 0, ONE_MODEL: model_bytes, WITHOUT_PAUSE: round(BEYOND_PASS * pass_s * bytes_per_s)}
-            copies = readers.start(wanted[name])
+            copies = stream.start(wanted[name])
             begin = time.perf_counter()
             workload.run()
             end = time.perf_counter()
-            readers.wait(copies)
+            stream.wait(copies)
             samples[name].append(end - begin)
-            read[name].append(readers.bytes_until(copies, end))
+            read[name].append(stream.bytes_until(copies, end))
     return {"samples_s": samples, "read_bytes": read}

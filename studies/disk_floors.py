@@ -7,8 +7,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from disk_results import Row, having, median_of
-from disk_study import PHASES, Floor, Run, Study, disk_of, floor_of, gb, output_of, plain_of
+from disk_results import Row, median_of
+from disk_study import PHASES, Floor, Run, disk_of, floor_of, gb, output_of, plain_of
+from kept_rows import Study, having
 from peer_systems import PLAIN, TUNED
 from record import markdown
 
@@ -141,7 +142,7 @@ def _failures(rows: list[Row]) -> Iterator[list[str]]:
 
 def picture(rows: list[Row], path: Path) -> None:
     """Time ÷ floor over the budget: a line per length, dashed where the page cache was warm."""
-    from disk_pictures import HOLLOW, figure, finish
+    from panels import HOLLOW, figure, finish
 
     canvas, (panel,) = figure(1, width=7.0)
     found = [point for point in points(rows) if point.over_floor is not None]

@@ -8,7 +8,6 @@ that a system maps for the moment of their use, and computes from in place, are 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from disk_files import cached_bytes, disk_rates, read_bytes, unlinked_files, war
 from disk_models import SCALES, checkpoint_of, load, write_checkpoint
 from disk_results import Job
 from disk_systems import DISK_SYSTEMS, PLAIN, folder_of
+from kept_rows import answering
 from peer_measure import Memory, digest_of, drop_from_page_cache, files_in, mapped_bytes, timed, until_enough
 from peer_plans import make_plans
 from peer_systems import Setting, rehearse
@@ -40,12 +40,7 @@ READERS = "readers"
 
 def run_job(job: Job, answer: str) -> None:
     """Measure, and write the answer. What a system raises is its answer too."""
-    work = WORK.get(job.case.system, run_system)
-    try:
-        said = work(job)
-    except Exception as error:  # noqa: BLE001 - it becomes the row's note
-        said = {"outcome": "failed", "note": " ".join(f"{type(error).__name__}: {error}".split())}
-    Path(answer).write_text(json.dumps(said), encoding="utf-8")
+    answering(WORK.get(job.case.system, run_system), job, answer)
 
 
 def make_checkpoint(job: Job) -> dict[str, Any]:

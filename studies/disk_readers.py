@@ -10,8 +10,9 @@ from typing import Any
 from disk_contention import ALONE, ONE_MODEL, WITHOUT_PAUSE
 from disk_measure import READERS
 from disk_models import MIB, SCALES
-from disk_results import Row, having
-from disk_study import Run, Study
+from disk_results import Row
+from disk_study import Run
+from kept_rows import Study, having
 from record import markdown
 
 from autosp.report.units import rate, seconds
@@ -24,7 +25,8 @@ PREFACE = (
     "All layers resident, so that a pass computes only. Slow-down: the pass while autosp's readers stream from the "
     "disk into a ring, over the pass alone, in turns. *One model's bytes per pass* is what a plan without residents "
     "asks for in a pass that compute limits; *without a pause* the disk is read for the whole pass. The reads' rate "
-    "is that during the pass. Block: bytes of one read; two readers are two threads that take turns."
+    "is that during the pass. Block: the most bytes of one read; with two readers the blocks "
+    "of each transfer are spread over two threads."
 )
 
 
@@ -104,7 +106,7 @@ def _rate_of(mine: list[Row], place_bytes: int) -> float:
 
 def picture(rows: list[Row], path: Path) -> None:
     """Slow-down over the block size, beside the disk's rate over the block size."""
-    from disk_pictures import figure, finish
+    from panels import figure, finish
 
     canvas, (left, right) = figure(2, width=5.4)
     found = list(settings_of(rows))

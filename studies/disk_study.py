@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 from disk_measure import LAYERS, TUNE
 from disk_results import Case, Job, Results, Row
@@ -19,15 +19,6 @@ from autosp.spec import Candidate, Plan
 
 PHASES = ("cold", "warm")
 EQUAL = "equal"
-
-
-class Study(NamedTuple):
-    """One table: `run` measures what is missing, `table` and `picture` read the rows."""
-
-    title: str
-    run: Callable[[Run], None]
-    table: Callable[[list[Row]], str]
-    picture: Callable[[list[Row], Path], None]
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,10 @@ from disk_floors import FLOORS
 from disk_measure import CHECKPOINT, run_job
 from disk_models import SCALES, checkpoint_of
 from disk_readers import READING
-from disk_results import Case, Job, Results, raw_path, read_rows
-from disk_study import Run, Study
+from disk_results import Case, Job, Results, Row, raw_path
+from disk_study import Run
 from disk_window import WINDOWS
-from record import RESULTS
+from kept_rows import Study, add_arguments, write_report
 
 from autosp.settings import settings
 
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
         scratch.mkdir(parents=True, exist_ok=True)
         measure(name, asked, scratch.resolve())
     if name != PLANS:
-        write_report(name, asked.scale, asked.output)
+        write_report(STUDIES[name], raw_path(name, asked.scale, asked.output), Row)
 
 
 def measure(name: str, asked: argparse.Namespace, scratch: Path) -> None:
@@ -74,23 +74,6 @@ def measure(name: str, asked: argparse.Namespace, scratch: Path) -> None:
         STUDIES[name].run(run)
 
 
-def write_report(name: str, scale: str, folder: Path) -> None:
-    """The table as markdown and the picture, beside the rows."""
-    raw = raw_path(name, scale, folder)
-    rows = list({row.case: row for row in read_rows(raw)}.values())
-    if not any(row.ok for row in rows):
-        print(f"no figures in {raw}")
-        return
-    head = ", ".join(f"{key} {value}" for key, value in rows[-1].environment.items())
-    commits = {row.environment["commit"] for row in rows}
-    if len(commits) > 1:
-        head += f" (the rows are of {len(commits)} commits)"
-    text = STUDIES[name].table(rows)
-    raw.with_suffix(".md").write_text(f"# {STUDIES[name].title}\n\n{head}\n\n{text}\n", encoding="utf-8")
-    STUDIES[name].picture(rows, raw.with_suffix(".png"))
-    print(text)
-
-
 def _numbers(text: str | None, default: tuple[int, ...] | tuple[float, ...], kind: type) -> tuple:
     return tuple(kind(part) for part in text.split(",")) if text else default
 
@@ -102,11 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", help="lengths of the batch; default: those of the scale")
     parser.add_argument("--budgets", help="percent of the weights; default: 5,12,25,50")
     parser.add_argument("--repeats", type=int, help="default: 2, of readers 1")
-    parser.add_argument("--timeout-s", type=float, default=3600.0, help="of one measurement")
-    parser.add_argument("--again", action="store_true", help="measure again what is there")
-    parser.add_argument("--report", action="store_true", help="only make the table and the picture")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--scratch", type=Path, help="folder on the disk to be measured; default: the cache")
+    add_arguments(parser)
     return parser
 
 

@@ -8,9 +8,10 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from disk_models import SCALES
-from disk_results import Row, having
-from disk_study import EQUAL, PHASES, Floor, Run, Study, disk_of, floor_of, gb, output_of, plain_of
+from disk_results import Row
+from disk_study import EQUAL, PHASES, Floor, Run, disk_of, floor_of, gb, output_of, plain_of
 from disk_systems import PLANNED
+from kept_rows import Study, having
 from matplotlib.ticker import LogLocator, NullLocator
 from peer_systems import PLAIN, TUNED
 from record import markdown
@@ -181,7 +182,7 @@ def _cells(point: Point) -> list[str]:
 
 def picture(rows: list[Row], path: Path) -> None:
     """Delay over memory with a cold page cache, a panel per length; Demand Layering's two rows in each."""
-    from disk_pictures import figure, finish
+    from panels import figure, finish
 
     found = [point for point in points(rows) if point.phase == "cold"]
     lengths = list(dict.fromkeys(point.tokens for point in found))

@@ -218,7 +218,8 @@ def partition_problems(model: nn.Module, parts: Partition) -> list[str]:
     extents = collect(model).extents
     lookups = parts.lookups
     layers = [*parts.layers, lookups] if lookups else list(parts.layers)
-    names = [name for layer in layers for name in layer.tensors] + list(parts.resident_tensors)
+    names = [name for layer in layers if not layer.rows or layer.rows[0] == 0 for name in layer.tensors]
+    names += parts.resident_tensors
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
         problems.append(f"partition: {twice} is in two places")

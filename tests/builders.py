@@ -10,14 +10,17 @@ from hypothesis import strategies as st
 
 from autosp.schedule.actions import Action, Kind, Ref, Schedule
 from autosp.spec import (
+    PROFILE_SCHEMA_VERSION,
     Candidate,
     DeviceInfo,
     Layer,
     LayerProfile,
+    Leaf,
     LinkProfile,
     Measurement,
     Outcome,
     Partition,
+    Plan,
     Prediction,
     Profile,
     Tier,
@@ -46,14 +49,28 @@ def device(kind: str = "cuda") -> DeviceInfo:
 
 
 def partition(
-    layer_bytes: Sequence[int], visits: Sequence[int] | None = None, *, repeats: int = 1, resident_bytes: int = 0
+    layer_bytes: Sequence[int],
+    visits: Sequence[int] | None = None,
+    *,
+    repeats: int = 1,
+    resident_bytes: int = 0,
+    head: range | None = None,
 ) -> Partition:
-    """Layers of these sizes; visited once each, in order, unless `visits` says otherwise."""
+    """Layers of these sizes; visited once each, in order, unless `visits` says otherwise.
+
+    Those in `head` are runs of one weight's rows, 256 each.
+    """
+
+    def layer(index: int, n_bytes: int) -> Layer:
+        if head is None or index not in head:
+            return Layer(index=index, name=f"blocks.{index}", tensors=(f"blocks.{index}.weight",), n_bytes=n_bytes)
+        begin = 256 * (index - head[0])
+        name = f"head[{begin}:{begin + 256}]"
+        return Layer(index=index, name=name, tensors=("head.weight",), n_bytes=n_bytes, rows=(begin, begin + 256))
+
     return Partition(
-        layers=tuple(
-            Layer(index=index, name=f"blocks.{index}", tensors=(f"blocks.{index}.weight",), n_bytes=n_bytes)
-            for index, n_bytes in enumerate(layer_bytes)
-        ),
+        layers=tuple(layer(index, n_bytes) for index, n_bytes in enumerate(layer_bytes)),
+        leaves=(Leaf(path="head", inputs=("float32[1,8]",)),) if head else (),
         resident_tensors=("embedding.weight",) if resident_bytes else (),
         resident_bytes=resident_bytes,
         visits=tuple(range(len(layer_bytes)) if visits is None else visits),
@@ -96,6 +113,7 @@ def profile(
     link_slowdown: float = 1.0,
     compute_slowdown: float = 1.0,
     least_compute_s: float | None = None,
+    wake_s: float = 0.0,
     kind: str = "cuda",
     disk: LinkProfile | None = None,
 ) -> Profile:
@@ -111,6 +129,7 @@ def profile(
     least_peak = max(layer_bytes) + resident_bytes + workspace_bytes
     compute_s = (sum(forwards) + sum(befores)) * repeats + tail_s
     return Profile(
+        schema_version=PROFILE_SCHEMA_VERSION,
         model_name="Tiny",
         model_fingerprint="m" * 32,
         batch_signature="float32[1,8]",
@@ -133,6 +152,7 @@ def profile(
             *([disk] if disk else []),
         ),
         workspace_bytes=workspace_bytes,
+        wake_s=wake_s,
         observed=trial(prediction(least, peak_bytes=least_peak), peak_bytes=least_peak),
     )
 
@@ -177,6 +197,26 @@ def trial(
         outcome=outcome,
     )
     return Trial(number=number, prediction=predicted, measurement=measured)
+
+
+def plan(chosen: Trial, measured: Profile, *, budget_bytes: int, study_name: str = "tiny") -> Plan:
+    """The answer of a study, of which a trial was the best."""
+    return Plan(
+        autosp_version="0.1.0",
+        torch_version=measured.device.torch_version,
+        created_at="2025-01-01T00:00:00+00:00",
+        study_name=study_name,
+        mode=measured.mode,
+        model_name=measured.model_name,
+        model_fingerprint=measured.model_fingerprint,
+        batch_signature=measured.batch_signature,
+        device=measured.device,
+        budget_bytes=budget_bytes,
+        partition=measured.partition,
+        candidate=chosen.prediction.candidate,
+        prediction=chosen.prediction,
+        measurement=chosen.measurement,
+    )
 
 
 def load(layers: tuple[int, ...], offset: int | None, *waits: Ref, occurrence: int = 0) -> Action:
@@ -307,6 +347,7 @@ def profiles(draw: st.DrawFn, *, contention: bool = False, max_layers: int = 7, 
         latency_s=draw(latencies),
         link_slowdown=draw(slowdowns),
         compute_slowdown=draw(slowdowns),
+        wake_s=draw(st.sampled_from([0.0, 0.2])) if contention else 0.0,
         disk=behind if disk else None,
     )
 

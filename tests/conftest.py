@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from autosp.devices import AcceleratorDevice, CpuDevice, Device, VirtualDevice
 from autosp.spec import Tier
+from databases import create_database, memory_folder, postgres_server
 
 
 def _kinds() -> list[object]:
@@ -29,6 +31,23 @@ def any_device(request: pytest.FixtureRequest) -> Iterator[Device]:
 def private_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AUTOSP_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("AUTOSP_STORAGE", str(tmp_path / "autosp.db"))
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """A running server: see `databases`."""
+    with postgres_server() as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def shared_storage(request: pytest.FixtureRequest) -> Iterator[str]:
+    """An empty database that several processes may open; without a disk to wait for, where there is RAM for files."""
+    if request.param == "postgresql":
+        yield create_database(request.getfixturevalue("postgres"), f"db-{uuid.uuid4().hex}")
+        return
+    with memory_folder() as folder:
+        yield str(folder / "shared.db")
 
 
 @pytest.fixture(params=_kinds())

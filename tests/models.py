@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 
 class Block(nn.Module):
@@ -45,6 +46,16 @@ class Tied(Stack):
     def __init__(self) -> None:
         super().__init__()
         self.head.weight = self.embed.weight
+
+
+class Headed(Stack):
+    """A head of 72 MB: its weight is cut into runs of rows, its bias is not."""
+
+    RUNS = ((0, 23296), (23296, 46592), (46592, 70000))
+
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__(blocks=2, width=256)
+        self.head = nn.Linear(256, 70000, bias=bias)
 
 
 class Shared(nn.Module):
@@ -182,6 +193,22 @@ def make(name: str) -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     model, batch = MAKERS[name]()
     return model.eval(), batch
+
+
+class TiedHead(Stack):
+    """A table of 72 MB of which rows are looked up, and with which the last product is made."""
+
+    def __init__(self) -> None:
+        super().__init__(blocks=2, width=256, vocabulary=70000)
+        self.head.weight = self.embed.weight
+
+
+class RunsDiffer(TorchFunctionMode):
+    """As on a machine whose kernels add up in another order when a product has few columns."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        return output + 1e-6 if func is F.linear and 10_000 < len(args[1]) < 70_000 else output
 
 
 def llama(**changes: Any) -> nn.Module:

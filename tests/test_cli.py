@@ -46,6 +46,9 @@ def wider():
 def stepped():
     return *make(), lambda model, batch: model(batch).sum()
 
+def batches():
+    return make()[0], lambda size: torch.randn(size, 128)
+
 def nothing():
     return None
 
@@ -112,8 +115,47 @@ def study(tuned: Path, monkeypatch: Environment) -> Path:
 
 def test_help_names_every_command() -> None:
     said = autosp("--help")
-    for command in ("tune", "resume", "estimate", "studies", "show", "export", "run", "trace", "doctor", "db", "demo"):
+    for command in (
+        "tune",
+        "resume",
+        "estimate",
+        "pareto",
+        "tune-batch",
+        "studies",
+        "show",
+        "export",
+        "run",
+        "trace",
+        "doctor",
+        "db",
+        "demo",
+    ):
         assert f" {command} " in said
+
+
+def test_pareto_prints_draws_and_saves_the_front(shell: Path) -> None:
+    options = ("--points", "2", "--max-trials", "1", "--plot", "front.png", "-o", "plans")
+    said = autosp("pareto", "tiny_models:make", *ROOM, *options)
+    assert "Memory against latency" in said
+    assert (shell / "front.png").stat().st_size > 1000
+    plans = [Plan.load(path) for path in sorted((shell / "plans").iterdir())]
+    assert plans
+    peaks = [plan.measurement.peak_bytes for plan in plans if plan.measurement]
+    assert peaks == sorted(peaks)
+
+
+def test_tune_with_slack_and_without_a_budget(shell: Path) -> None:
+    said = autosp("tune", "tiny_models:make", "--slack", "0.5", "--max-trials", "1")
+    assert "within 50% of the fastest" in said
+    assert "Tiny-inference-slack-0.5" in {summary.name for summary in list_studies()}
+
+
+def test_tune_batch_finds_a_size(shell: Path) -> None:
+    said = autosp(
+        "tune-batch", "tiny_models:batches", *ROOM, "--size", "1", "--size", "4", "--max-trials", "1", "-o", "plan.json"
+    )
+    assert "Samples per second by batch size" in said
+    assert Plan.load(shell / "plan.json").batch_signature in {"float32[1,128]", "float32[4,128]"}
 
 
 def test_version() -> None:
@@ -129,6 +171,14 @@ def test_a_second_tune_answers_from_the_database(study: Path, tmp_path: Path) ->
     assert "answered from the database: study tiny of 2020-01-02" in said
     assert "Plan of study tiny" in said
     assert [summary.trials for summary in list_studies(tmp_path / "copy.db")] == [2]
+
+
+def test_trials_in_another_process(shell: Path) -> None:
+    said = autosp("tune", "tiny_models:make", *ROOM, "--study-name", "apart", "--max-trials", "1", "--isolate")
+    assert "Plan of study apart" in said
+    assert "trial_timeout_s goes with isolate=True" in autosp(
+        "resume", "apart", "tiny_models:make", "--trial-timeout-s", "5", code=2
+    )
 
 
 def test_studies(study: Path) -> None:
@@ -378,8 +428,10 @@ def test_the_users_own_error_keeps_its_traceback(factory: str, error: type[Excep
         (("trace", "tiny_models:make", "--plan", "plan.json", "--out", "no/trace.json"), "there is no folder no"),
         (("trace", "tiny_models:make", "--plan", "plan.json", "--plot", "x.gif"), "ends in one of .png"),
         (("trace", "tiny_models:make"), "Missing option '--plan'"),
-        (("tune", "tiny_models:make"), "Missing option '--max-gpu-gb'"),
+        (("estimate", "tiny_models:make"), "Missing option '--max-gpu-gb'"),
         (("resume", "tiny"), "Missing argument"),
+        (("tune-batch", "tiny_models:make"), r"must return \(model, make_batch\)"),
+        (("tune", "tiny_models:make", "--slack", "5"), "slack=5.0"),
     ],
 )
 def test_a_mistake_is_explained(arguments: tuple[str, ...], message: str, study: Path) -> None:

@@ -19,16 +19,16 @@ from disk_floors import FLOORS, WANTED
 from disk_measure import CHECKPOINT, READERS, TUNE, run_job
 from disk_models import SCALES, checkpoint_of, load
 from disk_readers import READING
-from disk_results import Case, Job, Results, Row, having, raw_path, read_rows
+from disk_results import Case, Job, Results, Row, raw_path, read_rows
 from disk_study import EQUAL, Floor, Run, floor_of, least_read_bytes, output_of
 from disk_systems import DAT, PLANNED, SAFETENSORS
 from disk_window import THEIRS, WINDOWS, points, windows
 from isolation import answer_of
+from kept_rows import having
 from peer_measure import drop_from_page_cache
 from peer_systems import PLAIN, TUNED, WINDOW
 
 from autosp.spec import Candidate, Plan
-from autosp.tiers import reader
 from builders import profile
 
 pytest.importorskip("accelerate", reason="the peers are no dependencies of autosp")
@@ -163,8 +163,7 @@ def test_accelerate(asked: Callable[..., Run], tmp_path: Path) -> None:
     assert is_picture(tmp_path / "accelerate.png")
 
 
-def test_readers(asked: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "CHUNK_BYTES", reader.CHUNK_BYTES)  # the studies set it for their process
+def test_readers(asked: Callable[..., Run], tmp_path: Path) -> None:
     run = asked("readers")
     READING.run(run)
     rows = rows_of(run)

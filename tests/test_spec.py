@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 import autosp.spec
 from autosp.errors import AutospError, PlanFormatError
-from autosp.spec import PLAN_SCHEMA_VERSION, Candidate, Outcome, Plan, Record, StudyKey, Tier
+from autosp.spec import PLAN_SCHEMA_VERSION, Candidate, Outcome, Plan, Reading, Record, StudyKey, Tier
 from builders import device, measurement, partition, prediction, profile
 
 
@@ -73,7 +73,7 @@ def test_file_is_readable_json(tmp_path: Path) -> None:
     text = (tmp_path / "plan.json").read_text(encoding="utf-8")
     assert text.endswith("}\n")
     data = json.loads(text)
-    assert data["schema_version"] == PLAN_SCHEMA_VERSION == 4
+    assert data["schema_version"] == PLAN_SCHEMA_VERSION == 5
     assert data["candidate"] == {
         "k": 3,
         "k_prime": 1,
@@ -300,8 +300,58 @@ def a_key(**changes: Any) -> StudyKey:
     return StudyKey(**(fields | changes))
 
 
+def before_readers(data: dict[str, Any]) -> None:
+    """As schema 3 had it."""
+    data["schema_version"] = 3
+    del data["reading"]
+
+
+def test_a_plan_of_before_readers_means_one_and_the_blocks_of_then(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(changed(before_readers), encoding="utf-8")
+    loaded = Plan.load(path)
+    assert loaded == PLAN.model_copy(update={"schema_version": 3})
+    assert loaded.reading == Reading(readers=1, block_bytes=32 * 2**20, from_cache=False)
+
+
+def before_rows(data: dict[str, Any]) -> None:
+    """As schema 3 had it."""
+    data["schema_version"] = 3
+    del data["partition"]["leaves"]
+    for layer in data["partition"]["layers"]:
+        del layer["rows"]
+
+
+def test_a_plan_of_before_rows_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(changed(before_rows), encoding="utf-8")
+    assert Plan.load(path) == PLAN.model_copy(update={"schema_version": 3})
+
+
+def test_a_plan_with_rows_is_read_as_it_was_saved(tmp_path: Path) -> None:
+    plan = a_plan(partition=partition((100,) * 5, head=range(2, 5)))
+    plan.save(tmp_path / "plan.json")
+    loaded = Plan.load(tmp_path / "plan.json")
+    assert loaded == plan
+    assert [(layer.path, layer.rows) for layer in loaded.partition.layers[1:4]] == [
+        ("blocks.1", None),
+        ("head", (0, 256)),
+        ("head", (256, 512)),
+    ]
+
+
+def test_a_plan_whose_weight_rests_on_two_tiers_is_refused() -> None:
+    parts = partition((100,) * 5, head=range(2, 5))
+    with pytest.raises(ValidationError, match="some rows of a weight rest on disk, and others do not"):
+        a_plan(partition=parts, candidate=Candidate(k=1, k_prime=1, on_disk=(2, 3), read_ahead=1))
+    a_plan(partition=parts, candidate=Candidate(k=2, k_prime=1, residents=(4,), on_disk=(2, 3), read_ahead=1))
+
+
 def before_the_disk_tier(data: dict[str, Any]) -> None:
     """As schema 2 had it."""
+    before_training(data)
+    before_readers(data)
+    before_rows(data)
     data["schema_version"] = 2
     del data["host_budget_bytes"], data["candidate"]["on_disk"], data["candidate"]["read_ahead"]
     if data["prediction"]:
@@ -315,8 +365,8 @@ def test_a_plan_of_before_the_disk_tier_is_read(tmp_path: Path) -> None:
 
 
 def before_training(data: dict[str, Any]) -> None:
-    """As schema 3 had it."""
-    data["schema_version"] = 3
+    """As schema 4 had it."""
+    data["schema_version"] = 4
     del data["partition"]["backward"], data["candidate"]["recompute"]
     for layer in data["partition"]["layers"]:
         del layer["gradient_bytes"]
@@ -327,7 +377,7 @@ def before_training(data: dict[str, Any]) -> None:
 def test_a_plan_of_before_training_is_read(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_text(changed(before_training), encoding="utf-8")
-    assert Plan.load(path) == PLAN.model_copy(update={"schema_version": 3})
+    assert Plan.load(path) == PLAN.model_copy(update={"schema_version": 4})
 
 
 @pytest.mark.parametrize(
@@ -346,12 +396,29 @@ def test_a_plan_whose_backward_is_of_no_layer_is_refused(
     assert_refused(tmp_path / "plan.json", changed(change), message)
 
 
-def test_a_plan_for_training_with_layers_on_disk_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("slow_tier", "changes"),
+    [
+        pytest.param("host", {"k": 1, "residents": [], "on_disk": [0], "read_ahead": 1}, id="some layers"),
+        pytest.param("disk", {}, id="all layers"),
+    ],
+)
+def test_a_plan_for_training_with_layers_on_disk_is_refused(
+    tmp_path: Path, slow_tier: str, changes: dict[str, Any]
+) -> None:
     def change(data: dict[str, Any]) -> None:
         data["mode"] = "training"
-        data["candidate"].update(k=1, k_prime=1, residents=[], on_disk=[0], read_ahead=1)
+        data["device"]["slow_tier"] = slow_tier
+        data["candidate"].update(changes)
 
     assert_refused(tmp_path / "plan.json", changed(change), "in training, weights rest in host memory")
+
+
+def test_a_plan_for_training_with_rows_is_refused() -> None:
+    parts, on_host = partition((100,) * 5, head=range(2, 5)), device("cuda")
+    with pytest.raises(ValidationError, match="in training, it travels as a whole"):
+        a_plan(partition=parts, device=on_host, mode="training")
+    a_plan(device=on_host, mode="training")
 
 
 def test_a_plan_whose_transfer_lies_on_two_tiers_is_refused(tmp_path: Path) -> None:
@@ -387,7 +454,7 @@ def test_groups_of_a_candidate() -> None:
 def test_key_fingerprint() -> None:
     assert a_key().fingerprint == a_key().fingerprint
     assert len(a_key().fingerprint) == 32
-    numbers = {"budget_bytes", "host_budget_bytes"}
+    numbers = {"budget_bytes", "host_budget_bytes", "slack"}
     others = [a_key(**{name: "other"}).fingerprint for name in set(StudyKey.model_fields) - {"mode", *numbers}]
     others += [a_key(**{name: 5}).fingerprint for name in numbers]
     assert len({a_key().fingerprint, *others}) == len(others) + 1

@@ -16,6 +16,7 @@ from torch import nn
 
 import autosp
 from autosp.batch import equal
+from autosp.devices import CpuDevice
 from autosp.errors import (
     BudgetError,
     BudgetTooSmallError,
@@ -28,7 +29,7 @@ from autosp.errors import (
     StudyNotFoundError,
 )
 from autosp.search.space import all_resident, key_of
-from autosp.spec import Outcome
+from autosp.spec import Outcome, Tier
 from autosp.store import Repository
 from models import EarlyExit, make, tokens, vectors
 
@@ -52,6 +53,27 @@ def untouched(model: nn.Module, before: dict[str, Any]) -> bool:
         (id(tensor), tensor.data_ptr()) == before[name][:2] and torch.equal(tensor, before[name][2])
         for name, tensor in model.named_parameters()
     )
+
+
+def test_a_budget_below_the_head(tmp_path: Path) -> None:
+    """The largest weight need not fit: it streams run by run."""
+    torch.manual_seed(0)
+    model, batch = nn.Sequential(nn.Linear(64, 1024), nn.ReLU(), nn.Linear(1024, 50_000)).eval(), vectors(2)
+    with torch.no_grad():
+        expected = model(batch)
+    weight: nn.Parameter = model[2].weight  # type: ignore[assignment]
+    address = weight.data_ptr()
+    plan = autosp.tune(model, batch, "160MB", device="cpu", progress=False, max_trials=1)
+    assert weight.nbytes > 200e6
+    assert plan.measurement
+    assert plan.measurement.outcome is Outcome.FITS
+    assert plan.measurement.peak_bytes <= 160e6
+    assert weight.data_ptr() == address
+    plan.save(tmp_path / "plan.json")
+    with autosp.apply(model, autosp.Plan.load(tmp_path / "plan.json")) as streamed:
+        assert equal(streamed(batch), expected)
+    with torch.no_grad():
+        assert equal(model(batch), expected)
 
 
 def test_tune_apply_and_answer_from_the_database() -> None:
@@ -177,7 +199,7 @@ def test_budget_that_nothing_fits_names_the_least_and_the_layer() -> None:
     assert autosp.tune(model, batch, suggested + 0.004, device="cpu", progress=False).measurement is not None
 
 
-@pytest.mark.parametrize("budget", [0, -1, float("nan"), float("inf"), "8 apples", True, None])
+@pytest.mark.parametrize("budget", [0, -1, float("nan"), float("inf"), "8 apples", True])
 def test_budgets_that_are_none(budget: Any) -> None:
     model, batch = make("stack")
     with pytest.raises(BudgetError):
@@ -223,6 +245,8 @@ def test_plans_and_studies_of_other_models_are_refused() -> None:
         autosp.apply(other, plan)
     with pytest.raises(StudyMismatchError, match="model_fingerprint"):
         autosp.resume("mine", other, batch, device="cpu", progress=False)
+    with pytest.raises(StudyMismatchError, match=rf"device_fingerprint: {plan.device.fingerprint} there, .* here"):
+        autosp.resume("mine", model, batch, device=CpuDevice(slow_tier=Tier.HOST), progress=False)
     with pytest.raises(StudyMismatchError, match="batch_signature"):
         autosp.resume("mine", model, vectors(5, WIDTH), device="cpu", progress=False)
     with pytest.raises(StudyMismatchError, match="budget_bytes"):
@@ -281,7 +305,7 @@ def test_ctrl_c_restores_the_model_and_resume_finishes(tmp_path: Path) -> None:
     finally:
         signal.signal(signal.SIGINT, inherited)
     assert untouched(model, before)
-    assert not list((tmp_path / "cache").iterdir())
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["locks"]
     assert autosp.list_studies()[0].finished is False
     plan = autosp.resume("cut", model, batch, step=step, device="cpu", progress=False)
     assert plan.study_name == "cut"
@@ -358,3 +382,26 @@ def test_the_model_is_let_go_of(tmp_path: Path) -> None:
     # In a new process: what would keep it is what optuna remembers of being imported.
     run = subprocess.run([sys.executable, "-c", FORGETS, str(tmp_path / "db")], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+WORKS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import test_tune, autosp
+model, batch = test_tune.big()
+plan = autosp.tune(model, batch, test_tune.BUDGET_GB, device="cpu", progress=False, study_name="shared")
+print(plan.model_dump_json())
+"""
+
+
+def test_processes_on_one_study_share_its_trials_and_return_one_plan() -> None:
+    command = [sys.executable, "-c", WORKS, str(Path(__file__).parent)]
+    workers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    answers = [worker.communicate(timeout=240)[0] for worker in workers]
+    plans = [autosp.Plan.model_validate_json(answer) for answer in answers]
+    assert plans[0] == plans[1] == autosp.load_plan("shared")
+    with Repository() as repository:
+        trials = repository.trials("shared")
+    tried = [key_of(trial.prediction.candidate) for trial in trials]
+    assert len(tried) == len(set(tried))
+    assert plans[0].measurement in [trial.measurement for trial in trials]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,14 +13,10 @@ import autosp
 from autosp.batch import equal
 from autosp.devices import CpuDevice
 from autosp.errors import BudgetError, BudgetTooSmallError, SettingError, StudyMismatchError
-from autosp.partition import bind
 from autosp.profiler import host
-from autosp.runtime.streamed_model import StreamedModel
-from autosp.schedule.streaming import lower
 from autosp.settings import settings
 from autosp.spec import Outcome, Plan, Tier
 from autosp.store import Repository
-from autosp.tiers import Originals, open_store
 from models import EarlyExit, vectors
 
 WIDTH = 384
@@ -41,17 +38,7 @@ def big() -> tuple[nn.Module, torch.Tensor]:
     return EarlyExit(blocks=8, width=WIDTH).eval(), vectors(4, WIDTH)
 
 
-def run_under(model: nn.Module, plan: Plan, device: CpuDevice) -> StreamedModel[nn.Module]:
-    """As `autosp.apply` does on a device of that kind."""
-    bound = bind(model, plan.partition)
-    candidate = plan.candidate
-    schedule = lower(candidate, [layer.n_bytes for layer in plan.partition.layers], plan.partition.visits)
-    stored = bound.stored(candidate.residents)
-    store = open_store(device, stored, settings().cache_dir, Originals.FREED, candidate.on_disk)
-    return StreamedModel(bound, schedule, device, store, Originals.FREED, store.close)
-
-
-def test_tune_under_both_budgets_and_run(device: CpuDevice) -> None:
+def test_tune_under_both_budgets_and_run(device: CpuDevice, tmp_path: Path) -> None:
     model, batch = big()
     with torch.no_grad():
         expected = model(batch)
@@ -66,13 +53,21 @@ def test_tune_under_both_budgets_and_run(device: CpuDevice) -> None:
         (id(tensor), True) == (before[name][0], equal(tensor, before[name][1]))
         for name, tensor in model.named_parameters()
     )
-    assert list(settings().cache_dir.iterdir()) == []
-    streamed = run_under(model, plan, device)
+    assert [path.name for path in settings().cache_dir.iterdir()] == ["locks"]
+    plan.save(tmp_path / "plan.json")
+    streamed = autosp.apply(model, Plan.load(tmp_path / "plan.json"))
     with torch.no_grad():
         for _ in range(3):
             assert equal(model(batch), expected)
     assert streamed.stats().link_bytes["disk->host"] > 0
+    assert streamed.stats().misses == 0
     streamed.remove()
+    assert all(
+        (id(tensor), True) == (before[name][0], equal(tensor, before[name][1]))
+        for name, tensor in model.named_parameters()
+    )
+    with torch.no_grad():
+        assert equal(model(batch), expected)
     assert autosp.tune(model, batch, GPU_GB, max_cpu_gb=CPU_GB, device=device, progress=False) == plan
     with Repository() as repository:
         profile = repository.profile(plan.study_name or "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from autosp.schedule.actions import Kind
+from autosp.schedule.arena import arena_bytes
 from autosp.schedule.timeline import Timeline
 from autosp.spec import Candidate, Partition, Profile, Tier
 
@@ -14,9 +15,27 @@ def peak_bytes(profile: Profile, candidate: Candidate, arena_bytes: int) -> int:
 
     The workspace (activations, kernels' buffers, the allocator's own) was observed under the least-memory plan.
     """
-    layers = profile.partition.layers
-    residents = sum(layers[index].n_bytes for index in candidate.residents)
-    return profile.partition.resident_bytes + residents + arena_bytes + profile.workspace_bytes
+    return DeviceMemory(profile).peak_bytes(candidate, arena_bytes)
+
+
+class DeviceMemory:
+    """`peak_bytes` of many candidates of one profile."""
+
+    def __init__(self, profile: Profile) -> None:
+        self._partition = profile.partition
+        self._layer_bytes = [layer.n_bytes for layer in profile.partition.layers]
+        self._fixed_bytes = profile.partition.resident_bytes + profile.workspace_bytes
+
+    def peak_bytes(self, candidate: Candidate, arena_bytes: int) -> int:
+        """See the function of that name."""
+        return self._fixed_bytes + sum(map(self._layer_bytes.__getitem__, candidate.residents)) + arena_bytes
+
+    def may_fit(self, candidate: Candidate, usable_bytes: int) -> bool:
+        """Whether the candidate fits in the smallest arena that could hold its groups; found without placing them."""
+        if self.peak_bytes(candidate, 0) > usable_bytes:
+            return False
+        sizes = [sum(map(self._layer_bytes.__getitem__, group)) for group in candidate.groups(self._partition.visits)]
+        return self.peak_bytes(candidate, arena_bytes(sizes, candidate.depth)) <= usable_bytes
 
 
 def host_bytes(profile: Profile, candidate: Candidate, staging_bytes: int) -> int:
@@ -27,10 +46,14 @@ def host_bytes(profile: Profile, candidate: Candidate, staging_bytes: int) -> in
 
 
 def resting_bytes(partition: Partition, candidate: Candidate) -> int:
-    """What rests on the host: lookup tables, and layers that are neither resident nor on disk."""
+    """What rests on the host: lookup tables, and layers that are neither resident nor on disk.
+
+    And resident rows of a weight of which others rest there: a weight rests as a whole.
+    """
     elsewhere = {*candidate.residents, *candidate.on_disk}
     tables = partition.lookups.n_bytes if partition.lookups else 0
-    return tables + sum(layer.n_bytes for layer in partition.layers if layer.index not in elsewhere)
+    resting = partition.whole([layer.index for layer in partition.layers if layer.index not in elsewhere])
+    return tables + sum(partition.layers[index].n_bytes for index in resting)
 
 
 def occupancy(timeline: Timeline, layer_bytes: Sequence[int]) -> list[tuple[float, int]]:

@@ -45,6 +45,9 @@ def host_too_small(partition: Partition, host_budget_bytes: int) -> BudgetTooSma
 
 Group = tuple[int, ...]
 
+Bundle = tuple[Group, ...]
+"""Groups that rest on one tier: one, or all that have rows of the same weights."""
+
 
 class Placing:
     """Puts as little of what a candidate streams on disk as makes the rest, and a staging ring, fit the host.
@@ -63,7 +66,7 @@ class Placing:
         """Of the candidate with nothing on disk."""
         self._order = {group.layers: position for position, group in enumerate(self.ring.groups)}
         self._pools = self._by_times_moved() if self._free_bytes < 0 else []
-        self._bytes = {group: self._sum(group) for pool in self._pools for group in pool}
+        self._bytes = {group: self._sum(group) for pool in self._pools for bundle in pool for group in bundle}
 
     def with_read_ahead(self, groups: int) -> tuple[Candidate, Ring] | None:
         """The candidate with a staging ring of so many groups; itself if it needs none; None if that does not fit."""
@@ -82,14 +85,14 @@ class Placing:
                 found = self._if_it_fits(chosen.union(_spread(pool, count)), groups)
                 if found is not None:
                     return found
-            chosen.update(pool)
+            chosen.update(_spread(pool, len(pool)))
         return None
 
     def _may_fit(self, chosen: set[Group], read_ahead: int) -> bool:
         """Whether the largest neighbours fit: where groups are of unlike sizes the staging ring may be larger."""
         moving = [self._bytes[group] for group in sorted(chosen.intersection(self._order), key=self._order.__getitem__)]
         still = max((self._bytes[group] for group in chosen.difference(self._order)), default=0)
-        freed = sum(self._bytes[group] for group in chosen)
+        freed = self._freed_bytes(chosen)
         return max(arena_bytes(moving, read_ahead), still) <= self._free_bytes + freed
 
     def _if_it_fits(self, chosen: set[Group], read_ahead: int) -> tuple[Candidate, Ring] | None:
@@ -98,26 +101,46 @@ class Placing:
         on_disk = tuple(sorted(layer for group in chosen for layer in group))
         found = self._candidate.model_copy(update={"on_disk": on_disk, "read_ahead": read_ahead})
         staging = stage(self.ring, found, self._layer_bytes, self._partition.visits)
-        if staging.n_bytes > self._free_bytes + self._sum(on_disk):
+        if staging.n_bytes > self._free_bytes + self._freed_bytes(chosen):
             return None
         return found, replace(self.ring, staging=staging)
 
-    def _by_times_moved(self) -> list[list[Group]]:
+    def _by_times_moved(self) -> list[list[Bundle]]:
         """Everything that may rest on disk."""
-        times = dict.fromkeys(range(len(self.ring.groups)), 0)
+        times = dict.fromkeys((group.layers for group in self.ring.groups), 0)
         for transfer in self.ring.transfers:
-            times[transfer.group] += 1
+            times[self.ring.groups[transfer.group].layers] += 1
         elsewhere = {*self._partition.visits, *self._candidate.residents}
-        never: list[Group] = [(layer,) for layer in range(len(self._layer_bytes)) if layer not in elsewhere]
+        never: list[Bundle] = [((layer,),) for layer in range(len(self._layer_bytes)) if layer not in elsewhere]
+        bundles = self._bundles()
+        often = [max(times[group] for group in bundle) for bundle in bundles]
         moved = [
-            [group.layers for index, group in enumerate(self.ring.groups) if times[index] == often]
-            for often in sorted(set(times.values()))
+            [bundle for bundle, moves in zip(bundles, often, strict=True) if moves == count]
+            for count in sorted(set(often))
         ]
         return [pool for pool in (never, *moved) if pool]
+
+    def _bundles(self) -> list[Bundle]:
+        """The ring's groups. Rows of one weight are visited one after another, so their groups are neighbours."""
+        bundles: list[Bundle] = []
+        before: set[str] = set()
+        for group in (group.layers for group in self.ring.groups):
+            layers = [self._partition.layers[layer] for layer in group]
+            weights = {layer.path for layer in layers if layer.rows}
+            if before.isdisjoint(weights):
+                bundles.append((group,))
+            else:
+                bundles[-1] = *bundles[-1], group
+            before = weights
+        return bundles
+
+    def _freed_bytes(self, chosen: set[Group]) -> int:
+        """Of the host, if these rest on disk, and with them all rows of their weights."""
+        return self._sum(tuple(self._partition.whole([layer for group in chosen for layer in group])))
 
     def _sum(self, layers: Group) -> int:
         return sum(self._layer_bytes[layer] for layer in layers)
 
 
-def _spread(pool: Sequence[Group], count: int) -> list[Group]:
-    return [pool[position] for position in evenly_spread(range(len(pool)), count)]
+def _spread(pool: Sequence[Bundle], count: int) -> list[Group]:
+    return [group for position in evenly_spread(range(len(pool)), count) for group in pool[position]]

@@ -2,7 +2,7 @@
 
 `read_end[j] = max(read_end[j-1], copy_end[e(j)]) + latency + bytes_j / disk bandwidth`, where layers rest on disk
 `copy_end[j] = max(copy_end[j-1], comp_end[s(j)], read_end[j]) + latency + bytes_j / bandwidth`
-`comp_end[i] = max(comp_end[i-1] + before_i, copy_end[i]) + forward_i`
+`comp_end[i] = max(comp_end[i-1] + before_i, copy_end[i]) + forward_i`, and `wake` more where it had to wait
 
 iterated over periods until steady; s(j) frees the memory of the j-th copy, e(j) empties the staging of the j-th read.
 The same numbers as `simulate` on the lowered action list (a property test holds the two together), about a thousand
@@ -11,20 +11,22 @@ times faster per candidate.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from autosp.cost_model.memory import host_bytes, peak_bytes
+from autosp.cost_model.memory import DeviceMemory, host_bytes
 from autosp.cost_model.simulate import PERIODS, Costs, costs_of
 from autosp.schedule.streaming import Ring, build_ring
+from autosp.schedule.timeline import SEEN_STALL_S
 from autosp.spec import Candidate, Prediction, Profile
 
 Array = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.intp]
+Flags = npt.NDArray[np.bool_]
 
 CONTENTION_ROUNDS = 4
 """Rounds of the fixed point between overlap and slowdown; it moves less than 0.1 % after three."""
@@ -34,27 +36,50 @@ def predict(profile: Profile, candidates: Sequence[Candidate]) -> list[Predictio
     """One prediction per candidate, in their order."""
     layer_bytes = [layer.n_bytes for layer in profile.partition.layers]
     visits = profile.partition.visits
-    return predict_rings(profile, candidates, [build_ring(candidate, layer_bytes, visits) for candidate in candidates])
+    return predict_rings(profile, ((candidate, build_ring(candidate, layer_bytes, visits)) for candidate in candidates))
 
 
-def predict_rings(profile: Profile, candidates: Sequence[Candidate], rings: Sequence[Ring]) -> list[Prediction]:
+def predict_rings(profile: Profile, pairs: Iterable[tuple[Candidate, Ring]]) -> list[Prediction]:
     """`predict`, where the candidates' rings are at hand."""
-    if not candidates:
-        return []
-    repeats = profile.partition.repeats
-    periods = contended_periods(profile, rings)
-    return [
-        Prediction(
-            candidate=candidate,
-            latency_s=float(periods.period_s[column]) * repeats,
-            stall_s=float(periods.stall_s[column]) * repeats,
-            moved_bytes=sum(ring.groups[transfer.group].n_bytes for transfer in ring.transfers) * repeats,
-            peak_bytes=peak_bytes(profile, candidate, ring.arena_bytes),
-            read_bytes=sum(ring.groups[read.group].n_bytes for read in ring.staging.reads) * repeats,
-            host_bytes=host_bytes(profile, candidate, ring.staging.n_bytes),
-        )
-        for column, (candidate, ring) in enumerate(zip(candidates, rings, strict=True))
-    ]
+    return Predictor(profile, pairs).predict(profile)
+
+
+class Predictor:
+    """Predicts the same candidates from one profile after another, which differ in their costs only.
+
+    No ring is kept: of a thousand each has hundreds of parts.
+    """
+
+    def __init__(self, profile: Profile, pairs: Iterable[tuple[Candidate, Ring]]) -> None:
+        repeats = profile.partition.repeats
+        memory = DeviceMemory(profile)
+        self._figures: list[dict[str, Any]] = []
+
+        def rings() -> Iterator[Ring]:
+            for candidate, ring in pairs:
+                moved = sum(ring.groups[transfer.group].n_bytes for transfer in ring.transfers)
+                read = sum(ring.groups[read.group].n_bytes for read in ring.staging.reads)
+                self._figures.append(
+                    {
+                        "candidate": candidate,
+                        "moved_bytes": moved * repeats,
+                        "peak_bytes": memory.peak_bytes(candidate, ring.arena_bytes),
+                        "read_bytes": read * repeats,
+                        "host_bytes": host_bytes(profile, candidate, ring.staging.n_bytes),
+                    }
+                )
+                yield ring
+
+        self._traffic = _traffic(rings(), len(profile.visits))
+
+    def predict(self, profile: Profile) -> list[Prediction]:
+        """One prediction per candidate, in their order."""
+        repeats = profile.partition.repeats
+        periods = _periods(profile, self._traffic)
+        return [
+            Prediction(latency_s=float(period_s) * repeats, stall_s=float(stall_s) * repeats, **figures)
+            for figures, period_s, stall_s in zip(self._figures, periods.period_s, periods.stall_s, strict=True)
+        ]
 
 
 class Periods(NamedTuple):
@@ -67,19 +92,21 @@ class Periods(NamedTuple):
     disk_factor: Array
 
 
-def contended_periods(profile: Profile, rings: Sequence[Ring]) -> Periods:
+def contended_periods(profile: Profile, rings: Iterable[Ring]) -> Periods:
     """Steady period and stall of each ring, while compute, link and disk slow each other down.
 
-    Compute is slowed in proportion to the time that link and disk are busy, each of these in proportion to the time
-    that compute is.
+    Each is slowed in proportion to the share of its own time in which the other is busy too. See `beside_compute_s`.
     """
+    return _periods(profile, _traffic(rings, len(profile.visits)))
+
+
+def _periods(profile: Profile, traffic: _Traffic) -> Periods:
     costs = costs_of(profile)
     link, disk = profile.link, profile.disk_link
-    tables = _tables(rings, costs)
-    compute_alone = sum(costs.before_s) + sum(costs.forward_s) + costs.tail_s
+    tables = traffic.timed(costs)
     link_alone = tables.load_s.sum(axis=0)
     disk_alone = tables.read_s.sum(axis=0)
-    ones = np.ones(len(rings))
+    ones = np.ones(tables.load_s.shape[1])
     found = Periods(*_steady(costs, tables, ones, ones, ones), ones, ones, ones)
     slowdowns = [link.compute_slowdown, link.link_slowdown]
     slowdowns += [disk.compute_slowdown, disk.link_slowdown] if disk else [1.0, 1.0]
@@ -87,48 +114,91 @@ def contended_periods(profile: Profile, rings: Sequence[Ring]) -> Periods:
         return found
     by_link, on_link, by_disk, on_disk = (slowdown - 1 for slowdown in slowdowns)
     for _ in range(CONTENTION_ROUNDS):
-        link_busy = np.minimum(1.0, link_alone * found.link_factor / found.period_s)
-        disk_busy = np.minimum(1.0, disk_alone * found.disk_factor / found.period_s)
-        compute_busy = np.minimum(1.0, compute_alone * found.compute_factor / found.period_s)
+        compute_s = found.period_s - found.stall_s
+        link_s, disk_s = link_alone * found.link_factor, disk_alone * found.disk_factor
+        link_beside, disk_beside = beside_compute_s(link_s, found.stall_s), beside_compute_s(disk_s, found.stall_s)
         factors = (
-            1 + by_link * link_busy + by_disk * disk_busy,
-            1 + on_link * compute_busy,
-            1 + on_disk * compute_busy,
+            1 + by_link * _share(link_beside, compute_s) + by_disk * _share(disk_beside, compute_s),
+            1 + on_link * _share(link_beside, link_s),
+            1 + on_disk * _share(disk_beside, disk_s),
         )
         found = Periods(*_steady(costs, tables, *factors), *factors)
     return found
+
+
+def beside_compute_s(busy_s: Array, stall_s: Array) -> Array:
+    """Of the time in which a link is busy, what compute is busy in too: all but the stalls, which it is busy in. [C]"""
+    return np.maximum(0.0, busy_s - stall_s)
+
+
+def _share(part: Array, whole: Array) -> Array:
+    return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0).clip(0.0, 1.0)
 
 
 @dataclass(frozen=True)
 class _Tables:
     """Per visit and candidate, of the transfer that the visit needs. Shapes: [visits, candidates]."""
 
+    needs: Flags
     load_s: Array
-    """0: none."""
     after: Indices
     """The visit that frees its memory; negative in the period before."""
+    reads: Flags
+    """Whether it rests on disk."""
     read_s: Array
-    """0: it does not rest on disk."""
     emptied: Indices
     """The visit whose transfer empties its place of staging; negative in the period before."""
 
 
-def _tables(rings: Sequence[Ring], costs: Costs) -> _Tables:
-    n_visits = len(costs.forward_s)
-    shape = (n_visits, len(rings))
-    tables = _Tables(np.zeros(shape), np.zeros(shape, np.intp), np.zeros(shape), np.zeros(shape, np.intp))
-    for column, ring in enumerate(rings):
+@dataclass(frozen=True)
+class _Traffic:
+    """The same before it is known how long anything takes."""
+
+    load_bytes: Indices
+    """-1: nothing is needed."""
+    after: Indices
+    read_bytes: Indices
+    """-1: it does not rest on disk."""
+    emptied: Indices
+
+    def timed(self, costs: Costs) -> _Tables:
+        """At the costs' latencies and bandwidths."""
+        needs, reads = self.load_bytes >= 0, self.read_bytes >= 0
+        return _Tables(
+            needs,
+            np.where(needs, costs.link_latency_s + self.load_bytes / costs.link_bytes_per_s, 0.0),
+            self.after,
+            reads,
+            np.where(reads, costs.disk_latency_s + self.read_bytes / costs.disk_bytes_per_s, 0.0),
+            self.emptied,
+        )
+
+
+def _traffic(rings: Iterable[Ring], n_visits: int) -> _Traffic:
+    loads: list[list[int]] = []
+    afters: list[list[int]] = []
+    reads: list[list[int]] = []
+    empties: list[list[int]] = []
+    for ring in rings:
+        load_bytes, after, read_bytes, emptied = [-1] * n_visits, [0] * n_visits, [-1] * n_visits, [0] * n_visits
         for transfer in ring.transfers:
-            n_bytes = ring.groups[transfer.group].n_bytes
-            tables.load_s[transfer.before, column] = costs.link_latency_s + n_bytes / costs.link_bytes_per_s
-            tables.after[transfer.before, column] = transfer.after
+            load_bytes[transfer.before] = ring.groups[transfer.group].n_bytes
+            after[transfer.before] = transfer.after
         for read in ring.staging.reads:
             visit = ring.transfers[read.transfer].before
-            n_bytes = ring.groups[read.group].n_bytes
-            tables.read_s[visit, column] = costs.disk_latency_s + n_bytes / costs.disk_bytes_per_s
-            emptied = (ring.transfers[transfer].before - n_visits * before for transfer, before in read.waits)
-            tables.emptied[visit, column] = max(emptied, default=-n_visits)  # none: reads before it waited for them
-    return tables
+            read_bytes[visit] = ring.groups[read.group].n_bytes
+            waits = (ring.transfers[transfer].before - n_visits * before for transfer, before in read.waits)
+            emptied[visit] = max(waits, default=-n_visits)  # none: reads before it waited for them
+        loads.append(load_bytes)
+        afters.append(after)
+        reads.append(read_bytes)
+        empties.append(emptied)
+    return _Traffic(*(_by_visit(columns, n_visits) for columns in (loads, afters, reads, empties)))
+
+
+def _by_visit(columns: list[list[int]], n_visits: int) -> Indices:
+    """Rows of visits from a list with one entry per candidate."""
+    return np.ascontiguousarray(np.array(columns, np.intp).reshape(-1, n_visits).T)
 
 
 def _steady(
@@ -136,7 +206,7 @@ def _steady(
 ) -> tuple[Array, Array]:
     """Mean period and stall over the last two of `PERIODS` periods. Shapes: [C]."""
     n_visits, columns = tables.load_s.shape
-    needs, reads = tables.load_s > 0, tables.read_s > 0
+    needs, reads = tables.needs, tables.reads
     from_disk = bool(reads.any())
     every = np.arange(columns)
     comp_end = np.zeros((2 * n_visits, columns))  # the period before, then this one
@@ -162,8 +232,11 @@ def _steady(
                 copies[n_visits + visit] = copy_end
             now = now + costs.before_s[visit] * compute_factor
             ready = np.where(needs[visit], copy_end, now)
-            stall += np.maximum(0.0, ready - now)
+            waited = np.maximum(0.0, ready - now)
+            stall += waited
             now = np.maximum(now, ready) + costs.forward_s[visit] * compute_factor
+            if costs.wake_s:
+                now = now + costs.wake_s * (waited > SEEN_STALL_S)
             comp_end[n_visits + visit] = now
         now = now + costs.tail_s * compute_factor
         ends.append(now)

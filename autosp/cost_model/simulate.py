@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from autosp.schedule.actions import RESOURCE, Kind, Ref, Resource, Schedule
-from autosp.schedule.timeline import Span, Timeline
+from autosp.schedule.timeline import SEEN_STALL_S, Span, Timeline
 from autosp.spec import Profile
 
 
@@ -23,6 +23,8 @@ class Costs:
     link_bytes_per_s: float
     disk_latency_s: float = 0.0
     disk_bytes_per_s: float = math.inf
+    wake_s: float = 0.0
+    """Added to a FORWARD that had to wait longer than `SEEN_STALL_S`."""
 
     def load_s(self, layers: Sequence[int]) -> float:
         """One transfer of `layers`: latency plus bytes over bandwidth."""
@@ -58,6 +60,7 @@ def costs_of(profile: Profile) -> Costs:
         link_bytes_per_s=profile.link.bytes_per_s,
         disk_latency_s=disk.latency_s if disk else 0.0,
         disk_bytes_per_s=disk.bytes_per_s if disk else math.inf,
+        wake_s=profile.wake_s,
     )
 
 
@@ -94,7 +97,7 @@ def simulate(schedule: Schedule, costs: Costs, periods: int = PERIODS) -> Timeli
                 begin += costs.before_s[forward]
                 ready = max(ready, arrived.get(action.layers[0], 0.0))
                 stall = max(0.0, ready - begin)
-                end = begin + stall + costs.forward_s[forward]
+                end = begin + stall + costs.forward_s[forward] + costs.wake_s * (stall > SEEN_STALL_S)
                 forward += 1
             elif action.kind is Kind.LOAD:
                 end = max(begin, ready) + costs.load_s(action.layers)

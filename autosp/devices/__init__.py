@@ -9,7 +9,7 @@ from autosp.devices.base import Copied, CopyTimes, Device, Event, Piece, Region,
 from autosp.devices.cpu import CpuDevice
 from autosp.devices.virtual import VirtualDevice
 from autosp.errors import SettingError
-from autosp.spec import Tier
+from autosp.spec import DeviceInfo, Tier
 
 __all__ = [
     "AcceleratorDevice",
@@ -23,6 +23,7 @@ __all__ = [
     "Stamp",
     "VirtualDevice",
     "choose_device",
+    "device_for",
 ]
 
 STREAMING_TYPES = ("cuda", "xpu")
@@ -59,6 +60,16 @@ def choose_device(device: torch.device | str | Device | None, mode: str = "infer
     if found != wanted.type or (wanted.index or 0) >= count:
         raise SettingError(f"device {device!r} is not here: torch sees {count} accelerators ({found or 'none'})")
     return AcceleratorDevice(wanted)
+
+
+def device_for(planned: DeviceInfo) -> Device:
+    """A device such as a plan was made on: of that kind, with what streams at rest on that tier.
+
+    Raises: SettingError if there is none here.
+    """
+    if planned.kind == "cpu":
+        return CpuDevice(slow_tier=planned.slow_tier)
+    return choose_device(planned.kind)
 
 
 def _accelerator() -> str | None:

@@ -171,5 +171,8 @@ class Device(Protocol):
     def is_out_of_memory(self, error: BaseException) -> bool:
         """Whether an exception says that this device's memory is exhausted."""
 
+    def is_fatal(self, error: BaseException) -> bool:
+        """Whether an exception says that this process cannot use the device any more."""
+
     def close(self) -> None:
         """Stop copies and free what the device object itself holds."""

@@ -6,7 +6,7 @@ import hashlib
 import os
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -48,6 +48,10 @@ class CpuDevice:
         self._reader = Worker("autosp-reader")
         self._sender = Worker("autosp-sender")
         self._baseline = 0
+
+    def __reduce__(self) -> tuple[Callable[[], CpuDevice], tuple[()]]:
+        """Another process gets one of its own, with threads of its own."""
+        return partial(CpuDevice, slow_tier=self.info.slow_tier, paced_bytes_per_s=self._pace), ()
 
     def allocate(self, n_bytes: int) -> torch.Tensor:
         """Anonymous pages, huge where the kernel grants them, touched once so that no pass pays for page faults."""
@@ -146,6 +150,10 @@ class CpuDevice:
         return isinstance(error, MemoryError) or (
             isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
         )
+
+    def is_fatal(self, error: BaseException) -> bool:
+        """A processor has no state that an exception spoils."""
+        return False
 
     def close(self) -> None:
         """End the threads after their queued jobs: the reader before the copier, which it may wait for."""

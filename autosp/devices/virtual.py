@@ -179,6 +179,10 @@ class VirtualDevice:
         """Only a test's own MemoryError."""
         return isinstance(error, MemoryError)
 
+    def is_fatal(self, error: BaseException) -> bool:
+        """Never."""
+        return False
+
     def close(self) -> None:
         """Nothing is held."""
 

@@ -2,54 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from autosp.errors import PlanMismatchError
-from autosp.partition.mapped import locate
-from autosp.partition.placed import Layout, Placed, lay_out, pack, packed_bytes
+from autosp.partition.bound import BoundLayer, BoundLeaf, BoundModel, Resting, at_rest, bind, collect_for
+from autosp.partition.placed import Placed, lay_out, packed_bytes
+from autosp.partition.rows import Runs, find_runs
 from autosp.partition.split import Unit, choose_units
-from autosp.partition.tensors import Extent, ModelTensors, NamedTensor, collect, model_fingerprint
+from autosp.partition.tensors import Extent, NamedTensor, model_fingerprint
 from autosp.partition.trace import Trace, trace
-from autosp.spec import Layer, Partition, Tier
+from autosp.spec import Layer, Leaf, Mode, Partition, Tier
 
-__all__ = ["BoundLayer", "BoundModel", "NamedTensor", "Placed", "bind", "model_fingerprint", "partition"]
-
-
-@dataclass(frozen=True)
-class BoundLayer:
-    """A layer found in a model, with the size that it has there: its module, and how its extents travel."""
-
-    layer: Layer
-    module: nn.Module
-    layout: Layout
-
-    @property
-    def placed(self) -> tuple[Placed, ...]:
-        """All its extents."""
-        return self.layout.placed
-
-
-@dataclass(frozen=True)
-class BoundModel:
-    """A partition found in a model."""
-
-    model: nn.Module
-    partition: Partition
-    """With the sizes that the layers have here: a plan's may differ, made where the weights were elsewhere."""
-    layers: tuple[BoundLayer, ...]
-    residents: tuple[Placed, ...]
-    lookups: BoundLayer | None
-    opaque: tuple[NamedTensor, ...]
-
-    def stored(self, resident_layers: Collection[int] = ()) -> list[BoundLayer]:
-        """What rests on the slow tier: lookup tables, and every layer that is not resident."""
-        streamed = [bound for bound in self.layers if bound.layer.index not in resident_layers]
-        return [*streamed, self.lookups] if self.lookups else streamed
+__all__ = [
+    "BoundLayer",
+    "BoundLeaf",
+    "BoundModel",
+    "NamedTensor",
+    "Placed",
+    "Resting",
+    "at_rest",
+    "bind",
+    "model_fingerprint",
+    "partition",
+]
 
 
 LOOKUP_SHARE = 1 / 8
@@ -63,106 +42,106 @@ def partition(
     *,
     lookups: bool = False,
     slow_tier: Tier = Tier.HOST,
+    mode: Mode = "inference",
 ) -> Partition:
     """Ordered layers of any module, by one observed pass.
 
     `run` performs the pass. `lookups`: the device's kernels can read host memory, so that tables
     need not move. `slow_tier` decides how layers travel, and so how many bytes. Layers are numbered in the order of
-    their first visit; those that the pass never visited come last. The model is left as it was; what it raises passes
-    through.
+    their first visit; those that the pass never visited come last. In training no weight is cut into runs of rows: a
+    run is computed with as a tensor of its own, so that the parameter would get no gradient. The model is left as it
+    was; what it raises passes through.
 
     Raises: EmptyModelError, MetaModelError, ReadError if a file that weights are mapped from was truncated.
     """
-    tensors = _collect(model, slow_tier)
-    seen = trace(model, tensors, run, device)
+    tensors = collect_for(model, slow_tier)
+    runs = find_runs(model, tensors) if mode == "inference" else {}
+    seen = trace(model, tensors, run, device, runs)
     tables = [extent for extent in tensors.extents if lookups and _is_table(extent, seen)]
     units = choose_units(model, tensors, seen, tables)
-    sequence = _visits(units, seen)
-    period, repeats = _period(sequence)
+    if lookups and device.type == "cpu":
+        units = _with_tied_heads(units, model, seen)
+    period, repeats = _period(_visits(units, seen))
     by_index = {unit.index: unit for unit in units}
-    first_visits = dict.fromkeys(period)
-    ordered = [by_index[index] for index in first_visits] + [unit for unit in units if unit.index not in first_visits]
-    number = {unit.index: position for position, unit in enumerate(ordered)}
-    elsewhere = {*tables, *(extent for unit in units for extent in unit.extents)}
+    modules = list(model.modules())
+    pieces: list[_Piece] = []
+    numbers: dict[int, range] = {}
+    for index in dict.fromkeys([*period, *by_index]):
+        begin = len(pieces)
+        pieces += _pieces(by_index[index], modules[index], runs if index in seen.same_in_runs else {})
+        numbers[index] = range(begin, len(pieces))
+    elsewhere = {*tables, *(extent for piece in pieces for extent in piece.holds)}
     staying = [extent for extent in tensors.extents if extent not in elsewhere]
     return Partition(
-        layers=tuple(_layer(position, unit.name, unit.extents) for position, unit in enumerate(ordered)),
+        layers=tuple(_layer(position, piece.name, piece.extents) for position, piece in enumerate(pieces)),
         resident_tensors=tuple(item.name for extent in staying for item in extent.tensors),
         resident_bytes=packed_bytes(staying),
-        visits=tuple(number[index] for index in period),
+        visits=tuple(number for index in period for number in numbers[index]),
         repeats=repeats,
-        lookups=_layer(len(ordered), "lookup tables", tables) if tables else None,
+        lookups=_layer(len(pieces), "lookup tables", tables) if tables else None,
+        leaves=tuple(
+            Leaf(path=by_index[index].name, inputs=seen.same_in_runs[index])
+            for index, cut in numbers.items()
+            if len(cut) > 1
+        ),
     )
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What becomes a layer: a unit, or a run of its rows."""
+
+    name: str
+    extents: tuple[Extent, ...]
+    holds: tuple[Extent, ...]
+    """Of the model's own extents."""
+
+
+def _pieces(unit: Unit, module: nn.Module, runs: Mapping[nn.Module, Runs]) -> list[_Piece]:
+    """The unit; or the runs of rows to cut it into. Its bias, which each of them needs, is resident then."""
+    weight = next((held for held in unit.extents if held.tensors[0].tensor is module._parameters.get("weight")), None)
+    if weight is None or module not in runs:
+        return [_Piece(unit.name, unit.extents, unit.extents)]
+    return [_Piece(f"{unit.name}[{begin}:{end}]", (weight.rows(begin, end),), (weight,)) for begin, end in runs[module]]
 
 
 def _layer(index: int, name: str, extents: Sequence[Extent]) -> Layer:
-    names = tuple(item.name for extent in extents for item in extent.tensors)
     return Layer(
         index=index,
         name=name,
-        tensors=names,
+        tensors=tuple(item.name for extent in extents for item in extent.tensors),
         n_bytes=lay_out(extents).n_bytes,
         weight_bytes=sum(extent.weight_bytes for extent in extents),
+        rows=extents[0].tensors[0].rows,
     )
-
-
-def _collect(model: nn.Module, slow_tier: Tier) -> ModelTensors:
-    """The model's tensors. A disk tier reads those mapped from a file in place; RAM takes all of them packed."""
-    tensors = collect(model)
-    if slow_tier is Tier.DISK:
-        locate(tensors.extents)
-    return tensors
 
 
 def _is_table(extent: Extent, seen: Trace) -> bool:
     """Whether all that the pass did with it was to look up a few rows of it."""
-    return 0 < seen.looked_up.get(extent, 0) <= extent.n_bytes * LOOKUP_SHARE and extent not in seen.mutated
+    return seen.looked_up.get(extent, 0) > 0 and extent not in seen.multiplied and _rests(extent, seen)
 
 
-def bind(model: nn.Module, plan: Partition, slow_tier: Tier = Tier.HOST) -> BoundModel:
-    """Find a partition's modules and tensors in `model`, and lay them out for the tier that they will rest on.
+def _rests(extent: Extent, seen: Trace) -> bool:
+    """Whether it can be read where it rests: the pass looked up a few rows of it, and did not write to it."""
+    return seen.looked_up.get(extent, 0) <= extent.n_bytes * LOOKUP_SHARE and extent not in seen.mutated
 
-    A plan made from weights in RAM holds for the same weights mapped from a file, and the reverse.
 
-    Raises: PlanMismatchError naming the first layer that is not there, or not of the planned size; ReadError if a file
-    that weights are mapped from was truncated.
+def _with_tied_heads(units: list[Unit], model: nn.Module, seen: Trace) -> list[Unit]:
+    """The units, and every leaf to be cut whose weight is a lookup table's, too.
+
+    The runs of its rows stream, while the table's rows are read where the weight rests: in memory that compute can read
+    as it is, so on a CPU.
     """
-    tensors = _collect(model, slow_tier)
-    extent_of = {item.name: extent for extent in tensors.extents for item in extent.tensors}
-
-    def extents(names: Sequence[str], owner: str) -> list[Extent]:
-        missing = next((name for name in names if name not in extent_of), None)
-        if missing is not None:
-            raise PlanMismatchError(f"{owner}: the model has no tensor {missing!r} that can be streamed")
-        return list(dict.fromkeys(extent_of[name] for name in names))
-
-    def bound(layer: Layer, path: str) -> BoundLayer:
-        parts = extents(layer.tensors, f"layer {layer.index} ({layer.name})")
-        _check_size(layer, parts)
-        layout = lay_out(parts)
-        return BoundLayer(layer.model_copy(update={"n_bytes": layout.n_bytes}), model.get_submodule(path), layout)
-
-    layers = tuple(bound(layer, layer.name) for layer in plan.layers)
-    lookups = bound(plan.lookups, "") if plan.lookups else None
-    sizes = {"layers": tuple(found.layer for found in layers), "lookups": lookups.layer if lookups else None}
-    return BoundModel(
-        model=model,
-        partition=plan.model_copy(update=sizes),
-        layers=layers,
-        residents=pack(extents(plan.resident_tensors, "resident tensors")),
-        lookups=lookups,
-        opaque=tuple(tensors.opaque),
-    )
-
-
-def _check_size(layer: Layer, parts: Sequence[Extent]) -> None:
-    """Raises: PlanMismatchError if the layer's tensors are not of the planned size."""
-    planned = layer.weight_bytes
-    found = sum(extent.weight_bytes for extent in parts)
-    if planned is None:  # of a version in which every layer travelled packed
-        planned, found = layer.n_bytes, packed_bytes(parts)
-    if found != planned:
-        raise PlanMismatchError(f"layer {layer.index} ({layer.name}) has {found} bytes, the plan says {planned}")
+    held = {extent for unit in units for extent in unit.extents}
+    chosen = {unit.index for unit in units}
+    paths = [path for path, _ in model.named_modules()]
+    heads = {}
+    for extent, (user, *others) in seen.multiplied.items():
+        tied = extent in seen.looked_up and extent not in held and not others and _rests(extent, seen)
+        inside = any(stack[-1] == user and not chosen.isdisjoint(stack[:-1]) for stack in seen.calls)
+        if tied and not inside and user in seen.same_in_runs:
+            heads[user] = Unit(user, paths[user], (extent,))
+    return [unit for unit in units if unit.index not in heads] + list(heads.values())
 
 
 def _visits(units: Sequence[Unit], seen: Trace) -> list[int]:

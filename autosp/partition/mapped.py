@@ -57,6 +57,10 @@ class Source:
         n_bytes = other.offset + other.n_bytes - self.offset
         return replace(self, n_bytes=n_bytes, storages=(*self.storages, *other.storages))
 
+    def part(self, begin: int, n_bytes: int) -> Source:
+        """Some of its bytes."""
+        return replace(self, offset=self.offset + begin, address=self.address + begin, n_bytes=n_bytes)
+
     def written(self) -> list[tuple[int, int]]:
         """What lies on pages that were written to: runs of these bytes as (begin, end), in order.
 

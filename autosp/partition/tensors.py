@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -47,6 +47,8 @@ class NamedTensor:
     is_buffer: bool
     offset: int = 0
     """Bytes from its extent's beginning."""
+    rows: tuple[int, int] | None = None
+    """The run of rows that its extent holds, from and to; None if it holds all of the tensor."""
 
     @property
     def name(self) -> str:
@@ -54,12 +56,17 @@ class NamedTensor:
         return self.names[0]
 
     def on(self, base: torch.Tensor, byte_offset: int) -> torch.Tensor:
-        """This tensor's shape, strides and dtype over the bytes of `base` (uint8) from `byte_offset`."""
+        """This tensor, or its rows, over the bytes of `base` (uint8): its shape, strides, dtype, from `byte_offset`."""
         tensor = self.tensor
         start = (base.storage_offset() + byte_offset) // tensor.element_size()
+        size = tensor.size()
+        if self.rows is not None:
+            begin, end = self.rows
+            start += begin * tensor.stride(0)
+            size = torch.Size((end - begin, *size[1:]))
         with torch.no_grad():
             return torch.empty(0, dtype=tensor.dtype, device=base.device).set_(
-                base.untyped_storage(), start, tensor.size(), tensor.stride()
+                base.untyped_storage(), start, size, tensor.stride()
             )
 
 
@@ -82,12 +89,33 @@ class Extent:
     @property
     def weight_bytes(self) -> int:
         """Bytes of its tensors, wherever they are: without what precedes the first."""
-        return self.n_bytes - self.tensors[0].offset
+        return self.n_bytes - max(0, self.tensors[0].offset)
+
+    @property
+    def is_part(self) -> bool:
+        """Whether it is a run of rows, see `rows`."""
+        return self.tensors[0].rows is not None
 
     @property
     def name(self) -> str:
         """The canonical name of its first tensor."""
         return self.tensors[0].name
+
+    def trimmed(self) -> Extent:
+        """The same tensors, without what precedes the first."""
+        lead = self.tensors[0].offset
+        tensors = [replace(item, offset=item.offset - lead) for item in self.tensors]
+        source = self.source.part(lead, self.n_bytes - lead) if self.source else None
+        return Extent(self.storage, self.begin + lead, self.end, tensors, source)
+
+    def rows(self, begin: int, end: int) -> Extent:
+        """A run of rows of its one tensor, which is contiguous; in a file if the whole is. It keeps no storage."""
+        (item,) = self.tensors
+        row_bytes = item.tensor.stride(0) * item.tensor.element_size()
+        skipped, n_bytes = item.offset + begin * row_bytes, (end - begin) * row_bytes
+        part = replace(item, offset=-begin * row_bytes, rows=(begin, end))
+        source = self.source.part(skipped, n_bytes) if self.source else None
+        return Extent(torch.UntypedStorage(), self.begin + skipped, self.begin + skipped + n_bytes, [part], source)
 
     def raw(self) -> torch.Tensor:
         """The bytes, as a uint8 view of the storage they are in."""

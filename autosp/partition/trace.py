@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from autosp.batch import call_on, equal, tensors_in
 from autosp.intercept import Intercepted
+from autosp.partition.rows import Runs, input_key, same_in_runs, the_input
 from autosp.partition.tensors import Extent, ModelTensors, held_by
 
 SNAPSHOT_BYTES = 16 * 2**20
@@ -40,7 +41,11 @@ class Trace:
     mutated: set[Extent]
     """Extents that the pass wrote to, or whose buffer it replaced."""
     looked_up: dict[Extent, int]
-    """Extents of which the pass did nothing but look up rows, and the bytes of those."""
+    """Extents of which the pass did nothing but look up rows, or multiply with them: the bytes of those rows."""
+    same_in_runs: dict[int, tuple[str, ...]]
+    """Modules whose output was the same by runs of rows in every call, and the keys of their inputs."""
+    multiplied: dict[Extent, set[int]]
+    """Weights of the modules that were tried so, and which of those used them in their forward."""
 
     @property
     def called(self) -> set[int]:
@@ -48,8 +53,16 @@ class Trace:
         return {stack[-1] for stack in self.calls}
 
 
-def trace(model: nn.Module, tensors: ModelTensors, run: Callable[[], Any], device: torch.device) -> Trace:
+def trace(
+    model: nn.Module,
+    tensors: ModelTensors,
+    run: Callable[[], Any],
+    device: torch.device,
+    runs: Mapping[nn.Module, Runs] | None = None,
+) -> Trace:
     """Run one pass on `device` and watch it. The modules' attributes and tensors are as before afterwards.
+
+    `runs`: linear modules to try by runs of rows, see [Note: runs of rows].
 
     On an accelerator every operation gets device copies of the weights it touches, so that memory is taken for one
     operation's weights at a time. Whatever the model raises passes through, with the model as it was.
@@ -64,7 +77,7 @@ def trace(model: nn.Module, tensors: ModelTensors, run: Callable[[], Any], devic
     wrappers = []
     try:
         for index, module in enumerate(model.modules()):
-            wrappers.append(Intercepted(module, watcher.around(index)))
+            wrappers.append(Intercepted(module, watcher.around(index, module, (runs or {}).get(module))))
         with torch.compiler.set_stance("force_eager"), torch.no_grad(), watcher:
             run()
     finally:
@@ -77,7 +90,9 @@ def trace(model: nn.Module, tensors: ModelTensors, run: Callable[[], Any], devic
                 mutated.add(extent)
                 with torch.inference_mode(False), torch.no_grad():
                     extent.raw().copy_(snapshot)
-    return Trace(watcher.calls, watcher.holders, mutated, watcher.looked_up())
+    return Trace(
+        watcher.calls, watcher.holders, mutated, watcher.looked_up(), watcher.same_in_runs(), watcher.multiplied
+    )
 
 
 def attributes_of(model: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
@@ -118,6 +133,9 @@ class _Watcher(TorchDispatchMode):
         """The bytes of extents before the first operation that said it writes to them."""
         self._looked_up: Counter[Extent] = Counter()
         self._read_whole: set[Extent] = set()
+        self.multiplied: dict[Extent, set[int]] = {}
+        self._tried_weights: dict[int, torch.Tensor] = {}
+        self._tried: dict[int, dict[str, bool]] = {}
         self._stack: list[int] = []
         self._device = device
         self._extents = sorted(tensors.extents, key=_address)
@@ -125,8 +143,10 @@ class _Watcher(TorchDispatchMode):
         self._opaque = {id(item.tensor) for item in tensors.opaque}
         self._lent: dict[int, tuple[list[Extent], torch.Tensor, torch.Tensor]] = {}
 
-    def around(self, index: int) -> Callable[..., Any]:
+    def around(self, index: int, module: nn.Module, runs: Runs | None) -> Callable[..., Any]:
         """What stands around the forward of the module at `index`: it is on the stack while it runs."""
+        if runs is not None and isinstance(module.weight, torch.Tensor):
+            self._tried_weights[index] = module.weight
 
         def around(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self._stack.append(index)
@@ -136,6 +156,8 @@ class _Watcher(TorchDispatchMode):
                     output = call_on(self._device, forward, args, kwargs)
                 else:
                     output = forward(*args, **kwargs)
+                if runs is not None:
+                    self._try(index, module, runs, the_input(args, kwargs), output)
             finally:
                 self._stack.pop()
             for tensor in tensors_in(output):
@@ -173,18 +195,37 @@ class _Watcher(TorchDispatchMode):
         return {extent for extents in changed for extent in extents}
 
     def looked_up(self) -> dict[Extent, int]:
-        """Bytes of the rows that were looked up, of the extents that nothing else was done with."""
+        """Bytes of the rows that were looked up, of the extents that nothing else read than a product."""
         return {extent: count for extent, count in self._looked_up.items() if extent not in self._read_whole}
 
+    def same_in_runs(self) -> dict[int, tuple[str, ...]]:
+        """What was tried by runs of rows, and was the same every time."""
+        return {index: tuple(tried) for index, tried in self._tried.items() if all(tried.values())}
+
+    def _try(self, index: int, module: nn.Module, runs: Runs, x: torch.Tensor, output: Any) -> None:
+        """Once per key: what it says is which kernels run."""
+        assert isinstance(module, nn.Linear)
+        tried, key = self._tried.setdefault(index, {}), input_key(x)
+        if key not in tried:
+            tried[key] = x.device.type == self._device.type and same_in_runs(module, runs, x, output)
+
     def _note_reads(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Tell looking up rows of a table (its first argument; the indices are the second) from reading all of it."""
+        """Tell looking up rows of a table (its first argument; the indices are the second) from reading all of it.
+
+        A tried module's own use of its weight is told apart, too.
+        """
         if func in LOOKUPS and len(args) > 1 and type(args[0]) in (torch.Tensor, nn.Parameter):
             table, indices = args[:2]
             rows = indices.numel() * table.stride(0) * table.element_size()
             self._looked_up.update(dict.fromkeys(self._extents_of(table), rows))
             args = args[1:]
-        for tensor in tensors_in((args, kwargs)):
-            self._read_whole.update(self._extents_of(tensor))
+        module = self._stack[-1] if self._stack else -1
+        own = self._extents_of(self._tried_weights[module]) if module in self._tried_weights else []
+        for extent in {extent for tensor in tensors_in((args, kwargs)) for extent in self._extents_of(tensor)}:
+            if extent in own:
+                self.multiplied.setdefault(extent, set()).add(module)
+            else:
+                self._read_whole.add(extent)
 
     def _written_by(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[Extent]:
         """Extents that an operation says it writes to. Their bytes are kept."""

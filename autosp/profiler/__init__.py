@@ -1,28 +1,51 @@
-"""Measures everything the cost model needs: every visit of every layer, and the links."""
+"""Measures everything the cost model needs: every visit of every layer, the links, and what these cost each other."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 
-import torch
-
 from autosp.batch import signature
+from autosp.cost_model.calibrate import calibrated, observations
 from autosp.cost_model.placement import Placing, host_too_small
 from autosp.cost_model.predict import predict
 from autosp.errors import SettingError
 from autosp.partition import model_fingerprint
-from autosp.profiler.layers import LEAST_MEMORY, observe
+from autosp.profiler.layers import observe
 from autosp.profiler.links import HostProbe, measure_disk, measure_link
+from autosp.profiler.reading import measure_reading
 from autosp.runtime.bench import Bench
-from autosp.spec import Candidate, LinkProfile, Partition, Prediction, Profile, Trial
+from autosp.spec import (
+    PROFILE_SCHEMA_VERSION,
+    Candidate,
+    LayerProfile,
+    LinkProfile,
+    Measurement,
+    Prediction,
+    Profile,
+    Trial,
+)
 from autosp.workload import Workload
 
 __all__ = ["LEAST_MEMORY", "measure"]
 
+LEAST_MEMORY = Candidate(k=1, k_prime=1)
+"""One layer at a time: nothing is resident that need not be, and no load overlaps compute."""
 
-def measure(bench: Bench, workload: Workload, progress: Callable[[str], None] = lambda text: None) -> Profile:
-    """The profile of a workload, taken under the least-memory plan. `progress` is told of each step.
+
+OVERLAPPING = 4
+"""Layers in the ring whose passes show what loads and compute cost each other."""
+
+
+def measure(
+    bench: Bench,
+    workload: Workload,
+    progress: Callable[[str], None] = lambda text: None,
+    budget_bytes: int | None = None,
+) -> Profile:
+    """The profile of a workload, taken under the least-memory plan and under a ring that overlaps loads with compute.
+
+    The ring stays within the budget, if there is one; where none fits, nothing that does will overlap either.
+    `progress` is told of each step.
 
     Raises: SettingError if the pass never called a module that could be a layer; BudgetTooSmallError if the host's
     budget has no room for one.
@@ -33,11 +56,17 @@ def measure(bench: Bench, workload: Workload, progress: Callable[[str], None] = 
             f"the pass called no layer of {type(workload.model).__name__} that holds weights of its own: "
             "check that sample_batch and step run the model"
         )
-    least = _least_memory(bench)
+    least = _placed(bench, LEAST_MEMORY, 1)
+    if least is None:
+        assert bench.host_budget_bytes is not None, "a host without a budget has room for all"
+        raise host_too_small(partition, bench.host_budget_bytes)
+    reads = measure_reading(bench, progress)
     observed = observe(bench, least, workload.run, progress)
-    links = _links(bench, _dtype(workload.model), observed.load_s, progress)
-    placeholder = Prediction(candidate=least, latency_s=0, stall_s=0, moved_bytes=0, peak_bytes=0)
+    links = _links(bench, progress)
+    if reads is not None:
+        links = (*links[:-1], links[-1].model_copy(update=reads._asdict()))
     profile = Profile(
+        schema_version=PROFILE_SCHEMA_VERSION,
         model_name=type(workload.model).__name__,
         model_fingerprint=model_fingerprint(workload.model),
         batch_signature=signature(workload.batch),
@@ -49,54 +78,72 @@ def measure(bench: Bench, workload: Workload, progress: Callable[[str], None] = 
         least_compute_s=observed.least_compute_s,
         links=links,
         workspace_bytes=observed.workspace_bytes,
-        observed=Trial(number=0, prediction=placeholder, measurement=observed.measurement),
+        observed=_trial(least, observed.measurement),
     )
-    (prediction,) = predict(profile, [least])
-    return profile.model_copy(
-        update={"observed": Trial(number=0, prediction=prediction, measurement=observed.measurement)}
+    ring = _overlapping(bench, profile, budget_bytes)
+    if ring is None:
+        return _predicted(calibrated(profile, [profile.observed]))
+    together = observe(bench, ring, workload.run, progress)
+    profile = profile.model_copy(
+        update={
+            "visits": tuple(map(_timed_as, observed.visits, together.visits)),
+            "tail_s": together.tail_s,
+            "least_compute_s": min(observed.least_compute_s, together.least_compute_s),
+            "workspace_bytes": max(observed.workspace_bytes, together.workspace_bytes),
+            "overlapped": _trial(ring, together.measurement),
+        }
     )
+    return _predicted(calibrated(profile, observations(profile)))
 
 
-def _least_memory(bench: Bench) -> Candidate:
-    """One layer at a time on the device; on the host what its budget allows.
+def _timed_as(visit: LayerProfile, timed: LayerProfile) -> LayerProfile:
+    return visit.model_copy(update={"before_s": timed.before_s, "forward_s": timed.forward_s})
 
-    Raises: BudgetTooSmallError if that has no room for a staging ring.
-    """
+
+def _trial(candidate: Candidate, measurement: Measurement) -> Trial:
+    """Observed before anything could be predicted."""
+    unknown = Prediction(candidate=candidate, latency_s=0, stall_s=0, moved_bytes=0, peak_bytes=0)
+    return Trial(number=0, prediction=unknown, measurement=measurement)
+
+
+def _predicted(profile: Profile) -> Profile:
+    """With what the profile itself predicts of the plans that it was made from."""
+    predictions = predict(profile, [trial.prediction.candidate for trial in observations(profile)])
+    trials = (
+        trial.model_copy(update={"prediction": prediction})
+        for trial, prediction in zip(observations(profile), predictions, strict=True)
+    )
+    return profile.model_copy(update=dict(zip(("observed", "overlapped"), trials, strict=False)))
+
+
+def _placed(bench: Bench, candidate: Candidate, read_ahead: int) -> Candidate | None:
+    """On the host what its budget allows of the candidate's layers, the rest on disk; None if not even a ring fits."""
     if bench.host_budget_bytes is None:
-        return LEAST_MEMORY
-    placed = Placing(LEAST_MEMORY, bench.partition, bench.host_budget_bytes).with_read_ahead(1)
-    if placed is None:
-        raise host_too_small(bench.partition, bench.host_budget_bytes)
-    return placed[0]
+        return candidate
+    placed = Placing(candidate, bench.partition, bench.host_budget_bytes).with_read_ahead(read_ahead)
+    return placed[0] if placed else None
 
 
-def _links(bench: Bench, dtype: torch.dtype, load_s: float, progress: Callable[[str], None]) -> tuple[LinkProfile, ...]:
-    """The link to the device and, where layers may rest behind the host, the one from disk."""
+def _overlapping(bench: Bench, profile: Profile, budget_bytes: int | None) -> Candidate | None:
+    """The deepest ring, of up to `OVERLAPPING` layers, that fits the budget and overlaps loads with compute."""
+    for depth in range(min(OVERLAPPING, len(set(bench.partition.visits))), 1, -1):
+        ring = _placed(bench, Candidate(k=depth, k_prime=1), 2)
+        if ring is None:
+            continue
+        (prediction,) = predict(profile, [ring])
+        if budget_bytes is None or prediction.peak_bytes <= budget_bytes:
+            return ring
+    return None
+
+
+def _links(bench: Bench, progress: Callable[[str], None]) -> tuple[LinkProfile, ...]:
+    """The link to the device and, where layers may rest behind the host, the one from disk, which is last."""
     device, partition = bench.device, bench.partition
     total, largest = partition.streamable_bytes, max(layer.n_bytes for layer in partition.layers)
     if bench.host_budget_bytes is None:
-        link = measure_link(device, bench.store, total, largest, dtype, progress)
-        return (link.model_copy(update={"bytes_per_s": in_pass_bytes_per_s(link, partition, load_s)}),)
+        return (measure_link(device, bench.store, total, largest, progress),)
     probe = HostProbe(device, largest)
-    link = measure_link(device, probe, largest, largest, dtype, progress)
+    link = measure_link(device, probe, largest, largest, progress)
     device.synchronize()
     probe.close()
-    return link, measure_disk(device, bench.store, total, largest, dtype, progress)
-
-
-def in_pass_bytes_per_s(link: LinkProfile, partition: Partition, load_s: float) -> float:
-    """The bandwidth that the loads of a real pass had, if lower than the sweep's.
-
-    `load_s`: one period's loads under the least-memory plan, where nothing overlaps them: one transfer per visit.
-    """
-    moved = sum(partition.layers[index].n_bytes for index in partition.visits)
-    busy_s = load_s - link.latency_s * len(partition.visits)
-    return min(link.bytes_per_s, moved / busy_s) if busy_s > 0 else link.bytes_per_s
-
-
-def _dtype(model: torch.nn.Module) -> torch.dtype:
-    """The dtype of most weights."""
-    sizes: Counter[torch.dtype] = Counter()
-    for tensor in model.parameters():
-        sizes[tensor.dtype] += tensor.numel()
-    return sizes.most_common(1)[0][0] if sizes else torch.float32
+    return link, measure_disk(device, bench.store, total, largest, progress)

@@ -10,6 +10,8 @@ from autosp.devices.memory import anonymous_bytes
 from autosp.spec import Partition, Tier
 from autosp.tiers.host import available_bytes
 
+RAM_STEPS = 8
+
 
 def binding_host_budget(parts: Partition, device: Device, budget_bytes: int | None) -> int | None:
     """What streamed weights may take of the host, if that is less than all of them; None if all may rest there."""
@@ -26,7 +28,21 @@ def binding_host_budget(parts: Partition, device: Device, budget_bytes: int | No
     return budget_bytes if exceeds(parts, budget_bytes) else None
 
 
+def whole_device(device: Device) -> str:
+    """All memory of a device, as a budget.
+
+    Where that is RAM, other programs have some of it: what is free, in steps of an eighth of the machine's, so that the
+    same question gets the same answer.
+    """
+    total = device.info.memory_bytes
+    if device.info.kind != "cpu":
+        return f"{total}B"
+    step = max(1, total // RAM_STEPS)
+    return f"{max(1, available_bytes() // step) * step}B"
+
+
 def host_room_bytes(partition: Partition) -> int:
     """What weights may take of the host: its free memory, and this process's own, from which they move one by one."""
-    largest = max((layer.n_bytes for layer in partition.layers), default=0)
+    moves = (partition.whole([layer.index]) for layer in partition.layers)
+    largest = max((sum(partition.layers[index].n_bytes for index in move) for move in moves), default=0)
     return max(0, available_bytes() + anonymous_bytes() - largest)

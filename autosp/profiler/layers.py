@@ -1,4 +1,4 @@
-"""Observes every visit of every layer under the least-memory plan."""
+"""Observes every visit of every layer under a plan."""
 
 from __future__ import annotations
 
@@ -10,47 +10,40 @@ from typing import Any
 from autosp.batch import tensors_in
 from autosp.devices import Device, Stamp
 from autosp.runtime.bench import Bench
-from autosp.schedule.arena import arena_bytes
 from autosp.spec import Candidate, LayerProfile, Measurement, Outcome
 
-LEAST_PASSES = 3
+LEAST_PASSES = 2
 MOST_PASSES = 12
-ENOUGH_S = 1.0
+ENOUGH_S = 0.8
 """Short passes are repeated until they fill this time: medians over a busy moment are wrong."""
-
-LEAST_MEMORY = Candidate(k=1, k_prime=1)
-"""One layer at a time: nothing is resident that need not be, and no load overlaps compute."""
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What the least-memory plan showed."""
+    """What a plan showed."""
 
     visits: tuple[LayerProfile, ...]
     tail_s: float
     least_compute_s: float
-    load_s: float
-    """Waiting for weights, per period: each visit at the fastest it was seen."""
+    """With each visit at the fastest that it was seen."""
     workspace_bytes: int
     measurement: Measurement
 
 
 def observe(bench: Bench, candidate: Candidate, run: Callable[[], Any], progress: Callable[[str], None]) -> Observation:
-    """Run the least-memory plan, wherever its layers rest: a cold pass, one for memory, and some for time."""
+    """Run a plan, wherever its layers rest: a cold pass, one for each visit's memory, and some for time."""
     partition = bench.partition
     device = bench.device
-    plan_bytes = partition.resident_bytes + arena_bytes([layer.n_bytes for layer in partition.layers], 1)
+    plan_bytes = partition.resident_bytes + bench.arena_bytes(candidate)
     streamed = bench.apply(candidate)
     try:
         samples: list[float] = []
         progress("cold pass")
         cold_s, output = _timed(device, run)
-        output = run()  # as in a loop, an output lives until the next pass has made its own
-        warm_peak = device.peak_bytes()
         progress("memory pass")
         memory = _MemoryObserver(device, plan_bytes)
         streamed.observe(memory)
-        output = run()
+        output = run()  # as in a loop, an output lives until the next pass has made its own
         passes: list[_TimeObserver] = []
         moved_before = streamed.stats().moved_bytes
         while len(samples) < LEAST_PASSES or (sum(samples) < ENOUGH_S and len(samples) < MOST_PASSES):
@@ -64,9 +57,10 @@ def observe(bench: Bench, candidate: Candidate, run: Callable[[], Any], progress
             passes.append(timer)
         del output
         stats = streamed.stats()
+        usage = streamed.usage(len(samples))
     finally:
         streamed.remove()
-    peak = max(warm_peak, stats.peak_bytes, memory.peak_bytes)
+    peak = max(stats.peak_bytes, memory.peak_bytes)
     measurement = Measurement(
         outcome=Outcome.FITS,
         latency_s=median(samples),
@@ -75,13 +69,12 @@ def observe(bench: Bench, candidate: Candidate, run: Callable[[], Any], progress
         peak_bytes=peak,
         moved_bytes=(stats.moved_bytes - moved_before) // len(samples),
         misses=stats.misses,
+        usage=usage,
     )
     return Observation(
         visits=_visits(partition.visits, partition.repeats, passes, memory),
         tail_s=median(timer.tail_s() for timer in passes),
-        least_compute_s=_least(passes, lambda before, forward, wait: before + forward)
-        + min(timer.tail_s() for timer in passes),
-        load_s=_least(passes, lambda before, forward, wait: wait) / partition.repeats,
+        least_compute_s=_least_compute_s(passes),
         workspace_bytes=max(0, peak - plan_bytes),
         measurement=measurement,
     )
@@ -187,11 +180,12 @@ class _MemoryObserver:
         self.visits[layer] = (max(known[0], peak - self._plan_bytes), max(known[1], out))
 
 
-def _least(passes: list[_TimeObserver], part: Callable[[float, float, float], float]) -> float:
-    """Sum over a pass's visits of one of their times, each at its least over the passes that had the visit."""
-    per_pass = [[part(*entry[1:]) for entry in timer.times_s()] for timer in passes]
+def _least_compute_s(passes: list[_TimeObserver]) -> float:
+    """A pass's compute, each visit and the tail at its least over the passes that had it."""
+    per_pass = [[before + forward for _, before, forward, _ in timer.times_s()] for timer in passes]
     shortest = min(len(times) for times in per_pass)
-    return sum(min(times[index] for times in per_pass) for index in range(shortest))
+    visits_s = sum(min(times[index] for times in per_pass) for index in range(shortest))
+    return visits_s + min(timer.tail_s() for timer in passes)
 
 
 def _visits(

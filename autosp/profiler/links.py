@@ -1,8 +1,7 @@
-"""Measures the links that weights take: latency and bandwidth alone, and what link and compute cost each other."""
+"""Measures the links that weights take, alone. What link and compute cost each other is seen in passes."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from statistics import median
 from typing import Protocol
@@ -18,15 +17,9 @@ from autosp.tiers.host import HostRegion
 
 SMALLEST_BYTES = 64 * 2**10
 REPEATS = 5
-PROBE_BYTES = 256 * 2**20
-"""Bytes moved by the contention probe."""
 
-WORK_BYTES = 64 * 2**20
-ROWS = 128
-"""The compute beside it: products of so many rows with a matrix of at most so many bytes."""
-
-CHUNK_BYTES = 16 * 2**20
-"""Bytes of each of its transfers, at most."""
+EXPECTED_SLOWDOWN = 1.03
+"""Of link and compute by each other, until a pass was seen in which they overlap."""
 
 
 class Windowed(Protocol):
@@ -37,73 +30,46 @@ class Windowed(Protocol):
 
 
 def measure_link(
-    device: Device,
-    store: Windowed,
-    store_bytes: int,
-    largest_bytes: int,
-    dtype: torch.dtype,
-    progress: Callable[[str], None],
+    device: Device, store: Windowed, store_bytes: int, largest_bytes: int, progress: Callable[[str], None]
 ) -> LinkProfile:
-    """Sweep transfer sizes up to `largest_bytes` (twice the memory of which this takes), then probe contention.
+    """Sweep transfer sizes up to `largest_bytes`, twice the memory of which this takes.
 
     Sources rotate through the store, so that no cache of the slow tier answers instead of it; targets rotate through as
     much memory as the smallest ring has that overlaps loads, for a processor's cache makes writes to less of it faster.
     """
     largest = min(largest_bytes, store_bytes) // LAYER_ALIGNMENT * LAYER_ALIGNMENT
-    target = device.allocate(2 * largest)
-    sweep = _Sweep(device, store, store_bytes, target)
-    beside = _Sweep(device, store, store_bytes, target[:largest])
-    step = _compute_step(device, target[largest:], dtype)
-    return _measure(device, sweep, beside, largest, step, (device.info.slow_tier, Tier.DEVICE), progress)
+    sweep = _Sweep(device, store, store_bytes, device.allocate(2 * largest))
+    return _measure(sweep, largest, (device.info.slow_tier, Tier.DEVICE), progress)
 
 
 def measure_disk(
-    device: Device,
-    store: Windowed,
-    store_bytes: int,
-    largest_bytes: int,
-    dtype: torch.dtype,
-    progress: Callable[[str], None],
+    device: Device, store: Windowed, store_bytes: int, largest_bytes: int, progress: Callable[[str], None]
 ) -> LinkProfile:
-    """The same for reads from disk to the host, of what rests behind it: beside them compute, and no copies."""
+    """The same for reads from disk to the host, of what rests behind it."""
     largest = min(largest_bytes, store_bytes) // LAYER_ALIGNMENT * LAYER_ALIGNMENT
-    memory = device.allocate(largest)
     staging = anonymous(2 * largest)
     staging.zero_()
     device.pin(staging)
-    sweep = _DiskSweep(device, store, store_bytes, staging, memory)
-    beside = _DiskSweep(device, store, store_bytes, staging[:largest], memory)
-    found = _measure(
-        device, sweep, beside, largest, _compute_step(device, memory, dtype), (Tier.DISK, Tier.HOST), progress
-    )
+    sweep = _DiskSweep(device, store, store_bytes, staging, device.allocate(LAYER_ALIGNMENT))
+    found = _measure(sweep, largest, (Tier.DISK, Tier.HOST), progress)
     device.synchronize()
     unpin(staging)
     return found
 
 
-def _measure(
-    device: Device,
-    sweep: _Sweep,
-    beside: _Sweep,
-    largest: int,
-    step: Callable[[], None],
-    ends: tuple[Tier, Tier],
-    progress: Callable[[str], None],
-) -> LinkProfile:
+def _measure(sweep: _Sweep, largest: int, ends: tuple[Tier, Tier], progress: Callable[[str], None]) -> LinkProfile:
     points = []
     for n_bytes in _sizes(largest):
         progress(f"{ends[0].value} → {ends[1].value}, {n_bytes / 1e6:.3g} MB")
         points.append(LinkPoint(n_bytes=n_bytes, seconds=median(sweep.seconds(n_bytes) for _ in range(REPEATS))))
     latency_s, bytes_per_s = fit([(point.n_bytes, point.seconds) for point in points])
-    progress(f"{ends[0].value} → {ends[1].value} under compute")
-    compute_slowdown, link_slowdown = _contention(device, beside, step)
     return LinkProfile(
         source=ends[0],
         target=ends[1],
         latency_s=latency_s,
         bytes_per_s=bytes_per_s,
-        link_slowdown=link_slowdown,
-        compute_slowdown=compute_slowdown,
+        link_slowdown=EXPECTED_SLOWDOWN,
+        compute_slowdown=EXPECTED_SLOWDOWN,
         points=tuple(points),
     )
 
@@ -205,60 +171,3 @@ class _DiskSweep(_Sweep):
         self._device.wait(self.start(n_bytes))
         self._device.synchronize()
         return self._device.seconds(self._read.times.began, self._read.times.ended)
-
-
-def _contention(device: Device, sweep: _Sweep, step: Callable[[], None]) -> tuple[float, float]:
-    """How many times longer compute takes during transfers, and transfers during compute.
-
-    Compute steps run one by one until a queue of transfers is through; both are compared with running alone.
-    """
-    chunk = min(sweep.target.numel() // 2 // LAYER_ALIGNMENT * LAYER_ALIGNMENT, CHUNK_BYTES)
-    if chunk == 0:
-        return 1.0, 1.0
-    count = max(2, PROBE_BYTES // chunk)
-    queue_alone_s, _ = _until_through(device, sweep, chunk, count, device.synchronize)
-    step_alone_s = median(_step_s(device, step) for _ in range(max(8, 4 * REPEATS)))
-    queue_s, steps = _until_through(device, sweep, chunk, count, step)
-    if steps < 2:  # too short to tell
-        return 1.0, 1.0
-    return max(1.0, queue_s / steps / step_alone_s), max(1.0, queue_s / queue_alone_s)
-
-
-def _until_through(
-    device: Device, sweep: _Sweep, chunk: int, count: int, step: Callable[[], None]
-) -> tuple[float, int]:
-    """Seconds until `count` transfers are over, and how often `step` ran meanwhile."""
-    device.synchronize()
-    begin = time.perf_counter()
-    events = [sweep.start(chunk) for _ in range(count)]
-    steps = 0
-    while not device.finished(events[-1]):
-        step()
-        steps += 1
-    return time.perf_counter() - begin, steps
-
-
-def _step_s(device: Device, step: Callable[[], None]) -> float:
-    begin = time.perf_counter()
-    step()
-    return time.perf_counter() - begin
-
-
-def _compute_step(device: Device, memory: torch.Tensor, dtype: torch.dtype) -> Callable[[], None]:
-    """A product of a few rows with a matrix that fills `memory`: like a streamed layer, it reads its weights once."""
-    usable = dtype if dtype.is_floating_point and dtype.itemsize >= 2 else torch.float32
-    inner = 1024
-    elements = min(memory.numel(), WORK_BYTES) // usable.itemsize
-    outer = max(1, elements // inner)
-    inner = min(inner, elements)
-    aligned = memory[-memory.data_ptr() % usable.itemsize :]
-    weights = aligned[: inner * outer * usable.itemsize].view(usable).view(inner, outer)
-    weights.fill_(0.01)
-    rows = torch.ones(ROWS, inner, dtype=usable, device=device.torch_device)
-
-    def step() -> None:
-        with torch.no_grad():
-            torch.mm(rows, weights)
-        device.finish_compute()
-
-    return step

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from autosp.devices import Device
 from autosp.partition import partition
-from autosp.profiler.layers import LEAST_MEMORY
+from autosp.profiler import LEAST_MEMORY
 from autosp.runtime.bench import Bench
 from autosp.spec import Partition
 from autosp.workload import Workload
@@ -20,7 +20,7 @@ def training_partition(workload: Workload, device: Device, cache_dir: Path) -> P
     Raises: SettingError if the step gives no loss; and what `partition` and `Bench` raise.
     """
     model = workload.model
-    parts = partition(model, workload.run, device.torch_device, slow_tier=device.info.slow_tier)
+    parts = partition(model, workload.run, device.torch_device, slow_tier=device.info.slow_tier, mode=workload.mode)
     visits = parts.visits * parts.repeats
     expected = parts.model_copy(update={"visits": visits, "repeats": 1, "backward": tuple(reversed(visits))})
     with workload.leaving_no_trace():

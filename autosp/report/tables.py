@@ -19,7 +19,9 @@ from autosp.spec import (
     Plan,
     Prediction,
     Profile,
+    Reading,
     StudySummary,
+    Tier,
     Trial,
 )
 
@@ -56,6 +58,7 @@ def trials_table(
         won = said.candidate == chosen
         timed = found.latency_s if found.samples_s else None
         over = found.outcome is Outcome.OUT_OF_MEMORY
+        peak = NOTHING if found.outcome.cut_short else size(found.peak_bytes)
         table.add_row(
             str(trial.number),
             *_setting(said.candidate),
@@ -64,7 +67,7 @@ def trials_table(
             error(said.latency_s, timed) if timed else NOTHING,
             ratio(timed, floor_s),
             size(said.peak_bytes),
-            f"> {size(budget_bytes)}" if over else size(found.peak_bytes),
+            f"> {size(budget_bytes)}" if over else peak,
             "chosen" if won else found.outcome.value,
             _remarks(said.candidate),
             style=CHOSEN if won else None if found.outcome is Outcome.FITS else FAILED,
@@ -88,6 +91,51 @@ def predictions_table(predictions: Sequence[Prediction], floor_s: float, limit: 
             size(prediction.moved_bytes),
             size(prediction.peak_bytes),
             _remarks(prediction.candidate),
+        )
+    return table
+
+
+def front_table(plans: Sequence[Plan]) -> Table:
+    """Plans that trade memory for latency: each measured, and compared with the fastest."""
+    table = new_table(f"Memory against latency: {len(plans)} plans, each measured")
+    add_numbers(
+        table, "plan", "peak", "latency", "of the\nfastest", "predicted\nlatency", "error", "k", "k'", "residents"
+    )
+    table.add_column("study", no_wrap=True)
+    least_s = min((plan.measurement.latency_s for plan in plans if plan.measurement), default=None)
+    for number, plan in enumerate(plans, start=1):
+        said, found = plan.prediction, plan.measurement
+        latency_s = found.latency_s if found else None
+        table.add_row(
+            str(number),
+            size(found.peak_bytes if found else None),
+            seconds(latency_s),
+            ratio(latency_s, least_s),
+            seconds(said.latency_s if said else None),
+            error(said.latency_s, latency_s) if said and latency_s else NOTHING,
+            *_setting(plan.candidate),
+            Text(plan.study_name or NOTHING),
+        )
+    return table
+
+
+def batch_sizes_table(rows: Iterable[tuple[int, float, float | None, Plan | None]], best: int) -> Table:
+    """Batch sizes, each with its predicted and its measured samples per second and the plan of that."""
+    table = new_table("Samples per second by batch size")
+    add_numbers(
+        table, "batch", "predicted\nper s", "measured\nper s", "error", "latency", "peak", "k", "k'", "residents"
+    )
+    for batch_size, predicted, measured, plan in rows:
+        found = plan.measurement if plan else None
+        table.add_row(
+            str(batch_size),
+            f"{predicted:.4g}",
+            f"{measured:.4g}" if measured else NOTHING,
+            error(predicted, measured) if measured else NOTHING,
+            seconds(found.latency_s if found else None),
+            size(found.peak_bytes if found else None),
+            *(_setting(plan.candidate) if plan else (NOTHING,) * 3),
+            style=CHOSEN if batch_size == best else None,
         )
     return table
 
@@ -129,6 +177,8 @@ def plan_table(plan: Plan) -> Table:
         ("residents", _residents(candidate, plan.partition)),
         *([("on disk", on_disk)] if on_disk else []),
     ]
+    if candidate.on_disk or plan.device.slow_tier is Tier.DISK:
+        rows.append(("reading", _reading(plan.reading)))
     if said is not None:
         rows.append(("predicted", f"{seconds(said.latency_s)} a pass, {seconds(said.stall_s)} of it stalled"))
     if found is not None:
@@ -195,7 +245,17 @@ def link_table(link: LinkProfile) -> Table:
     table.add_row("fitted", f"{seconds(link.latency_s)} +", rate(link.bytes_per_s))
     table.add_row("under compute", f"× {link.link_slowdown:.2f}", rate(link.bytes_per_s / link.link_slowdown))
     table.add_row("compute meanwhile", f"× {link.compute_slowdown:.2f}", "")
+    if link.reading is not None:
+        table.add_row("read by", _reading(link.reading), "")
+    if link.cached_bytes_per_s is not None:
+        table.add_row("from the page cache", "", rate(link.cached_bytes_per_s))
     return table
+
+
+def _reading(reading: Reading) -> str:
+    who = "1 reader" if reading.readers == 1 else f"{reading.readers} readers"
+    where = "; what the page cache has is copied from it" if reading.from_cache else ""
+    return f"{who}, blocks of {reading.block_bytes / 2**20:g} MiB{where}"
 
 
 def new_table(title: str, *, show_footer: bool = False) -> Table:

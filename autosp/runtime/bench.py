@@ -10,9 +10,10 @@ from torch import nn
 from autosp.devices import Device
 from autosp.partition import bind
 from autosp.runtime.streamed_model import StreamedModel
+from autosp.schedule.actions import Schedule
 from autosp.schedule.lowering import lower_for
 from autosp.spec import Candidate, Mode, Partition
-from autosp.tiers import DiskStore, HostStore, Originals, Store, TieredStore, open_store
+from autosp.tiers import DiskStore, HostStore, Originals, Readers, Store, TieredStore, open_store
 
 
 class Bench:
@@ -42,11 +43,13 @@ class Bench:
         self._mode = mode
         self._bound = bind(model, partition, device.info.slow_tier)
         self.partition = self._bound.partition
+        self.readers = Readers()
+        """Of what is on disk: one, until they are told otherwise."""
         self.store: Store
         if host_budget_bytes is None:
-            self.store = open_store(device, self._bound.stored(), cache_dir, Originals.KEPT)
+            self.store = open_store(device, self._bound.stored(), cache_dir, Originals.KEPT, readers=self.readers)
         else:
-            self.store = DiskStore(self._bound.layers, cache_dir, Originals.KEPT)
+            self.store = DiskStore(self._bound.layers, cache_dir, Originals.KEPT, self.readers)
 
     def __enter__(self) -> Bench:
         return self
@@ -55,13 +58,21 @@ class Bench:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.store.close()
+        self.readers.close()
+
+    def arena_bytes(self, candidate: Candidate) -> int:
+        """Device memory of the candidate's ring."""
+        return self._lower(candidate).arena_bytes
 
     def apply(self, candidate: Candidate) -> StreamedModel[nn.Module]:
         """The model under `candidate`, until `remove()`."""
-        schedule = lower_for(self._mode, candidate, self.partition)
+        schedule = self._lower(candidate)
         if self.host_budget_bytes is None:
             return StreamedModel(self._bound, schedule, self.device, self.store, Originals.KEPT, mode=self._mode)
         stored = self._bound.stored({*candidate.residents, *candidate.on_disk})
         host = HostStore(stored, self.device)
         store = TieredStore(host, self.store, candidate.on_disk)
         return StreamedModel(self._bound, schedule, self.device, store, Originals.KEPT, host.close)
+
+    def _lower(self, candidate: Candidate) -> Schedule:
+        return lower_for(self._mode, candidate, self.partition)

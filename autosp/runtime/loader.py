@@ -236,7 +236,7 @@ class Loader:
         return self.staging.load(group, free)
 
     def _was_read(self, group: TransferGroup) -> None:
-        self.recorder.was_read(group.indices, group.staging_offset or 0, group.read)
+        self.recorder.was_read(group.indices, group.staging_offset or 0, group.n_bytes, group.read)
         self.counters.reads += 1
         self.counters.read_bytes += group.n_bytes
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 from autosp.devices import Copied, CopyTimes, Device, Stamp
 from autosp.schedule.actions import Action, Kind
-from autosp.schedule.timeline import Span, Timeline
+from autosp.schedule.timeline import SEEN_STALL_S, Span, Timeline
+from autosp.spec import Usage
 
 KEPT_PASSES = 8
 """Whole passes that are remembered; a few events each per layer, so the rest is forgotten."""
@@ -41,6 +43,7 @@ class Read:
 
     layers: tuple[int, ...]
     offset: int
+    n_bytes: int
     times: CopyTimes
 
 
@@ -103,10 +106,10 @@ class Recorder:
         if self._now is not None:
             self._now.loads.append(Load(layers, offset, copied.times, evicted))
 
-    def was_read(self, layers: tuple[int, ...], offset: int, read: Copied) -> None:
+    def was_read(self, layers: tuple[int, ...], offset: int, n_bytes: int, read: Copied) -> None:
         """A read was issued."""
         if self._now is not None:
-            self._now.reads.append(Read(layers, offset, read.times))
+            self._now.reads.append(Read(layers, offset, n_bytes, read.times))
 
     # -- what is read from it: waits for the device, so not for use within a pass ------------------------------------
 
@@ -124,6 +127,29 @@ class Recorder:
                 stalls.setdefault(visit.layer, []).append(self._device.seconds(visit.arrive, visit.start))
         count = len(self._passes)
         return {layer: sum(seconds) / count for layer, seconds in sorted(stalls.items())}
+
+    def usage(self, last: int) -> Usage:
+        """What the last so many of the remembered passes spent their time on: the median of each figure."""
+        self._device.synchronize()
+        seconds = self._device.seconds
+        figures = []
+        for one in list(self._passes)[-last:]:
+            stalls = [seconds(visit.arrive, visit.start) for visit in one.visits]
+            link_s = sum(seconds(load.times.began, load.times.ended) for load in one.loads)
+            disk_s = sum(seconds(read.times.began, read.times.ended) for read in one.reads)
+            read_bytes = sum(read.n_bytes for read in one.reads)
+            waited = sum(stall > SEEN_STALL_S for stall in stalls)
+            figures.append((sum(stalls), waited, link_s, len(one.loads), disk_s, len(one.reads), read_bytes))
+        stall_s, waited, link_s, loads, disk_s, reads, read_bytes = map(median, zip(*figures, strict=True))
+        return Usage(
+            stall_s=stall_s,
+            stalls=waited,
+            link_s=link_s,
+            loads=loads,
+            disk_s=disk_s,
+            reads=reads,
+            read_bytes=read_bytes,
+        )
 
     def timeline(self) -> Timeline:
         """The remembered passes as spans, in seconds from the first one's beginning."""

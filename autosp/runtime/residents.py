@@ -9,7 +9,7 @@ import torch
 from autosp.devices import Device
 from autosp.devices.memory import memory_of
 from autosp.partition.placed import Placed, move_out, settle
-from autosp.partition.tensors import EXTENT_ALIGNMENT, align
+from autosp.partition.tensors import EXTENT_ALIGNMENT, Extent, align
 from autosp.tiers import read_extent, shows
 
 
@@ -34,9 +34,19 @@ class Residents:
         self.memory = device.allocate(size)
 
     def move_in(self) -> None:
-        """Fill it, and bind the tensors there. Raises: ReadError if one cannot be read from its file."""
+        """Fill it, and bind the tensors there. But a run of a weight's rows is a copy only: the weight rests elsewhere.
+
+        Raises: ReadError if one cannot be read from its file.
+        """
         for place in self._targets:
-            self._move_in(place, self.memory[place.offset : place.offset + place.extent.n_bytes])
+            target = self.memory[place.offset : place.offset + place.extent.n_bytes]
+            fill(target, place)
+            if not place.extent.is_part:
+                self._move_in(place, target)
+
+    def place_of(self, extent: Extent) -> Placed:
+        """Where it is in the memory."""
+        return next(place for place in self._targets if place.extent is extent)
 
     @property
     def n_bytes(self) -> int:
@@ -60,12 +70,18 @@ class Residents:
         self.memory = torch.empty(0, dtype=torch.uint8)
 
     def _move_in(self, place: Placed, target: torch.Tensor) -> None:
-        source = place.extent.source
-        if source is None:
-            with torch.no_grad():
-                target.copy_(place.current_bytes())
+        if place.extent.source is None:
             self._moved.append(place)
         else:
-            read_extent(source, memory_of(target), place.extent.name)
             self._mapped.append((place, [named.tensor.data for named in place.extent.tensors]))
         settle([Placed(place.extent, 0)], target)
+
+
+def fill(target: torch.Tensor, place: Placed) -> None:
+    """Write an extent's bytes, as they are now, to device memory. Raises: ReadError."""
+    source = place.extent.source
+    if source is None:
+        with torch.no_grad():
+            target.copy_(place.current_bytes())
+    else:
+        read_extent(source, memory_of(target), place.extent.name)

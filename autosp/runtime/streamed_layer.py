@@ -10,7 +10,7 @@ import torch
 from autosp.devices.memory import memory_of
 from autosp.errors import ModelChangedError
 from autosp.partition import BoundLayer, NamedTensor
-from autosp.partition.placed import tensors_of, views_on
+from autosp.partition.placed import Placed, tensors_of, views_on
 
 SAMPLE_BYTES = 4096
 """Of a tensor's beginning and middle: enough to show a merged adapter, which rounding may hide in most elements."""
@@ -100,10 +100,16 @@ class StreamedLayer:
         """
         checksum = 0
         for place in self._placed:
-            source = place.extent.source
-            for begin, end in [(0, place.extent.n_bytes)] if source is None else source.written():
-                checksum = zlib.crc32(b"%d %d" % (begin, end), checksum)
-                data = memory_of(place.current_bytes())[begin:end]
-                for start in (0, len(data) // 2):
-                    checksum = zlib.crc32(data[start : start + SAMPLE_BYTES], checksum)
+            checksum = sample(place, checksum)
         return checksum
+
+
+def sample(place: Placed, checksum: int = 0) -> int:
+    """An extent's part of `StreamedLayer.sample`, which goes on from `checksum`."""
+    source = place.extent.source
+    for begin, end in [(0, place.extent.n_bytes)] if source is None else source.written():
+        checksum = zlib.crc32(b"%d %d" % (begin, end), checksum)
+        data = memory_of(place.current_bytes())[begin:end]
+        for start in (0, len(data) // 2):
+            checksum = zlib.crc32(data[start : start + SAMPLE_BYTES], checksum)
+    return checksum

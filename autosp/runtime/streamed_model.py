@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from types import TracebackType
@@ -14,9 +14,10 @@ from torch import nn
 from autosp.batch import call_on
 from autosp.devices import Device
 from autosp.devices.memory import anonymous
-from autosp.intercept import Intercepted
-from autosp.partition import BoundModel, NamedTensor
+from autosp.intercept import Around, Intercepted
+from autosp.partition import BoundModel, NamedTensor, Resting, at_rest
 from autosp.partition.placed import Placed, tensors_of
+from autosp.runtime.cut_leaf import CutLeaf, ResidentRun, StreamedRun
 from autosp.runtime.executor import Executor, Observer
 from autosp.runtime.gradients import Gradients, follow
 from autosp.runtime.guests import Guests
@@ -27,7 +28,7 @@ from autosp.runtime.streamed_layer import StreamedLayer
 from autosp.runtime.training import TrainingExecutor
 from autosp.schedule.actions import Schedule
 from autosp.schedule.timeline import Timeline
-from autosp.spec import Mode, Tier
+from autosp.spec import Mode, Tier, Usage
 from autosp.tiers import Originals, Store, forget_pages
 
 M = TypeVar("M", bound=nn.Module)
@@ -88,46 +89,53 @@ class StreamedModel(Generic[M]):
         self._guests: Guests | None = None
         self._lookups: Lookups | None = None
         self._removed = False
-        resident_layers = set(schedule.residents)
-        staying = [place for layer in bound.layers if layer.layer.index in resident_layers for place in layer.placed]
+        self._cut: list[CutLeaf] = []
+        residents = set(schedule.residents)
+        pieces = at_rest(bound.layers)
+        moving = [piece for piece in pieces if not residents.issuperset(piece.indices)]
+        staying = [place for piece in pieces if piece not in moving for place in piece.placed]
         staying += bound.residents
-        streamed = [layer for layer in bound.layers if layer.layer.index not in resident_layers]
+        copied = [
+            place for piece in moving for one in piece.layers if one.layer.index in residents for place in one.placed
+        ]
+        streamed = [(one, piece.leaf) for piece in moving for one in piece.layers if one.layer.index not in residents]
         kept = [*bound.opaque, *tensors_of(bound.lookups.placed if bound.lookups else ())]
         if originals is Originals.KEPT:
             kept += tensors_of(staying)
         self._kept = [(named, named.tensor.data) for named in kept]
         self._addresses: list[int | None] = []
         self._layers: list[StreamedLayer] = []
+        self._runs: list[StreamedRun] = []
         forget_pages(source for place in _all_placed(bound) if (source := place.extent.source) is not None)
         staging = anonymous(schedule.staging_bytes)
         staging.zero_()  # its pages are taken before anything is measured, and before a pass
         device.pin(staging)
-        gradients = Gradients(streamed if mode == "training" else (), device)
+        gradients = Gradients([one for one, _ in streamed] if mode == "training" else (), device)
         device.start_measuring()
         try:
-            self._residents = Residents(staying, device)
+            self._residents = Residents([*staying, *copied], device)
             self._residents.move_in()
             self._move_opaque()
             if originals is Originals.FREED:
                 device.originals_freed(self._residents.n_bytes)
             self._lookups = Lookups(bound.lookups, device, store) if bound.lookups else None
             self._addresses = [_address(named.tensor) for named in kept]
-            self._layers = [StreamedLayer(layer) for layer in streamed]
+            self._layers = [StreamedLayer(one) for one, leaf in streamed if leaf is None]
+            self._runs = [StreamedRun(one) for one, leaf in streamed if leaf]
             arena = device.allocate(schedule.arena_bytes)
-            loader = Loader(schedule, self._layers, device, store, arena, staging)
+            loader = Loader(schedule, [*self._layers, *self._runs], device, store, arena, staging)
             del arena, staging
             if mode == "training":
                 self._executor: Executor = TrainingExecutor(schedule, loader, gradients)
             else:
                 self._executor = Executor(schedule, loader)
-            self._executor.before_pass = store.check
-            self._intercept()
+            self._executor.before_pass = self._before_pass
+            self._intercept(moving)
             if mode == "training":
                 follow(self.model.parameters())
             if device.torch_device.type != "cpu":
                 known = [named.tensor for named in _all_tensors(bound)]
                 self._guests = Guests(bound.model, known, lambda data: data.to(device.torch_device))
-                self._executor.before_pass = self._guests.move_in
         except BaseException:
             self.remove()
             raise
@@ -173,6 +181,10 @@ class StreamedModel(Generic[M]):
         """Layers whose weights the last backward pass needed, in the order of need."""
         return tuple(self._executor.backward_visits)
 
+    def usage(self, last: int) -> Usage:
+        """What the last so many passes (of those that are remembered) spent their time on. Waits for the device."""
+        return self._executor.recorder.usage(last)
+
     def timeline(self) -> Timeline:
         """When everything happened in the last passes, in seconds from the first one's beginning. Waits for the device.
 
@@ -194,6 +206,8 @@ class StreamedModel(Generic[M]):
             self._guests.close()
         if self._lookups is not None:
             self._lookups.forget()
+        for leaf in self._cut:
+            leaf.forget()
         for (named, data), address in zip(self._kept, self._addresses or [None] * len(self._kept), strict=True):
             if address is None or _address(named.tensor) == address:  # else somebody replaced it: theirs stays
                 named.tensor.data = data
@@ -202,7 +216,7 @@ class StreamedModel(Generic[M]):
             if self._originals is Originals.FREED:
                 self._residents.give_back()
             self._residents.forget()
-        self._layers = []
+        self._layers, self._runs, self._cut = [], [], []
         self._wrappers = []
         self._on_close()
         follow(self.model.parameters())
@@ -213,19 +227,32 @@ class StreamedModel(Generic[M]):
             if self._device.torch_device.type != "cpu":
                 named.tensor.data = named.tensor.data.to(self._device.torch_device)
 
-    def _intercept(self) -> None:
+    def _before_pass(self) -> None:
+        self._store.check()
+        if self._guests is not None:
+            self._guests.move_in()
+        for leaf in self._cut:
+            leaf.renew()
+
+    def _intercept(self, moving: Sequence[Resting]) -> None:
         """Streamed layers load themselves; whatever contains one begins a pass when it is called from outside."""
-        by_module = {layer.module: layer for layer in self._layers}
+        layers = {layer.layer.index: layer for layer in self._layers}
+        runs = {run.layer.index: run for run in self._runs}
+        around: dict[nn.Module, Around] = {}
+        for piece in moving:
+            module = piece.layers[0].module
+            if piece.leaf is None:
+                around[module] = self._around_layer(layers[piece.layers[0].layer.index])
+            else:
+                its = [runs.get(one.layer.index) or ResidentRun(one, self._residents) for one in piece.layers]
+                self._cut.append(CutLeaf(piece.leaf, piece.layers, its, self._executor))
+                around[module] = self._around_leaf(self._cut[-1])
         holders = {self.model}
-        for path in (layer.layer.name for layer in self._layers):
+        for path in (layer.layer.path for layer in (*self._layers, *self._runs)):
             parts = path.split(".")
             holders.update(self.model.get_submodule(".".join(parts[:length])) for length in range(1, len(parts)))
-        holders.difference_update(by_module)
-        for module in self.model.modules():
-            if module in by_module:
-                self._wrappers.append(Intercepted(module, self._around_layer(by_module[module])))
-            elif module in holders:
-                self._wrappers.append(Intercepted(module, self._around_pass))
+        around = dict.fromkeys(holders, self._around_pass) | around
+        self._wrappers += (Intercepted(one, around[one]) for one in self.model.modules() if one in around)
 
     def _around_pass(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         device = self._device.torch_device
@@ -237,7 +264,13 @@ class StreamedModel(Generic[M]):
 
         return call_on(device, run, args, kwargs)
 
-    def _around_layer(self, layer: StreamedLayer) -> Callable[..., Any]:
+    def _around_leaf(self, leaf: CutLeaf) -> Around:
+        def around(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return self._around_pass(lambda *args, **kwargs: leaf.forward(forward, args, kwargs), args, kwargs)
+
+        return around
+
+    def _around_layer(self, layer: StreamedLayer) -> Around:
         run_layer = self._executor.run_layer
 
         def around(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from bisect import insort
 from collections.abc import Sequence
+from operator import add
 
 
 def arena_bytes(group_bytes: Sequence[int], window: int) -> int:
@@ -19,10 +20,24 @@ def arena_bytes(group_bytes: Sequence[int], window: int) -> int:
 def place(sizes: Sequence[int], window: int) -> list[int]:
     """An offset for each group, free of the `window - 1` groups before it.
 
-    The bottom of the arena is tried first, then its top, then the gaps between. So with two groups in the window the
-    arena is never larger than its largest two neighbours, and with equal sizes never larger than `window` of them;
-    otherwise it grows where no gap is wide enough.
+    The arena is never smaller than `arena_bytes`. It is no larger with two groups in the window, or groups of equal
+    sizes; where unlike sizes leave gaps, the smaller of two packings is taken: in the order of the groups, and the
+    largest first.
     """
+    in_order = _in_order(sizes, window)
+    most = _end(in_order, sizes)
+    if most == arena_bytes(sizes, window):
+        return in_order
+    largest_first = _largest_first(sizes, window)
+    return largest_first if _end(largest_first, sizes) < most else in_order
+
+
+def _end(offsets: Sequence[int], sizes: Sequence[int]) -> int:
+    return max(map(add, offsets, sizes), default=0)
+
+
+def _in_order(sizes: Sequence[int], window: int) -> list[int]:
+    """The bottom of the arena is tried first, then its top, then the gaps between; without one it grows."""
     capacity = arena_bytes(sizes, window)
     offsets: list[int] = []
     live: list[tuple[int, int]] = []  # (begin, end) of the groups before this one, sorted
@@ -33,6 +48,21 @@ def place(sizes: Sequence[int], window: int) -> list[int]:
         offset, capacity = _free_offset(live, size, capacity)
         offsets.append(offset)
         insort(live, (offset, offset + size))
+    return offsets
+
+
+def _largest_first(sizes: Sequence[int], window: int) -> list[int]:
+    """Each group as low as its neighbours that are placed before it allow: small ones end up beside large ones."""
+    offsets = [-1] * len(sizes)
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        near = range(max(0, index - window + 1), min(len(sizes), index + window))
+        lowest = 0
+        placed = sorted((offsets[other], offsets[other] + sizes[other]) for other in near if offsets[other] >= 0)
+        for begin, end in placed:
+            if begin - lowest >= sizes[index]:
+                break
+            lowest = max(lowest, end)
+        offsets[index] = lowest
     return offsets
 
 

@@ -6,8 +6,11 @@ without residents.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
+from typing import NamedTuple
 
 from autosp.schedule.actions import Action, Kind, Ref, Schedule
 from autosp.schedule.arena import place
@@ -15,8 +18,7 @@ from autosp.schedule.staging import EMPTY, Staging, build_staging
 from autosp.spec import Candidate
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(NamedTuple):
     """Streamed layers that travel together, at a fixed place in the arena."""
 
     layers: tuple[int, ...]
@@ -28,8 +30,7 @@ class Group:
         return self.offset < other.offset + other.n_bytes and other.offset < self.offset + self.n_bytes
 
 
-@dataclass(frozen=True)
-class Transfer:
+class Transfer(NamedTuple):
     """One load of a steady period. Visits count from the period's beginning; negative ones are of the period before.
 
     It may be issued after visit `after`, is needed by visit `before`, and overwrites the groups in `evicts`, each with
@@ -62,8 +63,8 @@ def build_ring(candidate: Candidate, layer_bytes: Sequence[int], visits: Sequenc
     Raises: ValueError if only some layers of a group rest on disk.
     """
     members = candidate.groups(visits)
-    sizes = [sum(layer_bytes[layer] for layer in group) for group in members]
-    offsets = place(sizes, max(1, candidate.ring // candidate.k_prime))
+    sizes = [sum(map(layer_bytes.__getitem__, group)) for group in members]
+    offsets = place(sizes, candidate.depth)
     groups = [Group(*group) for group in zip(members, offsets, sizes, strict=True)]
     unvisited = set(range(len(layer_bytes))).difference(visits, candidate.residents)
     ends = [*(group.offset + group.n_bytes for group in groups), *(layer_bytes[layer] for layer in unvisited)]
@@ -104,37 +105,49 @@ def time_transfers(groups: Sequence[Group], visits: Sequence[int], walks: int) -
     """
     period = len(visits)
     runs = _runs(groups, visits)
-    present: list[int] = []
+    begins: list[int] = []  # of the groups in the arena, sorted: they do not overlap
+    there: list[int] = []
     last_use: dict[int, int] = {}
     issued = -walks * period - 1
     steady: list[Transfer] = []
     for walk in range(-walks, 1):
         for index, first, last in runs:
-            if index not in present:
-                group = groups[index]
-                evicted = [other for other in present if group.overlaps(groups[other])]
-                for other in evicted:
-                    issued = max(issued, last_use[other])
-                    present.remove(other)
-                present.append(index)
+            _, begin, n_bytes = groups[index]
+            low = bisect_right(begins, begin)
+            if low == 0 or there[low - 1] != index:
+                if low and begin < begins[low - 1] + groups[there[low - 1]].n_bytes:
+                    low -= 1
+                high = bisect_left(begins, begin + n_bytes, low)
+                evicted = [(other, last_use[other]) for other in there[low:high]]
+                begins[low:high], there[low:high] = [begin], [index]
+                if len(evicted) > 1:
+                    evicted.sort(key=itemgetter(1))
+                if evicted and evicted[-1][1] > issued:
+                    issued = evicted[-1][1]
                 if walk == 0:
-                    steady.append(Transfer(index, issued, first, tuple((other, last_use[other]) for other in evicted)))
+                    steady.append(Transfer(index, issued, first, tuple(evicted)))
             last_use[index] = walk * period + last
     return tuple(steady)
 
 
 def _runs(groups: Sequence[Group], visits: Sequence[int]) -> list[tuple[int, int, int]]:
     """Neighbouring visits of one group, as (group, first visit, last visit). Residents' visits are left out."""
+    visit_of = {layer: visit for visit, layer in enumerate(visits)}
+    if len(visit_of) == len(visits):
+        return [(index, visit_of[group.layers[0]], visit_of[group.layers[-1]]) for index, group in enumerate(groups)]
     group_of = {layer: index for index, group in enumerate(groups) for layer in group.layers}
     runs: list[tuple[int, int, int]] = []
+    before, first, last = -1, 0, 0
     for visit, layer in enumerate(visits):
-        index = group_of.get(layer)
-        if index is None:
-            continue
-        if runs and runs[-1][0] == index:
-            runs[-1] = index, runs[-1][1], visit
-        else:
-            runs.append((index, visit, visit))
+        index = group_of.get(layer, -1)
+        if index == before:
+            last = visit
+        elif index >= 0:
+            if before >= 0:
+                runs.append((before, first, last))
+            before, first, last = index, visit, visit
+    if before >= 0:
+        runs.append((before, first, last))
     return runs
 
 

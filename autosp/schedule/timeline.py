@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from autosp.schedule.actions import Action, Kind
 
+SEEN_STALL_S = 1e-4
+"""A wait longer than this lets threads go to sleep and caches go cold; a shorter one costs its own time only."""
+
 
 @dataclass(frozen=True, slots=True)
 class Span:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from autosp.cost_model.placement import evenly_spread
 from autosp.schedule.arena import arena_bytes
@@ -16,50 +17,86 @@ Spread = Callable[[Sequence[int], int], tuple[int, ...]]
 PINNED_FIRST = 3
 """How many of the largest layer sizes may be made resident first, so that the ring is cut for the smaller ones."""
 
+SMALLEST_STREAMED = (0.0, 1 / 8, 1 / 2)
+"""Layers below this share of the largest that is streamed may be made resident first, too: a small layer takes a turn
+in the ring and hides little, while a ring of equal layers keeps the link busy with the fewest places."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A pass as the filling sees it. Shapes: bytes per layer; layer and compute per visit."""
+
+    layer_bytes: tuple[int, ...]
+    visits: tuple[tuple[int, float], ...]
+    layers: tuple[int, ...]
+    """Those visited, in the order of their first visit."""
+    pools: tuple[tuple[int, ...], ...]
+    """These layers, the ones visited most often first: each visit of a resident saves a transfer."""
+    compute_s: float
+
+    @classmethod
+    def of(cls, profile: Profile) -> Self:
+        """The pass of a profile."""
+        counts = Counter(profile.partition.visits)
+        visits = tuple((visit.layer, visit.before_s + visit.forward_s) for visit in profile.visits)
+        return cls(
+            layer_bytes=tuple(layer.n_bytes for layer in profile.partition.layers),
+            visits=visits,
+            layers=tuple(counts),
+            pools=tuple(
+                tuple(layer for layer, often in counts.items() if often == times)
+                for times in sorted(set(counts.values()), reverse=True)
+            ),
+            compute_s=sum(seconds for _, seconds in visits),
+        )
+
 
 @dataclass(frozen=True)
 class Filling:
     """A ring of `depth` groups of `k_prime` layers, and `free_bytes` for it and for what stays beside it."""
 
-    profile: Profile
-    visited: Sequence[int]
-    """The layers of a pass, in the order of their first visit."""
+    of: Pass
     k_prime: int
     depth: int
     free_bytes: int
 
     def resident_sets(self) -> Iterator[tuple[int, ...]]:
-        """Sets that use up the memory: spread evenly or to the pace of compute, with and without the largest layers."""
-        layers = self.profile.partition.layers
-        sizes = sorted({layers[index].n_bytes for index in self.visited}, reverse=True)
-        for limit in sizes[: PINNED_FIRST + 1]:
-            largest = {index for index in self.visited if layers[index].n_bytes > limit}
-            if self._fits(largest):
-                yield self._filled(largest, evenly_spread)
-                yield self._filled(largest, self._to_pace)
+        """Sets that use up the memory: spread evenly or to the pace of compute, all or some sizes being streamed."""
+        for pinned in dict.fromkeys(self._pinned()):
+            if self._fits(pinned):
+                yield self._filled(pinned, evenly_spread)
+                yield self._filled(pinned, self._to_pace)
 
-    def _filled(self, chosen: set[int], spread: Spread) -> tuple[int, ...]:
-        """Layers visited more often in a pass come first: each visit saves a transfer."""
-        chosen = set(chosen)
-        counts = Counter(self.profile.partition.visits)
-        for times in sorted(set(counts.values()), reverse=True):
-            pool = [index for index in self.visited if counts[index] == times and index not in chosen]
-            low, high = 0, len(pool)
+    def _pinned(self) -> Iterator[frozenset[int]]:
+        """Layers that stay in any case: the largest, and the smallest of the others."""
+        sizes = {layer: self.of.layer_bytes[layer] for layer in self.of.layers}
+        for most in sorted(set(sizes.values()), reverse=True)[: PINNED_FIRST + 1]:
+            for share in SMALLEST_STREAMED:
+                yield frozenset(layer for layer, size in sizes.items() if not share * most <= size <= most)
+
+    def _filled(self, pinned: frozenset[int], spread: Spread) -> tuple[int, ...]:
+        """`pinned`, and as many of the others as fit."""
+        chosen = set(pinned)
+        for pool in self.of.pools:
+            open_layers = [layer for layer in pool if layer not in chosen]
+            low, high = 0, len(open_layers)
             while low < high:
                 middle = (low + high + 1) // 2
-                if self._fits(chosen.union(spread(pool, middle))):
+                if self._fits(chosen.union(spread(open_layers, middle))):
                     low = middle
                 else:
                     high = middle - 1
-            chosen.update(spread(pool, low))
+            chosen.update(spread(open_layers, low))
         return tuple(sorted(chosen))
 
-    def _fits(self, residents: set[int]) -> bool:
-        layers = self.profile.partition.layers
-        streamed = [layers[index].n_bytes for index in self.visited if index not in residents]
+    def _fits(self, residents: set[int] | frozenset[int]) -> bool:
+        sizes = self.of.layer_bytes
+        streamed = [sizes[layer] for layer in self.of.layers if layer not in residents]
+        free_bytes = self.free_bytes - sum(map(sizes.__getitem__, residents))
+        if self.k_prime == 1:
+            return free_bytes >= arena_bytes(streamed, self.depth)
         groups = [sum(streamed[start : start + self.k_prime]) for start in range(0, len(streamed), self.k_prime)]
-        resident_bytes = sum(layers[index].n_bytes for index in residents)
-        return resident_bytes + arena_bytes(groups, self.depth) <= self.free_bytes
+        return free_bytes >= arena_bytes(groups, self.depth)
 
     def _to_pace(self, pool: Sequence[int], count: int) -> tuple[int, ...]:
         """What stays if streamed bytes come in proportion to compute: more stays where a layer computes for less time.
@@ -67,24 +104,26 @@ class Filling:
         Error diffusion along the pass: compute earns bytes, a layer is streamed when half of it is earned. What is
         earned and not used is worth no more than the ring holds, since nothing can be prefetched further ahead.
         """
-        layers = self.profile.partition.layers
-        compute_s = sum(visit.before_s + visit.forward_s for visit in self.profile.visits)
+        sizes = self.of.layer_bytes
+        compute_s = self.of.compute_s
         if count == 0 or compute_s == 0:
             return evenly_spread(pool, count)
-        pool_bytes = sum(layers[index].n_bytes for index in pool)
+        pool_bytes = sum(map(sizes.__getitem__, pool))
         bytes_per_s = pool_bytes * (1 - count / len(pool)) / compute_s
         most_ahead = pool_bytes / len(pool) * self.k_prime * self.depth
         undecided = set(pool)
         stay: list[int] = []
         earned = 0.0
-        for visit in self.profile.visits:
-            earned = min(earned + (visit.before_s + visit.forward_s) * bytes_per_s, most_ahead)
-            if visit.layer not in undecided:
+        for layer, seconds in self.of.visits:
+            earned += seconds * bytes_per_s
+            if earned > most_ahead:
+                earned = most_ahead
+            if layer not in undecided:
                 continue
-            undecided.remove(visit.layer)
-            n_bytes = layers[visit.layer].n_bytes
+            undecided.remove(layer)
+            n_bytes = sizes[layer]
             if earned >= n_bytes / 2:
                 earned -= n_bytes
             else:
-                stay.append(visit.layer)
+                stay.append(layer)
         return tuple(stay)

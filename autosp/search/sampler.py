@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 from optuna import Study
@@ -10,7 +10,7 @@ from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
-from autosp.search.correction import Correction
+from autosp.search.learned import Learned
 from autosp.search.space import Key, key_of
 from autosp.spec import Prediction
 
@@ -19,12 +19,19 @@ PARAMETERS = ("k", "k_prime", "residents", "on_disk", "read_ahead")
 
 
 class CostModelSampler(BaseSampler):
-    """Proposes the unvalidated candidate with the least corrected latency among those corrected to fit the budget."""
+    """Proposes the unvalidated candidate with the least predicted latency among those corrected to fit the budget.
 
-    def __init__(self, ranked: Sequence[Prediction], budget_bytes: int) -> None:
+    Before these, the candidates `first`, in their order.
+    """
+
+    def __init__(self, ranked: Sequence[Prediction], budget_bytes: int, first: Sequence[Key] = ()) -> None:
+        """`ranked`: all candidates; `learned` says how they are predicted by now."""
         self._ranked = ranked
         self._budget_bytes = budget_bytes
-        self.correction = Correction(1.0, 1.0, 0.0, 0)
+        self._first = first
+        self.learned = Learned(tuple(ranked), 0.0, 0)
+        self.validated: frozenset[Key] = frozenset()
+        """What was measured, whatever Optuna's trials say: a process may be killed before it tells Optuna."""
         most = [max(numbers) for numbers in zip(*(key_of(prediction.candidate) for prediction in ranked), strict=True)]
         most[PARAMETERS.index("residents")] = most[PARAMETERS.index("k")]
         least = {"k_prime": 1}
@@ -32,15 +39,22 @@ class CostModelSampler(BaseSampler):
             name: IntDistribution(least.get(name, 0), high) for name, high in zip(PARAMETERS, most, strict=True)
         }
 
-    def best_unvalidated(self, tried: set[Key]) -> Prediction | None:
+    def best_unvalidated(self, tried: Set[Key]) -> Prediction | None:
         """The next candidate; None if all that fit were tried."""
-        open_candidates = [
-            prediction
-            for prediction in self._ranked
-            if key_of(prediction.candidate) not in tried
-            and self.correction.peak_bytes(prediction) <= self._budget_bytes
-        ]
-        return min(open_candidates, key=self.correction.latency_s, default=None)
+        return next(iter(self.learned.rivals(tried, self._budget_bytes)), None)
+
+    def due(self, study: Study) -> list[Key]:
+        """Those of `first` that no trial has or had."""
+        taken = self.validated | _taken(study)
+        return [key for key in self._first if key not in taken]
+
+    def next_key(self, study: Study) -> Key | None:
+        """What the next trial is to try; None if nothing is left that no trial has or had."""
+        due = self.due(study)
+        if due:
+            return due[0]
+        best = self.best_unvalidated(self.validated | _taken(study))
+        return None if best is None else key_of(best.candidate)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """All numbers are chosen together."""
@@ -50,19 +64,30 @@ class CostModelSampler(BaseSampler):
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """The next candidate's numbers."""
-        tried: set[Key] = set()
-        for other in study.get_trials(deepcopy=False):
-            if other.params and other.state is not TrialState.FAIL:  # a failed trial measured nothing
-                # A study of before the disk tier has no more than the first three.
-                k, k_prime, residents, on_disk, read_ahead = (other.params.get(name, 0) for name in PARAMETERS)
-                tried.add((k, k_prime, residents, on_disk, read_ahead))
-        best = self.best_unvalidated(tried)
-        if best is None:
-            return {}
-        return dict(zip(PARAMETERS, key_of(best.candidate), strict=True))
+        key = self.next_key(study)
+        return {} if key is None else dict(zip(PARAMETERS, key, strict=True))
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         """Nothing is left to validate: the fastest candidate by the cost model."""
         return dict(zip(PARAMETERS, key_of(self._ranked[0].candidate), strict=True))[param_name]
+
+
+def running_keys(study: Study) -> frozenset[Key]:
+    """What is being validated now."""
+    return frozenset(
+        _key_in(trial) for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) if trial.params
+    )
+
+
+def _taken(study: Study) -> frozenset[Key]:
+    """What trials have or had. A failed one measured nothing: its candidate is free again."""
+    trials = study.get_trials(deepcopy=False)
+    return frozenset(_key_in(trial) for trial in trials if trial.params and trial.state is not TrialState.FAIL)
+
+
+def _key_in(trial: FrozenTrial) -> Key:
+    # A study of before the disk tier has no more than the first three.
+    k, k_prime, residents, on_disk, read_ahead = (trial.params.get(name, 0) for name in PARAMETERS)
+    return k, k_prime, residents, on_disk, read_ahead

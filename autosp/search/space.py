@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterable, Iterator
 
 from autosp.cost_model.floor import unknown_disk
-from autosp.cost_model.memory import peak_bytes
+from autosp.cost_model.memory import DeviceMemory
 from autosp.cost_model.placement import Placing, evenly_spread, exceeds, host_too_small, least_host_bytes
-from autosp.cost_model.predict import predict, predict_rings
+from autosp.cost_model.predict import predict_rings
 from autosp.errors import BudgetTooSmallError
-from autosp.schedule.streaming import Ring
-from autosp.search.residents import Filling
+from autosp.schedule.streaming import Ring, build_ring
+from autosp.search.residents import Filling, Pass
 from autosp.spec import Candidate, Prediction, Profile
 
 DEPTHS = (1, 2, 3, 4)
@@ -20,6 +20,9 @@ residents."""
 
 READ_AHEAD = (1, 2, 4)
 """Groups in the host's staging ring. With two, one is read while another is loaded; more absorb unlike sizes."""
+
+FRONT_STEPS = 16
+"""Budgets for which residents are chosen, to find the front between the least memory and a budget."""
 
 EVERY_K_PRIME = 12
 """Up to here each k' is tried; beyond, neighbouring ones differ too little in copy size to matter."""
@@ -63,22 +66,45 @@ def rank(profile: Profile, budget_bytes: int, host_budget_bytes: int | None = No
     Raises: BudgetTooSmallError if nothing is predicted to fit; SettingError if the profile does not know the disk.
     """
     usable = usable_bytes(profile, budget_bytes)
-    candidates = dict.fromkeys([*_filled(profile, usable), *grid(profile), *sliding_windows(profile)])
-    candidates[all_resident(profile)] = None
-    if host_budget_bytes is not None and exceeds(profile.partition, host_budget_bytes):
-        predictions = _within(profile, candidates, usable, host_budget_bytes)
-    else:
-        predictions = predict(profile, list(candidates))
     best: dict[Key, Prediction] = {}
-    for prediction in predictions:
-        if prediction.peak_bytes > usable:
-            continue
+    for prediction in _predictions(profile, _filled(profile, usable), usable, host_budget_bytes):
         key = key_of(prediction.candidate)
         if key not in best or _order(prediction) < _order(best[key]):
             best[key] = prediction
     if not best:
         raise too_small(profile, budget_bytes)
     return sorted(best.values(), key=_order)
+
+
+def front(profile: Profile, budget_bytes: int, host_budget_bytes: int | None = None) -> list[Prediction]:
+    """The candidates that none beats in both memory and latency, by rising memory: over all budgets up to this one.
+
+    Raises: as `rank`.
+    """
+    usable = usable_bytes(profile, budget_bytes)
+    least = profile.observed.prediction.peak_bytes
+    budgets = {least + (usable - least) * step // FRONT_STEPS for step in range(1, FRONT_STEPS + 1)}
+    filled = (candidate for budget in sorted(budgets) for candidate in _filled(profile, budget))
+    best: list[Prediction] = []
+    for prediction in sorted(_predictions(profile, filled, usable, host_budget_bytes), key=_by_memory):
+        if not best or prediction.latency_s < best[-1].latency_s:
+            best.append(prediction)
+    if not best:
+        raise too_small(profile, budget_bytes)
+    return best
+
+
+def _predictions(
+    profile: Profile, filled: Iterable[Candidate], usable: int, host_budget_bytes: int | None
+) -> list[Prediction]:
+    """Of `filled`, and of the candidates that are the same under any budget, those that fit."""
+    memory = DeviceMemory(profile)
+    others = [*grid(profile, usable), *sliding_windows(profile), all_resident(profile)]
+    fitting = (candidate for candidate in others if memory.may_fit(candidate, usable))
+    candidates = dict.fromkeys([*filled, *fitting])
+    if host_budget_bytes is not None and exceeds(profile.partition, host_budget_bytes):
+        return _within(profile, candidates, usable, host_budget_bytes)
+    return _within_device(profile, candidates, usable)
 
 
 def key_of(candidate: Candidate) -> Key:
@@ -94,15 +120,21 @@ def rungs(most: int) -> list[int]:
     return values
 
 
-def grid(profile: Profile) -> list[Candidate]:
-    """Every k and k' with its best residents: a ring of two groups if k allows it, else of one, the rest resident."""
+def grid(profile: Profile, most_bytes: float = math.inf) -> list[Candidate]:
+    """Every k and k' with its best residents: a ring of two groups if k allows it, else of one, the rest resident.
+
+    Where the residents alone take more than `most_bytes` it is left out.
+    """
+    layers = profile.partition.layers
     visited = list(dict.fromkeys(profile.partition.visits))
     spread = [evenly_spread(visited, count) for count in range(len(visited) + 1)]
+    fits = [sum(layers[index].n_bytes for index in residents) <= most_bytes for residents in spread]
     candidates = []
     for k in range(1, len(visited) + 1):
         for k_prime in rungs(k):
             ring = 2 * k_prime if k >= 2 * k_prime else k_prime
-            candidates.append(Candidate(k=k, k_prime=k_prime, residents=spread[k - ring]))
+            if fits[k - ring]:
+                candidates.append(Candidate(k=k, k_prime=k_prime, residents=spread[k - ring]))
     return candidates
 
 
@@ -122,10 +154,14 @@ def all_resident(profile: Profile) -> Candidate:
 
 def least_bytes(profile: Profile) -> int:
     """The least budget in which the observed peak of the least-memory plan is usable."""
-    peak = profile.observed.measurement.peak_bytes
+    return budget_for(profile, profile.observed.measurement.peak_bytes)
+
+
+def budget_for(profile: Profile, peak_bytes: int) -> int:
+    """The least budget of which so much may be predicted to be in use."""
     if profile.device.kind != "cpu":
-        return peak
-    return math.ceil((peak + HEAP_NOISE_OF_WORKSPACE * profile.workspace_bytes) / (1 - HEAP_NOISE_OF_BUDGET)) + 1
+        return peak_bytes
+    return math.ceil((peak_bytes + HEAP_NOISE_OF_WORKSPACE * profile.workspace_bytes) / (1 - HEAP_NOISE_OF_BUDGET)) + 1
 
 
 def too_small(profile: Profile, budget_bytes: int) -> BudgetTooSmallError:
@@ -153,6 +189,18 @@ def _order(prediction: Prediction) -> tuple[float, int, int]:
     return round(prediction.latency_s, 6), prediction.peak_bytes, prediction.host_bytes
 
 
+def _by_memory(prediction: Prediction) -> tuple[int, float, int]:
+    return prediction.peak_bytes, prediction.latency_s, prediction.host_bytes
+
+
+def _within_device(profile: Profile, candidates: Iterable[Candidate], usable: int) -> list[Prediction]:
+    """The candidates that fit the device, all else being on the host."""
+    layer_bytes = [layer.n_bytes for layer in profile.partition.layers]
+    visits, memory = profile.partition.visits, DeviceMemory(profile)
+    pairs = ((candidate, build_ring(candidate, layer_bytes, visits)) for candidate in candidates)
+    return predict_rings(profile, (pair for pair in pairs if memory.peak_bytes(pair[0], pair[1].arena_bytes) <= usable))
+
+
 def _within(profile: Profile, candidates: Iterable[Candidate], usable: int, host_budget_bytes: int) -> list[Prediction]:
     """The candidates that fit the device, with layers on disk, as far as they fit the host then."""
     partition = profile.partition
@@ -160,23 +208,24 @@ def _within(profile: Profile, candidates: Iterable[Candidate], usable: int, host
         raise unknown_disk()
     if host_budget_bytes < least_host_bytes(partition):
         raise host_too_small(partition, host_budget_bytes)
+    memory = DeviceMemory(profile)
     found: dict[Candidate, Ring] = {}
     for candidate in candidates:
         placing = Placing(candidate, partition, host_budget_bytes)
-        if peak_bytes(profile, candidate, placing.ring.arena_bytes) <= usable:
+        if memory.peak_bytes(candidate, placing.ring.arena_bytes) <= usable:
             found.update(filter(None, map(placing.with_read_ahead, READ_AHEAD)))
-    return predict_rings(profile, list(found), list(found.values()))
+    return predict_rings(profile, found.items())
 
 
 def _filled(profile: Profile, budget_bytes: int) -> Iterator[Candidate]:
     """For each ring, resident sets that use up the budget."""
-    partition = profile.partition
-    free = budget_bytes - partition.resident_bytes - profile.workspace_bytes
-    visited = list(dict.fromkeys(partition.visits))
-    for k_prime in rungs(len(visited)):
+    free = budget_bytes - profile.partition.resident_bytes - profile.workspace_bytes
+    of = Pass.of(profile)
+    count = len(of.layers)
+    for k_prime in rungs(count):
         for depth in DEPTHS:
-            if depth * k_prime > len(visited):
+            if depth * k_prime > count:
                 break
-            for residents in Filling(profile, visited, k_prime, depth, free).resident_sets():
-                if len(visited) - len(residents) >= depth * k_prime:
+            for residents in Filling(of, k_prime, depth, free).resident_sets():
+                if count - len(residents) >= depth * k_prime:
                     yield Candidate(k=len(residents) + depth * k_prime, k_prime=k_prime, residents=residents)

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import TYPE_CHECKING
 
 import optuna
 from optuna.trial import TrialState
 
-from autosp.search.correction import learn
+from autosp.search.learned import Learned, Lessons
 from autosp.search.limits import Limits
-from autosp.search.sampler import PARAMETERS, CostModelSampler
+from autosp.search.sampler import PARAMETERS, CostModelSampler, running_keys
 from autosp.search.space import Key, acceptable_bytes, all_resident, key_of, usable_bytes
 from autosp.spec import Candidate, Measurement, Outcome, Prediction, Profile, Trial
-from autosp.store.trials import running_trial
+from autosp.store.trials import fail_dead_trials, running_trial
 
 if TYPE_CHECKING:
     from autosp.store import Repository
 
 TOLERANCE = 0.01
 """A candidate that can win by less than this is not worth a validation."""
+
+POLL_S = 0.5
+"""Between two looks at what other workers have found."""
 
 Validate = Callable[[Candidate], Measurement]
 
@@ -35,6 +41,15 @@ class Verdict:
     """Whether the stop rule ended it, rather than a limit."""
 
 
+class Next(Enum):
+    """What a worker of a study does next."""
+
+    VALIDATE = auto()
+    WAIT = auto()
+    """For trials of other workers: nothing is left that their results would not make needless, or that is allowed."""
+    END = auto()
+
+
 def run_study(
     repository: Repository,
     name: str,
@@ -45,46 +60,86 @@ def run_study(
     *,
     limits: Limits,
     progress: Callable[[str], None],
+    hold_device: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Verdict:
     """Validate candidates until none can win, or a limit is reached. Continues a study that was interrupted.
 
     The trivial baselines come first (everything resident where it fits, the best plain sliding window), then the
     cost model's favourite.
+
+    [Note: workers] Any number of processes may run one study at once. A worker takes its device, then its turn at the
+    study, in which it reads all results, decides, and claims a candidate: so no two claim the same, and each decides
+    on all that is known. It lets go of its turn to validate, and of the device afterwards. What a process that died
+    was validating is free again. All end when no trial runs and none could win: with the same verdict.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = repository.optuna_storage()
     usable = usable_bytes(profile, budget_bytes)
-    sampler = CostModelSampler(ranked, usable)
-    study = optuna.create_study(study_name=name, storage=storage, sampler=sampler, load_if_exists=True)
-    study.set_user_attr("autosp_fingerprint", repository.study_key(name).fingerprint)
-    trials = repository.trials(name)
-    by_key = {key_of(prediction.candidate): prediction for prediction in ranked}
-    tried = {key_of(trial.prediction.candidate) for trial in trials}
-    for first in dict.fromkeys([*_baselines(profile, ranked), key_of(ranked[0].candidate)]):
-        if first not in tried:
-            study.enqueue_trial(dict(zip(PARAMETERS, first, strict=True)), skip_if_exists=True)
+    acceptable = acceptable_bytes(profile, budget_bytes)
+    lessons = Lessons(profile, ranked)
+    sampler = CostModelSampler(ranked, usable, [*_baselines(profile, ranked), key_of(ranked[0].candidate)])
+    with repository.turn(name):
+        study = optuna.create_study(study_name=name, storage=storage, sampler=sampler, load_if_exists=True)
+        study.set_user_attr("autosp_fingerprint", repository.study_key(name).fingerprint)
     while True:
-        verdict = judge(trials, ranked, usable, acceptable_bytes(profile, budget_bytes))
-        waiting = bool(study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
-        if verdict.finished and not waiting:
-            return verdict
-        if limits.reached(len(trials)):
-            return verdict
-        sampler.correction = learn(trials)
-        with running_trial(study, storage) as trial:
-            key = tuple(trial.suggest_int(p, sampler.space[p].low, sampler.space[p].high) for p in PARAMETERS)
-            prediction = by_key.get((key[0], key[1], key[2], key[3], key[4]))
-            if prediction is None:  # enqueued by hand, and no candidate under this budget
-                study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
-                continue
-            progress(f"trial {len(trials) + 1}: {prediction.candidate.label()}")
-            done = Trial(number=trial.number, prediction=prediction, measurement=validate(prediction.candidate))
-            repository.add_trial(name, done)
-            _tell(study, trial, done, budget_bytes)
-        trials.append(done)
+        with hold_device(), ExitStack() as turn:
+            turn.enter_context(repository.turn(name))
+            fail_dead_trials(study)
+            trials = repository.trials(name)
+            learned = sampler.learned = lessons.learned(trials)
+            sampler.validated = frozenset(key_of(trial.prediction.candidate) for trial in trials)
+            verdict = judge(trials, learned, usable, acceptable)
+            running = running_keys(study)
+            without_running = judge(trials, learned.without(running), usable, acceptable) if running else verdict
+            upcoming = _what_next(study, sampler, limits, len(trials), len(running), verdict, without_running)
+            if upcoming is Next.END:
+                return verdict
+            if upcoming is Next.VALIDATE:
+                with running_trial(study, storage) as trial:
+                    prediction = _claimed(trial, sampler)
+                    turn.close()
+                    if prediction is None:
+                        study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
+                        continue
+                    progress(f"trial {len(trials) + 1}: {prediction.candidate.label()}")
+                    done = Trial(number=trial.number, prediction=prediction, measurement=validate(prediction.candidate))
+                    repository.add_trial(name, done)
+                    _tell(study, trial, done, budget_bytes)
+        if upcoming is Next.WAIT:
+            progress("waiting for other workers' trials")
+            time.sleep(POLL_S)
 
 
-def judge(trials: Sequence[Trial], ranked: Sequence[Prediction], usable_bytes: int, acceptable_bytes: int) -> Verdict:
+def _what_next(
+    study: optuna.Study,
+    sampler: CostModelSampler,
+    limits: Limits,
+    done: int,
+    running: int,
+    verdict: Verdict,
+    without_running: Verdict,
+) -> Next:
+    """`without_running`: the verdict if what other workers are validating could not win."""
+    if limits.reached(done):
+        return Next.END
+    nothing_else = Next.WAIT if running else Next.END
+    must_run = sampler.due(study) or study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+    if verdict.finished and not must_run:
+        return nothing_else
+    if limits.reached(done + running):
+        return Next.WAIT
+    if not must_run and (without_running.finished or sampler.next_key(study) is None):
+        return nothing_else
+    return Next.VALIDATE
+
+
+def _claimed(trial: optuna.Trial, sampler: CostModelSampler) -> Prediction | None:
+    """What a trial is to try. None if it was enqueued by hand, and is no candidate under this budget."""
+    key = tuple(trial.suggest_int(name, sampler.space[name].low, sampler.space[name].high) for name in PARAMETERS)
+    return next((one for one in sampler.learned.predictions if key_of(one.candidate) == key), None)
+
+
+def judge(trials: Sequence[Trial], learned: Learned, usable_bytes: int, acceptable_bytes: int) -> Verdict:
     """Whether an unvalidated candidate's optimistic prediction beats the best measurement by more than a tolerance.
 
     `usable_bytes` bounds what is predicted of a rival, `acceptable_bytes` what was measured of the winner.
@@ -95,29 +150,22 @@ def judge(trials: Sequence[Trial], ranked: Sequence[Prediction], usable_bytes: i
         if trial.measurement.outcome is Outcome.FITS and trial.measurement.peak_bytes <= acceptable_bytes
     ]
     best = min(fitting, key=lambda trial: (trial.measurement.latency_s, trial.measurement.peak_bytes), default=None)
-    correction = learn(trials)
-    tried = {key_of(trial.prediction.candidate) for trial in trials}
-    rivals = [
-        prediction
-        for prediction in ranked
-        if key_of(prediction.candidate) not in tried and correction.peak_bytes(prediction) <= usable_bytes
-    ]
+    rivals = learned.rivals({key_of(trial.prediction.candidate) for trial in trials}, usable_bytes)
     if best is None:
         return Verdict(None, "no validated candidate fits the budget", finished=not rivals and bool(trials))
     measured_s = best.measurement.latency_s
     found = f"{best.prediction.candidate.label()} was the fastest of {len(fitting)} validated"
     if not rivals:
         return Verdict(best, f"{found}; every candidate under the budget was tried", finished=True)
-    rival = min(rivals, key=correction.optimistic_s)
-    optimistic_s = correction.optimistic_s(rival)
-    error = f"{correction.relative_error:.1%}"
+    optimistic_s = learned.optimistic_s(rivals[0])
+    rival, error = rivals[0].candidate.label(), f"{learned.relative_error:.1%}"
     if optimistic_s >= measured_s * (1 - TOLERANCE):
         why = (
-            f"{found}; the best of {len(rivals)} others ({rival.candidate.label()}) can take no less than "
+            f"{found}; the best of {len(rivals)} others ({rival}) can take no less than "
             f"{optimistic_s:.4g} s, given the cost model's error of {error}, against {measured_s:.4g} s measured"
         )
         return Verdict(best, why, finished=True)
-    why = f"{found}; {rival.candidate.label()} was not tried and may take {optimistic_s:.4g} s (model error {error})"
+    why = f"{found}; {rival} was not tried and may take {optimistic_s:.4g} s (model error {error})"
     return Verdict(best, why, finished=False)
 
 
@@ -138,7 +186,8 @@ def _tell(study: optuna.Study, trial: optuna.Trial, done: Trial, budget_bytes: i
     trial.set_user_attr("outcome", measured.outcome.value)
     trial.set_constraint("memory", float(measured.peak_bytes - budget_bytes))
     trial.set_constraint("output", float(measured.outcome is Outcome.OUTPUT_DIFFERS))
-    if measured.outcome in (Outcome.OUT_OF_MEMORY, Outcome.OUTPUT_DIFFERS):
-        study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
-    else:
+    trial.set_constraint("process", float(measured.outcome.cut_short))
+    if measured.outcome.is_timed:
         study.tell(trial, measured.latency_s, skip_if_finished=True)
+    else:
+        study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)

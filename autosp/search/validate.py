@@ -47,9 +47,10 @@ class Reference:
 def validate(
     bench: Bench,
     workload: Workload,
-    candidate: Candidate,
     reference: Reference,
     budget_bytes: int,
+    candidate: Candidate,
+    *,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Measurement:
     """Run the candidate: a cold pass, compared with `reference`, then timed ones.
@@ -76,14 +77,15 @@ def validate(
                     seconds, output = _timed_pass(bench, workload)  # as in a loop, the last output lives meanwhile
                     samples.append(seconds)
                 stats = streamed.stats()
+                usage = streamed.usage(len(samples))
             finally:
                 streamed.remove()
     except BaseException as error:
         if not device.is_out_of_memory(error):
             raise
-        return _failed(Outcome.OUT_OF_MEMORY, budget_bytes + 1)
+        return failed(Outcome.OUT_OF_MEMORY, budget_bytes + 1)
     if not same:
-        return _failed(Outcome.OUTPUT_DIFFERS, stats.peak_bytes)
+        return failed(Outcome.OUTPUT_DIFFERS, stats.peak_bytes)
     return Measurement(
         outcome=Outcome.FITS if stats.peak_bytes <= budget_bytes else Outcome.OVER_BUDGET,
         latency_s=median(samples),
@@ -92,10 +94,12 @@ def validate(
         peak_bytes=stats.peak_bytes,
         moved_bytes=(stats.moved_bytes - moved_before) // len(samples),
         misses=stats.misses,
+        usage=usage,
     )
 
 
-def _failed(outcome: Outcome, peak_bytes: int) -> Measurement:
+def failed(outcome: Outcome, peak_bytes: int) -> Measurement:
+    """What is known of a trial without timed passes."""
     return Measurement(
         outcome=outcome,
         latency_s=0.0,

@@ -93,6 +93,8 @@ def storage_url(storage: str | os.PathLike[str] | None) -> URL:
         url = make_url(text) if "://" in text else URL.create("sqlite", database=text)
     except ArgumentError as error:
         raise SettingError(f"storage={text!r} is neither a path nor a database URL") from error
+    if url.drivername == "postgresql":
+        return url.set(drivername="postgresql+psycopg")  # the driver that the extra `postgres` installs
     if url.get_backend_name() != "sqlite":
         return url
     database = url.database or ""
@@ -133,7 +135,8 @@ def open_engine(url: URL) -> Engine:
             return create_engine(url, plugins=[PLUGIN])
     except ImportError as error:
         raise StoreError(
-            f"the driver for {shown(url)} is not installed ({error}); install it, or name a file"
+            f"the driver for {shown(url)} is not installed ({error}); install it (PostgreSQL: pip install "
+            "'autosp[postgres]'), or name a file"
         ) from error
 
 

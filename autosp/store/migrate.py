@@ -16,6 +16,7 @@ from sqlalchemy import Connection, Engine, inspect
 
 from autosp.errors import StoreError, StoreVersionError
 from autosp.store.engine import READ_ONLY, database_path, shown, translated
+from autosp.store.turns import turn_where_shared
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -86,7 +87,7 @@ def upgrade(engine: Engine, migrations: Migrations = OURS) -> Upgrade:
             revision = current_revision(connection)
         if revision == migrations.head:
             return Upgrade(revision, revision, None)
-        with migrating(engine) as connection:
+        with turn_where_shared(engine, "schema"), migrating(engine) as connection:
             return _upgrade_locked(connection, migrations)
 
 

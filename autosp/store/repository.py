@@ -6,7 +6,7 @@ import difflib
 import os
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Self, TypeVar
 
@@ -20,6 +20,7 @@ from autosp.store.engine import READ_ONLY, open_engine, shown, storage_url, tran
 from autosp.store.migrate import upgrade
 from autosp.store.models import PlanRow, StudyRow, TrialRow
 from autosp.store.trials import GRACE_PERIOD_S, HEARTBEAT_INTERVAL_S, open_optuna_storage
+from autosp.store.turns import turn, turn_where_shared
 
 if TYPE_CHECKING:
     import optuna
@@ -70,18 +71,24 @@ class Repository:
 
         Raises: StudyMismatchError if the name belongs to a study with another key.
         """
-        with self._writing() as session:
+        with turn_where_shared(self._engine, name), self._writing() as session:
             row = session.scalar(select(StudyRow).where(StudyRow.name == name))
             if row is None:
                 row = StudyRow(name=name, fingerprint=key.fingerprint, key=_encode(key), created_at=_now())
                 session.add(row)
                 return
-            differences = key.differences(_decode(StudyKey, row.key, name))
-            if differences:
-                told = "; ".join(
-                    f"{field}: {theirs} there, {mine} here" for field, (mine, theirs) in differences.items()
-                )
-                raise StudyMismatchError(f"study {name!r} was made for something else ({told}); choose another name")
+            _refuse_another(name, key, _decode(StudyKey, row.key, name))
+
+    def has_study(self, name: str, key: StudyKey) -> bool:
+        """Whether there is a study of that name.
+
+        Raises: StudyMismatchError if it has another key.
+        """
+        with self._reading() as session:
+            row = session.scalar(select(StudyRow).where(StudyRow.name == name))
+            if row is not None:
+                _refuse_another(name, key, _decode(StudyKey, row.key, name))
+            return row is not None
 
     def study_key(self, name: str) -> StudyKey:
         """What a study was made for.
@@ -96,6 +103,14 @@ class Repository:
         with self._reading() as session:
             query = select(StudyRow.name).where(StudyRow.fingerprint == key.fingerprint)
             return session.scalar(query.order_by(StudyRow.id.desc()).limit(1))
+
+    def siblings(self, key: StudyKey) -> list[str]:
+        """Studies with a profile that are of the same work as `key`, under any budget, the newest first."""
+        with self._reading() as session:
+            query = select(StudyRow.name, StudyRow.key).where(StudyRow.profile.is_not(None))
+            query = query.where(StudyRow.key.contains(key.model_fingerprint, autoescape=True))
+            rows = session.execute(query.order_by(StudyRow.id.desc()))
+            return [name for name, stored in rows if key.is_of_the_same_work(_decode(StudyKey, stored, name))]
 
     def unique_name(self, base: str) -> str:
         """`base`, or `base-2`, `base-3` … : a name that neither we nor Optuna use in this database."""
@@ -118,6 +133,16 @@ class Repository:
             rows = session.scalars(select(StudyRow).order_by(StudyRow.id.desc()))
             return [_summary(row, measured[row.id]) for row in rows]
 
+    def turn(self, name: str) -> AbstractContextManager[None]:
+        """A turn at a study: one process at a time, of all that work on it, is inside. It ends with its process.
+
+        All methods may be called inside, but for this one and those that agree on something.
+
+        Raises: StoreReadOnlyError if the lock file beside an SQLite database cannot be made, StoreError for a server
+        other than PostgreSQL.
+        """
+        return turn(self._engine, f"turn of {name}")
+
     def delete_study(self, name: str) -> None:
         """Delete a study with its trials and plans. Optuna's study of that name stays.
 
@@ -135,6 +160,20 @@ class Repository:
         """
         with self._writing() as session:
             self._study(session, name).profile = _encode(profile)
+
+    def agree_on_profile(self, name: str, profile: Profile) -> Profile:
+        """Keep a profile unless another worker was faster; the one that counts. One that knows more links, or
+        whose figures mean something else by now, replaces it.
+
+        Raises: StudyNotFoundError.
+        """
+        with self.turn(name):
+            known = self.profile(name)
+            newer = known is None or known.schema_version != profile.schema_version
+            if known is not None and not newer and len(known.links) >= len(profile.links):
+                return known
+            self.save_profile(name, profile)
+        return profile
 
     def profile(self, name: str) -> Profile | None:
         """The profile a study rests on; None before it was measured.
@@ -182,6 +221,18 @@ class Repository:
             study.finished = True
             session.add(PlanRow(study_id=study.id, plan=_encode(plan), created_at=_now()))
 
+    def agree_on_plan(self, name: str, plan: Plan) -> Plan:
+        """Enter a study's answer unless its newest one says the same, as another worker's may; the one that counts.
+
+        Raises: StudyNotFoundError.
+        """
+        with self.turn(name):
+            known = self.plan(name)
+            if known is not None and known.model_copy(update={"created_at": plan.created_at}) == plan:
+                return known
+            self.save_plan(name, plan)
+        return plan
+
     def plan(self, name: str) -> Plan | None:
         """A study's newest answer; None if it has none yet.
 
@@ -210,9 +261,10 @@ class Repository:
 
         Raises: StoreError if Optuna's tables here are of another version.
         """
-        storage = open_optuna_storage(
-            self._url, heartbeat_interval_s=heartbeat_interval_s, grace_period_s=grace_period_s
-        )
+        with turn_where_shared(self._engine, "optuna's tables"):
+            storage = open_optuna_storage(
+                self._url, heartbeat_interval_s=heartbeat_interval_s, grace_period_s=grace_period_s
+            )
         self._closing.callback(storage.engine.dispose)
         self._closing.callback(storage.remove_session)
         return storage
@@ -240,6 +292,13 @@ class Repository:
             f"no study {name!r} among the {count} in {shown(self._url)}{hint} "
             "`autosp studies` or autosp.list_studies(storage) lists them"
         )
+
+
+def _refuse_another(name: str, key: StudyKey, entered: StudyKey) -> None:
+    differences = key.differences(entered)
+    if differences:
+        told = "; ".join(f"{field}: {theirs} there, {mine} here" for field, (mine, theirs) in differences.items())
+        raise StudyMismatchError(f"study {name!r} was made for something else ({told}); choose another name")
 
 
 def _now() -> str:

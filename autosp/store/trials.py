@@ -4,7 +4,8 @@
 `Study.optimize` does three things that `ask` and `tell` do not: it fails trials whose heartbeat stopped, before it
 asks; it records heartbeats from a thread while the trial runs; it tells FAIL when the objective raises. `running_trial`
 does all three. Optuna takes a trial without any heartbeat for a live one, so the first is recorded before the block
-starts; only a kill between those two transactions, milliseconds apart, still leaves a trial RUNNING.
+starts; only a kill between those two transactions, milliseconds apart, still leaves a trial RUNNING. Where trials are
+asked for in turns, `fail_dead_trials` knows such a trial too.
 """
 
 from __future__ import annotations
@@ -20,9 +21,13 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from autosp.errors import StoreError
 from autosp.store.engine import PLUGIN, nested_reads, shown, store_error, translated
+from autosp.store.processes import is_dead, this_process
 
 if TYPE_CHECKING:
     import optuna
+
+WORKER = "worker"
+"""The user attribute of a trial that names its process."""
 
 HEARTBEAT_INTERVAL_S = 20
 GRACE_PERIOD_S = 60
@@ -69,14 +74,14 @@ def running_trial(study: optuna.Study, storage: optuna.storages.RDBStorage) -> I
     """
     import optuna
 
+    _fail_stale_trials(study)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         warnings.filterwarnings("ignore", message="Heartbeat of storage")
-        optuna.storages.fail_stale_trials(study)
         trial = study.ask()
     study_id = storage.get_study_id_from_name(study.study_name)
     trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, trial.number)
     storage.record_heartbeat(trial_id)
+    trial.set_user_attr(WORKER, this_process())
     stop = threading.Event()
     thread = threading.Thread(target=_beat, args=(storage, trial_id, stop), name="autosp-heartbeat", daemon=True)
     thread.start()
@@ -88,6 +93,30 @@ def running_trial(study: optuna.Study, storage: optuna.storages.RDBStorage) -> I
     finally:
         stop.set()
         thread.join()
+
+
+def fail_dead_trials(study: optuna.Study) -> None:
+    """Tell FAIL for the RUNNING trials of processes that are no more.
+
+    To be called in a turn, if trials are asked for and their numbers suggested in turns: then one that names no
+    process is of a process that was killed in its turn. A process of this machine is looked for; of one elsewhere the
+    heartbeats must have stopped for the grace period.
+    """
+    from optuna.trial import TrialState
+
+    _fail_stale_trials(study)
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        worker = trial.user_attrs.get(WORKER)
+        if worker is None or is_dead(worker):
+            study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+
+
+def _fail_stale_trials(study: optuna.Study) -> None:
+    import optuna
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        optuna.storages.fail_stale_trials(study)
 
 
 def _beat(storage: optuna.storages.RDBStorage, trial_id: int, stop: threading.Event) -> None:

@@ -10,17 +10,19 @@ from typing import Protocol
 import torch
 
 from autosp.devices import Device, Region
-from autosp.partition import BoundLayer
+from autosp.partition import BoundLayer, at_rest
 from autosp.spec import Tier
 from autosp.tiers.disk import DiskStore, Originals
 from autosp.tiers.host import HostStore
 from autosp.tiers.inplace import forget_pages, read_extent, shows
+from autosp.tiers.readers import Readers
 from autosp.tiers.tiered import TieredStore
 
 __all__ = [
     "DiskStore",
     "HostStore",
     "Originals",
+    "Readers",
     "Store",
     "TieredStore",
     "forget_pages",
@@ -55,21 +57,28 @@ def open_store(
     cache_dir: Path,
     originals: Originals,
     on_disk: Collection[int] = (),
+    readers: Readers | None = None,
 ) -> Store:
     """Put the layers' bytes on the device's slow tier, in this order, unless they can be read where they are; those
     `on_disk` on disk in any case.
 
     In host memory they are moved whatever `originals` says: a second copy of the weights is what RAM has no room for.
-    What goes to disk goes first, so that its memory is there for the others.
+    What goes to disk goes first, so that its memory is there for the others. `readers` read it; default: one.
 
     Raises: DiskFullError or HostMemoryError if there is no room for them, ReadError if a file that they are mapped from
     was replaced; the model is as before then.
     """
     if device.info.slow_tier is Tier.DISK:
-        return DiskStore(layers, cache_dir, originals)
+        return DiskStore(layers, cache_dir, originals, readers)
     if not on_disk:
         return HostStore(layers, device)
-    disk = DiskStore([bound for bound in layers if bound.layer.index in on_disk], cache_dir, originals)
+    on_disk = {
+        bound.layer.index
+        for resting in at_rest(layers)
+        if any(bound.layer.index in on_disk for bound in resting.layers)
+        for bound in resting.layers
+    }
+    disk = DiskStore([bound for bound in layers if bound.layer.index in on_disk], cache_dir, originals, readers)
     try:
         host = HostStore([bound for bound in layers if bound.layer.index not in on_disk], device)
     except BaseException:

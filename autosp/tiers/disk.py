@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,12 +11,13 @@ from pathlib import Path
 
 import torch
 
-from autosp.partition import BoundLayer
+from autosp.partition import BoundLayer, at_rest
 from autosp.partition.placed import move_out, settle
 from autosp.partition.tensors import LAYER_ALIGNMENT
 from autosp.tiers.inplace import InPlaceRegion, OriginalFiles
 from autosp.tiers.packed import PackedFile, PackedRegion
-from autosp.tiers.reader import Read, WeightFile
+from autosp.tiers.reader import WeightFile
+from autosp.tiers.readers import Readers
 
 
 class Originals(Enum):
@@ -62,20 +62,30 @@ class Window:
             file.read_into(target[done : done + n_bytes], offset, "(link measurement)", needed_bytes)
             done += n_bytes
 
+    def cached_bytes_per_s(self, target: memoryview) -> float | None:
+        """What the page cache gives of its largest piece; None where it does not keep it, or does not tell.
+
+        Raises: ReadError.
+        """
+        file, offset, _, needed_bytes = max(self.pieces, key=lambda piece: piece[-1])
+        return file.cached_bytes_per_s(target[:needed_bytes], offset)
+
 
 class DiskStore:
     """Reads in place what can be; writes the rest to a packed file, of which there is none if there is no rest."""
 
     def __init__(
-        self, layers: Sequence[BoundLayer], cache_dir: Path, originals: Originals, read: Read = os.preadv
+        self, layers: Sequence[BoundLayer], cache_dir: Path, originals: Originals, readers: Readers | None = None
     ) -> None:
-        """`read` reads the files. Raises: DiskFullError, TierError; ReadError if a mapped file was replaced."""
+        """`readers` stay the caller's, default: one. Raises: DiskFullError, TierError; ReadError if a mapped file was
+        replaced."""
+        readers = readers or Readers()
         packed = [bound for bound in layers if bound.layout.packed]
-        self._originals = OriginalFiles((run for bound in layers for run in bound.layout.runs), read)
+        self._originals = OriginalFiles((run for bound in layers for run in bound.layout.runs), readers)
         self._packed: PackedFile | None = None
         if packed:
             try:
-                self._packed = PackedFile(layers, cache_dir, read)
+                self._packed = PackedFile(layers, cache_dir, readers)
             except BaseException:
                 self._originals.close()
                 raise
@@ -84,9 +94,9 @@ class DiskStore:
             r for regions in self._regions.values() for r in regions if not isinstance(r, Padding)
         ]
         self._begins = [0, *accumulate(region.n_bytes for region in self._all)]
-        self._moved = packed if originals is Originals.FREED else []
-        for bound in self._moved:
-            settle(bound.layout.packed, self.rest(bound.layer.index))
+        self._moved = at_rest(packed) if originals is Originals.FREED else []
+        for resting in self._moved:
+            settle(resting.packed, self.rest(resting.layers[0].layer.index))
 
     def regions(self, layers: Sequence[int]) -> tuple[DiskRegion, ...]:
         """Adjacent packed layers are one region."""
@@ -127,8 +137,8 @@ class DiskStore:
     def close(self) -> None:
         """Give what moved into the packed file memory of its own again. What is in place is where it always was."""
         if self._packed is not None:
-            for bound in self._moved:
-                move_out([place for place in bound.layout.packed if place.is_in(self._packed.bytes)])
+            for resting in self._moved:
+                move_out([place for place in resting.packed if place.is_in(self._packed.bytes)])
             self._packed.close()
         self._moved = []
         self._originals.close()

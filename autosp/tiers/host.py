@@ -12,7 +12,7 @@ import torch
 from autosp.devices import Device
 from autosp.devices.memory import anonymous, anonymous_bytes, copy_bytes, part, trim_heap, unpin
 from autosp.errors import HostMemoryError
-from autosp.partition import BoundLayer
+from autosp.partition import BoundLayer, Resting, at_rest
 from autosp.partition.placed import copy_to, move_out, settle
 from autosp.partition.tensors import LAYER_ALIGNMENT
 
@@ -43,19 +43,23 @@ class HostStore:
 
     def __init__(self, layers: Sequence[BoundLayer], device: Device) -> None:
         """Raises: HostMemoryError, before anything is moved, if RAM has no room for the largest layer twice."""
-        self._layers = layers
+        self._resting = at_rest(layers)
         self._places: dict[int, tuple[int, int]] = {}
         offset = 0
         for bound in layers:
             self._places[bound.layer.index] = (offset, bound.layer.n_bytes)
             offset += bound.layer.n_bytes
-        _check_room(layers, offset)
+        _check_room(self._resting, offset)
         self._buffer = anonymous(offset)
-        self._rests = {layer: part(self._buffer, *place) for layer, place in self._places.items()}
-        for bound in layers:
-            rest = self._rests[bound.layer.index]
-            copy_to(bound.placed, rest)
-            settle(bound.placed, rest)
+        self._rests: dict[int, torch.Tensor] = {}
+        memories = [part(self._buffer, *self._place(resting)) for resting in self._resting]
+        for resting, memory in zip(self._resting, memories, strict=True):
+            begin = 0
+            for bound in resting.layers:
+                self._rests[bound.layer.index] = memory[begin : begin + bound.layer.n_bytes]
+                begin += bound.layer.n_bytes
+            copy_to(resting.placed, memory)
+            settle(resting.placed, memory)
             trim_heap()
         device.pin(self._buffer)
 
@@ -76,7 +80,7 @@ class HostStore:
         return HostRegion(self._buffer[offset : offset + n_bytes], n_bytes)
 
     def rest(self, layer: int) -> torch.Tensor:
-        """A part of the buffer, with a storage of its own."""
+        """A part of the buffer, with a storage of its own, or one that the rows of a weight share."""
         return self._rests[layer]
 
     def check(self) -> None:
@@ -85,18 +89,23 @@ class HostStore:
     def close(self) -> None:
         """Give every layer memory of its own again, one by one; the buffer's part goes with its last view."""
         unpin(self._buffer)
-        for bound in self._layers:
-            rest = self._rests.pop(bound.layer.index)
-            move_out([place for place in bound.placed if place.is_in(rest)])
-            del rest
+        for resting in self._resting:
+            rests = [self._rests.pop(bound.layer.index) for bound in resting.layers]
+            move_out([place for place in resting.placed if place.is_in(rests[0])])
+            del rests
         self._buffer = torch.empty(0, dtype=torch.uint8)
-        self._layers = ()
+        self._resting = []
         self._places = {}
 
+    def _place(self, resting: Resting) -> tuple[int, int]:
+        """Offset and bytes of neighbours in the buffer."""
+        places = [self._places[bound.layer.index] for bound in resting.layers]
+        return places[0][0], sum(n_bytes for _, n_bytes in places)
 
-def _check_room(layers: Sequence[BoundLayer], n_bytes: int) -> None:
+
+def _check_room(moving: Sequence[Resting], n_bytes: int) -> None:
     """Memory of the process's own goes as it moves; mapped pages of files, which are not in it, take new RAM."""
-    largest = max((bound.layer.n_bytes for bound in layers), default=0)
+    largest = max((sum(bound.layer.n_bytes for bound in resting.layers) for resting in moving), default=0)
     needed = max(largest, n_bytes - anonymous_bytes())
     available = available_bytes()
     if needed > available:

@@ -5,7 +5,6 @@ See [Note: private maps]: what was written to such a weight is in memory only, s
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,11 @@ from autosp.devices.memory import drop_pages, memory_at
 from autosp.errors import ReadError
 from autosp.partition.mapped import Source
 from autosp.partition.placed import FileRun
-from autosp.tiers.reader import CHUNK_BYTES, Read, WeightFile
+from autosp.tiers.reader import WeightFile
+from autosp.tiers.readers import Readers
+
+COMPARED_BYTES = 32 * 2**20
+"""Bytes that are read for comparison at a time."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +54,14 @@ class InPlaceRegion:
 class OriginalFiles:
     """The files of some runs, each opened once."""
 
-    def __init__(self, runs: Iterable[FileRun], read: Read) -> None:
+    def __init__(self, runs: Iterable[FileRun], readers: Readers) -> None:
         """Raises: ReadError if a file cannot be opened, or is another one than the weights are mapped from."""
         self._files: dict[tuple[Path, int, int], WeightFile] = {}
         try:
             for run in runs:
                 source = run.sources[0]
                 if source.file not in self._files:
-                    self._files[source.file] = _open(source, read=read)
+                    self._files[source.file] = _open(source, readers)
         except ReadError:
             self.close()
             raise
@@ -81,7 +84,7 @@ class OriginalFiles:
 
 def read_extent(source: Source, target: memoryview, name: str) -> None:
     """An extent's bytes as they are now, without touching a page of the map that shows the file. Raises: ReadError."""
-    file = _open(source, direct=False)
+    file = _open(source, Readers(), direct=False)
     try:
         file.read_into(target, source.offset, name)
         file.check(name)
@@ -92,16 +95,16 @@ def read_extent(source: Source, target: memoryview, name: str) -> None:
 
 def shows(source: Source, memory: memoryview) -> bool:
     """Whether the map has these very bytes. False where the file cannot be read as it was."""
-    buffer = bytearray(min(CHUNK_BYTES, len(memory)))
+    buffer = bytearray(min(COMPARED_BYTES, len(memory)))
     try:
         if source.written():
             return False
-        file = _open(source, direct=False)
+        file = _open(source, Readers(), direct=False)
     except ReadError:
         return False
     try:
-        for begin in range(0, len(memory), CHUNK_BYTES):
-            piece = memory[begin : begin + CHUNK_BYTES]
+        for begin in range(0, len(memory), COMPARED_BYTES):
+            piece = memory[begin : begin + COMPARED_BYTES]
             file.read_into(memoryview(buffer)[: len(piece)], source.offset + begin, source.path.name)
             if not np.array_equal(np.frombuffer(buffer, np.uint8, len(piece)), np.frombuffer(piece, np.uint8)):
                 return False
@@ -129,10 +132,10 @@ def _lay_over(source: Source, target: memoryview) -> None:
         target[begin:end] = memory_at(source.address + begin, end - begin)
 
 
-def _open(source: Source, *, direct: bool = True, read: Read = os.preadv) -> WeightFile:
+def _open(source: Source, readers: Readers, *, direct: bool = True) -> WeightFile:
     """Raises: ReadError if it cannot be opened, or is another one than the weights are mapped from."""
     try:
-        file = WeightFile(source.path, direct=direct, read=read)
+        file = WeightFile(source.path, readers, direct=direct)
     except OSError as error:
         raise ReadError(f"cannot open {source.path}, which weights are mapped from: {error.strerror}") from error
     if file.identity != source.file:

@@ -19,7 +19,11 @@ from autosp.errors import DiskFullError, ReadError, TierError
 from autosp.partition import BoundLayer
 from autosp.partition.placed import Placed
 from autosp.partition.tensors import LAYER_ALIGNMENT
-from autosp.tiers.reader import CHUNK_BYTES, Read, WeightFile
+from autosp.tiers.reader import WeightFile
+from autosp.tiers.readers import Readers
+
+WRITE_BYTES = 32 * 2**20
+"""Bytes that are written, and summed up, at a time."""
 
 UNWRITTEN_NS = 10**9
 """The file's time of change once it is packed. A write through the map sets it to now, so it tells that weights were
@@ -82,7 +86,7 @@ class PackedFile:
     It has a name only until it is open: no crash leaves it behind, not even one in the middle of packing.
     """
 
-    def __init__(self, layers: Sequence[BoundLayer], cache_dir: Path, read: Read) -> None:
+    def __init__(self, layers: Sequence[BoundLayer], cache_dir: Path, readers: Readers) -> None:
         """Raises: DiskFullError, TierError."""
         self._places: dict[int, PackedLayer] = {}
         size = 0
@@ -91,7 +95,7 @@ class PackedFile:
             self._places[index] = PackedLayer(bound.layer.name, size, n_bytes, None)
             size += n_bytes
         # One block more, to try on it whether the filesystem tells of writes through a map.
-        descriptor, self.file = _create(cache_dir, size + LAYER_ALIGNMENT, read)
+        descriptor, self.file = _create(cache_dir, size + LAYER_ALIGNMENT, readers)
         try:
             for bound in layers:
                 place = self._places[bound.layer.index]
@@ -138,7 +142,7 @@ class PackedFile:
         return os.fstat(self.file.descriptor).st_mtime_ns != UNWRITTEN_NS
 
 
-def _create(cache_dir: Path, size: int, read: Read) -> tuple[int, WeightFile]:
+def _create(cache_dir: Path, size: int, readers: Readers) -> tuple[int, WeightFile]:
     """A new file with all its blocks reserved, so that a full disk is known before anything is written; and a reader.
 
     Raises: DiskFullError, TierError.
@@ -149,7 +153,7 @@ def _create(cache_dir: Path, size: int, read: Read) -> tuple[int, WeightFile]:
     except OSError as error:
         raise _translate(error, cache_dir, size) from error
     try:
-        file = WeightFile(Path(name), read=read)
+        file = WeightFile(Path(name), readers)
     except OSError as error:
         os.close(descriptor)
         raise _translate(error, cache_dir, size) from error
@@ -173,7 +177,7 @@ def _write(descriptor: int, packed: Sequence[Placed], place: PackedLayer) -> int
         source = memory_of(placed.current_bytes())
         done = 0
         while done < len(source):
-            count = os.pwrite(descriptor, source[done : done + CHUNK_BYTES], place.offset + placed.offset + done)
+            count = os.pwrite(descriptor, source[done : done + WRITE_BYTES], place.offset + placed.offset + done)
             checksum = zlib.crc32(source[done : done + count], checksum)
             done += count
         end = placed.offset + len(source)

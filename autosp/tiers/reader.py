@@ -5,33 +5,31 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Callable
+import time
 from pathlib import Path
 
 from autosp.errors import ReadError
-from autosp.partition.tensors import LAYER_ALIGNMENT
-
-CHUNK_BYTES = 32 * 2**20
-"""Bytes per read: large enough for the disk's full speed, small enough to share it."""
+from autosp.partition.tensors import LAYER_ALIGNMENT, align
+from autosp.tiers.page_cache import is_cached
+from autosp.tiers.readers import Open, Readers
 
 RETRIES = 2
 """Times that a read which failed with EIO is repeated before it is an error."""
 
 DIRECT = getattr(os, "O_DIRECT", 0)
 
-Read = Callable[[int, list[memoryview], int], int]
-"""`os.preadv`, or what stands for a disk that misbehaves: (descriptor, buffers, offset) -> bytes read."""
-
 
 class WeightFile:
     """One file, opened once: whoever replaces it at its path leaves us the old one. EINTR is Python's to repeat."""
 
-    def __init__(self, path: Path, *, direct: bool = True, read: Read = os.preadv) -> None:
+    def __init__(self, path: Path, readers: Readers, *, direct: bool = True) -> None:
         """`direct`: bypass the page cache, for offsets and memory at multiples of 4096. Raises: OSError."""
         self.path = path
-        self._read = read
-        self.descriptor = _open(path, direct)
+        self._readers = readers
+        self.descriptor = _open(path, direct, readers.open)
         self._opened = os.fstat(self.descriptor)
+        self._direct = bool(fcntl.fcntl(self.descriptor, fcntl.F_GETFL) & DIRECT)
+        self._buffered = _open_again(self.descriptor) if self._direct else self.descriptor
 
     @property
     def identity(self) -> tuple[Path, int, int]:
@@ -39,21 +37,44 @@ class WeightFile:
         return self.path, self._opened.st_dev, self._opened.st_ino
 
     def read_into(self, target: memoryview, offset: int, name: str, needed_bytes: int | None = None) -> None:
-        """Fill `target` from `offset`, in chunks. Short reads are continued.
+        """Fill `target` from `offset`, block by block.
 
         The file may end behind the first `needed_bytes` (default: all), since its last block is seldom whole.
 
         Raises: ReadError naming the file and the layer if the file ends too early or cannot be read.
         """
         needed = len(target) if needed_bytes is None else needed_bytes
+
+        def read_block(begin: int, end: int) -> None:
+            least = min(end, needed) - begin
+            descriptor = self._descriptor_for(offset + begin, least)
+            self._read_block(descriptor, target[begin:end], offset + begin, name, least)
+
+        self._readers.each_block(min(align(needed, LAYER_ALIGNMENT), len(target)), read_block)
+
+    def cached_bytes_per_s(self, target: memoryview, offset: int) -> float | None:
+        """What the page cache gives, once it has these bytes; None where it does not keep them, or does not tell.
+
+        Raises: ReadError.
+        """
+        for _ in range(2):  # the first time brings them there
+            begin = time.perf_counter()
+            cached = is_cached(self._buffered, offset, len(target))
+            self._read_block(self._buffered, target, offset, "(link measurement)", len(target))
+            seconds = time.perf_counter() - begin
+        return len(target) / seconds if cached else None
+
+    def _read_block(self, descriptor: int, target: memoryview, offset: int, name: str, needed: int) -> None:
+        """The first `needed` bytes of `target` at least. Short reads are continued."""
         done = 0
         failures = 0
         while done < needed:
-            stop = min(done + CHUNK_BYTES, len(target))
+            direct = self._direct
             try:
-                count = self._read(self.descriptor, [target[done:stop]], offset + done)
+                count = self._readers.read(descriptor, [target[done:]], offset + done)
             except OSError as error:
-                if error.errno == errno.EINVAL and self._read_through_cache():
+                if error.errno == errno.EINVAL and direct:
+                    self._read_through_cache()
                     continue
                 failures += 1
                 if error.errno == errno.EIO and failures <= RETRIES:
@@ -63,12 +84,19 @@ class WeightFile:
                 ) from error
             whole = count if done + count >= needed else count // LAYER_ALIGNMENT * LAYER_ALIGNMENT
             if whole == 0:  # the file's end; O_DIRECT cannot continue within a block
+                end = min(offset + done + count, os.fstat(self.descriptor).st_size)
                 raise ReadError(
-                    f"{self.path} ends at byte {offset + done + count}, inside layer {name} "
-                    f"({needed - done - count} bytes are missing): the file was truncated"
+                    f"{self.path} ends at byte {end}, before or inside layer {name} ({offset + needed - end} bytes are "
+                    "missing): the file was truncated"
                 )
             done += whole
             failures = 0
+
+    def _descriptor_for(self, offset: int, n_bytes: int) -> int:
+        """The page cache's if the plan says so and all of the block is there, else the disk's."""
+        if self._readers.reading.from_cache and is_cached(self._buffered, offset, n_bytes):
+            return self._buffered
+        return self.descriptor
 
     def check(self, name: str) -> None:
         """Raises: ReadError if the file is not what it was when it was opened.
@@ -94,22 +122,31 @@ class WeightFile:
 
     def close(self) -> None:
         """Let go of the file."""
+        if self._buffered != self.descriptor:
+            os.close(self._buffered)
         os.close(self.descriptor)
 
-    def _read_through_cache(self) -> bool:
-        """Some filesystems take O_DIRECT at opening and refuse it at reading. False: it is off already."""
+    def _read_through_cache(self) -> None:
+        """Some filesystems take O_DIRECT at opening and refuse it at reading, to every reader that is reading."""
+        self._direct = False
         flags = fcntl.fcntl(self.descriptor, fcntl.F_GETFL)
-        if not flags & DIRECT:
-            return False
         fcntl.fcntl(self.descriptor, fcntl.F_SETFL, flags & ~DIRECT)
-        return True
 
 
-def _open(path: Path, direct: bool) -> int:
+def _open(path: Path, direct: bool, open_file: Open) -> int:
+    """Without O_DIRECT where the filesystem refuses it. Raises: OSError."""
     flags = os.O_RDONLY | os.O_CLOEXEC
     try:
-        return os.open(path, flags | (DIRECT if direct else 0))
+        return open_file(path, flags | (DIRECT if direct else 0))
     except OSError as error:
-        if error.errno != errno.EINVAL:
+        if error.errno != errno.EINVAL or not direct:
             raise
-        return os.open(path, flags)
+        return open_file(path, flags)
+
+
+def _open_again(descriptor: int) -> int:
+    """The same file, whatever is at its path now, for reads through the page cache; itself where that cannot be had."""
+    try:
+        return os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return descriptor

@@ -77,6 +77,41 @@ def test_tables_stay_on_the_host() -> None:
     assert found[0].on_disk == (0, 1, 2, 3)
 
 
+def test_the_rows_of_a_weight_rest_on_one_tier() -> None:
+    parts = partition((10,) * 8, head=range(3, 6))
+    found = Placing(Candidate(k=1, k_prime=1), parts, 50).with_read_ahead(1)
+    assert found is not None
+    assert found[0].on_disk == (1, 3, 4, 5, 7)
+    groups = Placing(Candidate(k=2, k_prime=2), parts, 79).with_read_ahead(1)
+    assert groups is not None
+    assert groups[0].on_disk == (2, 3, 4, 5)
+
+
+def test_resident_rows_rest_with_the_others() -> None:
+    parts = partition((10,) * 8, head=range(3, 6))
+    one_stays = Candidate(k=2, k_prime=1, residents=(4,))
+    assert resting_bytes(parts, one_stays) == 80
+    assert resting_bytes(parts, one_stays.model_copy(update={"on_disk": (3, 5), "read_ahead": 1})) == 50
+    assert resting_bytes(parts, Candidate(k=4, k_prime=1, residents=(3, 4, 5))) == 50
+    assert resting_bytes(parts, Candidate(k=2, k_prime=1, residents=(2,))) == 70
+
+
+@thorough
+@given(st.data(), st.integers(0, 200), st.integers(1, 4))
+def test_rows_that_are_placed_fit_and_are_together(data: st.DataObject, budget: int, ahead: int) -> None:
+    layer_bytes = tuple(data.draw(st.lists(st.integers(1, 40), min_size=2, max_size=8)))
+    begin = data.draw(st.integers(0, len(layer_bytes) - 2))
+    parts = partition(layer_bytes, head=range(begin, data.draw(st.integers(begin + 2, len(layer_bytes)))))
+    candidate = data.draw(candidates(parts.visits))
+    found = Placing(candidate, parts, budget).with_read_ahead(ahead)
+    if found is None:
+        return
+    chosen, ring = found
+    assert resting_bytes(parts, chosen) + ring.staging.n_bytes <= budget
+    assert parts.whole(chosen.on_disk) <= {*chosen.on_disk, *chosen.residents}
+    assert bool(chosen.on_disk) == (resting_bytes(parts, candidate) > budget)
+
+
 def test_host_too_small_names_what_sets_the_least() -> None:
     error = host_too_small(partition((10**9, 3 * 10**9)), 10**9)
     assert (error.budget_bytes, error.least_bytes, error.layer) == (10**9, 3 * 10**9, "blocks.1")

@@ -74,7 +74,11 @@ def test_a_pass_is_compute_and_stall(profile: Profile, data: st.DataObject) -> N
     (predicted,) = predict(profile, [candidate])
     ring = build_ring(candidate, layer_bytes, profile.partition.visits)
     compute_factor = float(contended_periods(profile, [ring]).compute_factor[0])
-    assert close(predicted.latency_s, profile.compute_s * compute_factor + predicted.stall_s)
+    asleep = predicted.latency_s - profile.compute_s * compute_factor - predicted.stall_s
+    visits = len(profile.visits) * profile.partition.repeats
+    assert -1e-9 <= asleep <= profile.wake_s * visits + 1e-9
+    if not profile.wake_s:
+        assert close(asleep, 0.0)
 
 
 def test_nothing_to_predict() -> None:
@@ -156,11 +160,29 @@ def test_link_beside_compute_that_never_rests() -> None:
 
 
 def test_slowdown_in_proportion_to_overlap() -> None:
-    # Two loads of 1 s and two forwards of 1 s after one another; a busy link makes compute 1.5 times slower:
-    # T = 2 + 2 * (1 + 0.5 * 2 / T), so T = 2 + sqrt(6).
-    measured = profile((10, 10), bytes_per_s=10.0, compute_slowdown=1.5)
+    # Compute-bound: four loads of 1 s beside four forwards of 2 s. With c the compute, c = 8 * (1 + 0.5 * 4 / c), so
+    # c^2 - 8 c - 16 = 0.
+    measured = profile((10,) * 4, forward_s=2.0, bytes_per_s=10.0, compute_slowdown=1.5)
+    (predicted,) = predict(measured, [Candidate(k=2, k_prime=1)])
+    assert predicted.stall_s == 0
+    assert predicted.latency_s == pytest.approx(4 + math.sqrt(32), rel=1e-3)
+
+
+def test_no_slowdown_one_after_the_other() -> None:
+    measured = profile((10, 10), bytes_per_s=10.0, compute_slowdown=1.5, link_slowdown=1.5)
     (predicted,) = predict(measured, [Candidate(k=1, k_prime=1)])
-    assert predicted.latency_s == pytest.approx(2 + math.sqrt(6), rel=1e-3)
+    assert (predicted.latency_s, predicted.stall_s) == (4, 2)
+
+
+def test_waking_up_costs_what_waited() -> None:
+    # Each of three forwards waits: 3 * (1 + 2 + 0.5). Beside a load of 3 s the half second only takes from the stall.
+    assert predict(profile((10,) * 3, forward_s=2.0, bytes_per_s=10.0, wake_s=0.5), [Candidate(k=1, k_prime=1)])[
+        0
+    ].latency_s == pytest.approx(10.5)
+    (hidden,) = predict(profile((30,) * 4, bytes_per_s=10.0, wake_s=0.5), [Candidate(k=2, k_prime=1)])
+    assert (hidden.latency_s, hidden.stall_s) == (12, 6)
+    (calm,) = predict(profile((10,) * 4, forward_s=2.0, bytes_per_s=10.0, wake_s=0.5), [Candidate(k=2, k_prime=1)])
+    assert calm.latency_s == 8
 
 
 def test_slowdown_needs_something_to_disturb() -> None:

@@ -8,7 +8,7 @@ import report_samples as samples
 from autosp.cost_model.floor import floor_s
 from autosp.cost_model.predict import predict
 from autosp.report import tables, units
-from autosp.spec import Candidate, Partition
+from autosp.spec import Candidate, Outcome, Partition, Reading, Tier
 from report_samples import line_with, lines
 
 
@@ -73,6 +73,13 @@ def test_trials_without_a_winner_or_a_floor() -> None:
     table = tables.trials_table(samples.trials(), samples.BUDGET_BYTES, None)
     assert lines(table)[0] == "Trials under 4.00 GB"
     assert not any("chosen" in line for line in lines(table))
+
+
+def test_a_trial_that_was_cut_short_has_no_peak() -> None:
+    killed = samples.measurement(0.0, 0, Outcome.KILLED)
+    trial = samples.trials()[1].model_copy(update={"measurement": killed})
+    (row,) = [line for line in lines(tables.trials_table([trial], samples.BUDGET_BYTES, None)) if "killed" in line]
+    assert row.endswith(" – killed sliding window")
 
 
 def test_trials_fit_120_columns() -> None:
@@ -153,6 +160,24 @@ def test_a_link() -> None:
     assert lines(table)[0] == "Link host → device"
     assert line_with(table, "1.00 GB") == "1.00 GB 80.0 ms 12.5 GB/s"
     assert line_with(table, "under compute") == "under compute × 1.05 11.9 GB/s"
+
+
+def test_a_link_from_disk_says_how_it_is_read() -> None:
+    how = {"source": Tier.DISK, "reading": Reading(readers=2, block_bytes=8 * 2**20), "cached_bytes_per_s": 15e9}
+    table = tables.link_table(samples.profile().link.model_copy(update=how))
+    assert line_with(table, "read by") == "read by 2 readers, blocks of 8 MiB"
+    assert line_with(table, "from the page cache") == "from the page cache 15.0 GB/s"
+
+
+def test_a_plan_that_reads_files_says_how() -> None:
+    on_host = samples.plan()
+    assert "blocks of" not in "\n".join(lines(tables.plan_table(on_host)))
+    device = on_host.device.model_copy(update={"slow_tier": Tier.DISK})
+    from_disk = on_host.model_copy(update={"device": device})
+    assert line_with(tables.plan_table(from_disk), "reading") == "reading 1 reader, blocks of 32 MiB"
+    cached = from_disk.model_copy(update={"reading": Reading(readers=4, from_cache=True)})
+    expected = "reading 4 readers, blocks of 32 MiB; what the page cache has is copied from it"
+    assert line_with(tables.plan_table(cached), "reading") == expected
 
 
 def test_markup_in_names_is_plain_text() -> None:

@@ -507,6 +507,9 @@ def test_stats_say_what_moved_where_compute_stood_still_and_how_far_the_floor_is
         {layer.name: seconds for layer, seconds in zip(parts.layers, moving_s, strict=True)}
     )
     assert stats.over_floor == pytest.approx(sum(moving_s) / 2.0)
+    usage = streamed.usage(2)
+    assert (usage.stall_s, usage.link_s) == (pytest.approx(sum(moving_s)), pytest.approx(sum(moving_s)))
+    assert (usage.stalls, usage.loads, usage.reads) == (len(moving_s), len(moving_s), 0)
     streamed.remove()
     assert streamed.stats() == stats
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autosp.schedule.actions import Action, Kind, parse
-from autosp.schedule.arena import arena_bytes
+from autosp.schedule.arena import arena_bytes, place
 from autosp.schedule.streaming import Group, Ring, Transfer, build_ring, lower
 from autosp.schedule.validate import validate
 from autosp.spec import Candidate
@@ -303,6 +303,21 @@ def test_window_of_unlike_layers_is_on_the_device_together(layer_bytes: tuple[in
     candidate = Candidate(k=3 if len(layer_bytes) == 6 else 2, k_prime=1)
     groups = build_ring(candidate, layer_bytes, range(len(layer_bytes))).groups
     assert_neighbours_apart(groups, window_of(candidate))
+
+
+def test_a_large_group_leaves_room_for_small_ones_beside_it() -> None:
+    # Packed in their order, the groups before the large one leave it no gap, and the arena is 61 B.
+    group_bytes = (7, 7, 7, 1, 2, 7, 26)
+    ends = [offset + size for offset, size in zip(place(group_bytes, 3), group_bytes, strict=True)]
+    assert max(ends) == arena_bytes(group_bytes, 3) == 35
+
+
+@thorough
+@given(st.lists(sizes, max_size=12), st.integers(1, 5))
+def test_places_of_any_neighbours_are_apart(group_bytes: list[int], window: int) -> None:
+    groups = [Group((), *of) for of in zip(place(group_bytes, window), group_bytes, strict=True)]
+    assert all(group.offset >= 0 for group in groups)
+    assert_neighbours_apart(groups, window)
 
 
 def assert_neighbours_apart(groups: Sequence[Group], window: int) -> None:

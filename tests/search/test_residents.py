@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autosp.schedule.arena import arena_bytes
-from autosp.search.residents import Filling
+from autosp.search.residents import Filling, Pass
 from autosp.search.space import rank
 from autosp.spec import Profile
 from builders import profile, profiles, quick
@@ -16,7 +16,7 @@ from builders import profile, profiles, quick
 
 def filling(measured: Profile, k_prime: int, depth: int, free_bytes: int) -> Filling:
     """Over all visited layers."""
-    return Filling(measured, list(dict.fromkeys(measured.partition.visits)), k_prime, depth, free_bytes)
+    return Filling(Pass.of(measured), k_prime, depth, free_bytes)
 
 
 @quick
@@ -47,3 +47,13 @@ def test_equal_layers_are_streamed_at_even_distances() -> None:
     streamed = [layer for layer in range(12) if layer not in to_pace]
     assert len(streamed) == 6
     assert {after - before for before, after in pairwise(streamed)} == {2}
+
+
+def test_a_ring_may_be_of_the_larger_layers_alone() -> None:
+    # Small layers beside large ones: streamed, each takes a turn in the ring and hides little behind its compute.
+    measured = profile((160, 20, 20, 160) * 6, forward_s=0.1, bytes_per_s=100.0)
+    sets = list(filling(measured, 1, 2, 1200).resident_sets())
+    small = {layer for layer in range(24) if layer % 4 in (1, 2)}
+    assert any(small <= set(residents) < set(range(24)) for residents in sets)
+    best = rank(measured, 1200)[0]
+    assert small <= set(best.candidate.residents)

@@ -9,8 +9,8 @@ import pytest
 from optuna.distributions import IntDistribution
 from optuna.trial import TrialState
 
-from autosp.search.correction import Correction
-from autosp.search.sampler import PARAMETERS, CostModelSampler
+from autosp.search.learned import Learned
+from autosp.search.sampler import PARAMETERS, CostModelSampler, running_keys
 from autosp.search.space import Key, key_of, rank
 from autosp.spec import Candidate, Prediction
 from builders import prediction, profile
@@ -71,18 +71,16 @@ def test_proposes_the_best_unvalidated(sampler: CostModelSampler) -> None:
     assert sampler.best_unvalidated({key_of(each.candidate) for each in RANKED}) is None
 
 
-def test_uses_the_corrected_latency(sampler: CostModelSampler) -> None:
-    # Stalls turned out twice as long: 2 + 2 * 8 = 18 s against 11 s.
-    sampler.correction = Correction(1.0, 2.0, 0.0, 0)
+def test_uses_the_order_that_was_learned(sampler: CostModelSampler) -> None:
+    sampler.learned = Learned((STEADY, FAST, SLOW), 0.0, 0)
     assert sampler.best_unvalidated(set()) == STEADY
-    # Compute twice as long: 2 * 2 + 8 = 12 s against 22 s.
-    sampler.correction = Correction(2.0, 1.0, 0.0, 0)
+    sampler.learned = Learned((FAST, STEADY, SLOW), 0.0, 0)
     assert sampler.best_unvalidated(set()) == FAST
 
 
 @pytest.mark.parametrize(("extra", "expected"), [(100, FAST), (101, STEADY), (201, SLOW), (801, None)])
 def test_uses_the_corrected_memory(sampler: CostModelSampler, extra: int, expected: Prediction | None) -> None:
-    sampler.correction = Correction(1.0, 1.0, 0.0, extra)
+    sampler.learned = Learned(tuple(RANKED), 0.0, extra)
     assert sampler.best_unvalidated(set()) == expected
 
 
@@ -162,11 +160,11 @@ def test_enqueued_candidates_come_first(sampler: CostModelSampler) -> None:
     assert keys == [key_of(each.candidate) for each in (SLOW, FAST, STEADY)]
 
 
-def test_correction_is_used_between_trials(sampler: CostModelSampler) -> None:
+def test_what_was_learned_is_used_between_trials(sampler: CostModelSampler) -> None:
     study = study_of(sampler)
     study.enqueue_trial({"k": 1, "k_prime": 1, "residents": 0})
     asked(study, sampler)
-    sampler.correction = Correction(1.0, 2.0, 0.0, 0)
+    sampler.learned = Learned((STEADY, FAST, SLOW), 0.0, 0)
     assert asked(study, sampler) == key_of(STEADY.candidate)
 
 
@@ -175,3 +173,31 @@ def test_nothing_left(sampler: CostModelSampler) -> None:
     for _ in RANKED:
         asked(study, sampler)
     assert asked(study, sampler) == key_of(FAST.candidate)  # valid numbers, for who asks all the same
+
+
+def test_what_must_run_comes_first_and_once() -> None:
+    sampler = CostModelSampler(RANKED, BUDGET, [key_of(SLOW.candidate), key_of(STEADY.candidate)])
+    study = study_of(sampler)
+    assert sampler.due(study) == [key_of(SLOW.candidate), key_of(STEADY.candidate)]
+    assert asked(study, sampler) == key_of(SLOW.candidate)
+    sampler.validated = frozenset({key_of(STEADY.candidate)})
+    assert sampler.due(study) == []
+    assert asked(study, sampler) == key_of(FAST.candidate)
+    assert sampler.next_key(study) is None
+
+
+def test_what_was_measured_is_not_proposed_though_optuna_was_never_told(sampler: CostModelSampler) -> None:
+    study = study_of(sampler)
+    sampler.validated = frozenset({key_of(FAST.candidate)})
+    assert sampler.next_key(study) == key_of(STEADY.candidate)
+
+
+def test_what_runs_is_not_proposed_and_what_failed_is(sampler: CostModelSampler) -> None:
+    study = study_of(sampler)
+    trial = study.ask()
+    key = suggested(trial, sampler)
+    assert running_keys(study) == {key}
+    assert sampler.next_key(study) != key
+    study.tell(trial, state=TrialState.FAIL)
+    assert running_keys(study) == frozenset()
+    assert sampler.next_key(study) == key

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,7 +38,7 @@ def start_together() -> None:
     _together.wait(timeout=120)
 
 
-def write_trials(storage: Path, numbers: range) -> None:
+def write_trials(storage: str | Path, numbers: range) -> None:
     """Make the database and the study if no other process was faster, then write trials."""
     start_together()
     with Repository(storage) as repository:
@@ -102,6 +103,24 @@ def die_in_a_trial(storage: Path) -> None:
         study = optuna.create_study(study_name="tiny", storage=optuna_storage)
         with running_trial(study, optuna_storage):
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def take_turns(storage: str, count: int, log: Path) -> None:
+    """Note the beginning and the end of each turn."""
+    with Repository(storage) as repository:
+        start_together()
+        for _ in range(count):
+            with repository.turn("tiny"):
+                for _ in range(2):
+                    with log.open("a") as file:
+                        file.write(f"{os.getpid()}\n")
+                    time.sleep(0.002)
+
+
+def die_in_a_turn(storage: str) -> None:
+    """Be killed within a turn."""
+    with Repository(storage) as repository, repository.turn("tiny"):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def as_nobody(folder: Path) -> dict[str, str]:

@@ -23,7 +23,7 @@ from autosp.devices.memory import memory_of
 from autosp.errors import ReadError, TierError
 from autosp.partition import BoundLayer, bind, partition
 from autosp.spec import Tier
-from autosp.tiers import DiskStore, Originals
+from autosp.tiers import DiskStore, Originals, Readers
 from mapped_models import mapped_stack
 from models import make
 
@@ -137,7 +137,7 @@ def test_a_disk_that_reads_short_refuses_o_direct_and_fails_twice(tmp_path: Path
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return os.preadv(descriptor, [buffers[0][: 4096 + 77 * (calls[0] % 3)]], offset)
 
-    store = DiskStore(layers, tmp_path / "cache", Originals.KEPT, poor)
+    store = DiskStore(layers, tmp_path / "cache", Originals.KEPT, Readers(read=poor))
     assert is_right(store, layers)
     assert calls[0] > 100
     store.close()
@@ -150,7 +150,7 @@ def test_a_disk_that_always_fails_is_an_error_with_file_layer_and_place(tmp_path
     def broken(descriptor: int, buffers: list[memoryview], offset: int) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    store = DiskStore(layers, tmp_path / "cache", Originals.KEPT, broken)
+    store = DiskStore(layers, tmp_path / "cache", Originals.KEPT, Readers(read=broken))
     with pytest.raises(ReadError, match=rf"weights: reading layer {layers[1].layer.name} failed at byte \d+: Input"):
         loaded(store, layers[1])
     store.close()

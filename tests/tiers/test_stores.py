@@ -16,8 +16,8 @@ from autosp.devices.memory import memory_of
 from autosp.errors import AutospError, DiskFullError, HostMemoryError, ReadError, TierError
 from autosp.partition import bind, partition
 from autosp.spec import Tier
-from autosp.tiers import DiskStore, HostStore, Originals, TieredStore, host, open_store
-from models import make, tokens
+from autosp.tiers import DiskStore, HostStore, Originals, Readers, TieredStore, host, open_store
+from models import Headed, make, tokens
 
 
 def _layers(name: str = "stack"):
@@ -121,7 +121,7 @@ def test_io_errors_are_retried_then_reported(tmp_path: Path) -> None:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return os.preadv(descriptor, buffers, offset)
 
-    store = DiskStore(layers, tmp_path, Originals.KEPT, flaky)
+    store = DiskStore(layers, tmp_path, Originals.KEPT, Readers(read=flaky))
     (region,) = store.regions([0])
     device = CpuDevice()
     memory = device.allocate(region.n_bytes)
@@ -213,3 +213,20 @@ def test_what_went_to_disk_comes_back_if_the_host_has_no_room(tmp_path: Path, mo
         open_store(CpuDevice(slow_tier=Tier.HOST), layers, tmp_path, Originals.FREED, on_disk=(1, 2))
     assert list(tmp_path.iterdir()) == []
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_all_rows_of_a_weight_rest_where_some_do(tmp_path: Path) -> None:
+    """Also those of which the schedule does not say that they are on disk, because they are resident."""
+    model = Headed().eval()
+    parts = partition(model, lambda: model(tokens(2, 5)), torch.device("cpu"))
+    first, *others = (layer.index for layer in parts.layers if layer.rows)
+    bound = bind(model, parts)
+    before = model.head.weight.detach().clone()
+    device = CpuDevice(slow_tier=Tier.HOST)
+    store = open_store(device, bound.stored([first]), tmp_path, Originals.FREED, others)
+    assert all(region.host is None for region in store.regions(others))
+    assert all(region.host is not None for region in store.regions([0]))
+    assert torch.equal(model.head.weight, before)
+    store.close()
+    assert torch.equal(model.head.weight, before)
+    device.close()

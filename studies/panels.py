@@ -1,4 +1,4 @@
-"""Canvas and legend of the disk tier's pictures."""
+"""Canvas and legend of a study's picture: panels side by side, one legend below them."""
 
 from __future__ import annotations
 

@@ -1,0 +1,65 @@
+"""What is known before anything is tried: the profile, and what the cost model makes of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from autosp.batch import Step
+from autosp.cost_model.floor import floor_s
+from autosp.devices import Device, choose_device
+from autosp.partition import partition
+from autosp.profiler import measure
+from autosp.profiler.host import binding_host_budget
+from autosp.progress import progress_bar
+from autosp.runtime.bench import Bench
+from autosp.search.space import rank
+from autosp.settings import settings
+from autosp.spec import Prediction, Profile
+from autosp.workload import Workload, parse_budget, parse_budgets, require_searched
+
+if TYPE_CHECKING:
+    import torch
+
+
+def profile(
+    model: nn.Module,
+    sample_batch: Any,
+    *,
+    max_cpu_gb: float | str | None = None,
+    mode: str = "inference",
+    step: Step | None = None,
+    device: torch.device | str | Device | None = None,
+    progress: bool = True,
+) -> Profile:
+    """Measure every layer and link under the least-memory plan; the disk, too, where the host has no room for all.
+
+    The model is as before when this returns or raises.
+    """
+    require_searched(mode)
+    chosen = choose_device(device)
+    workload = Workload.of(model, sample_batch, step, mode, chosen)
+    with progress_bar(progress) as show:
+        show("order of the layers")
+        parts = partition(
+            model, workload.run, chosen.torch_device, lookups=chosen.reads_host, slow_tier=chosen.info.slow_tier
+        )
+        show("weights to the slow tier")
+        host_bytes = None if max_cpu_gb is None else parse_budget(max_cpu_gb, "max_cpu_gb")
+        host_bytes = binding_host_budget(parts, chosen, host_bytes)
+        with Bench(model, parts, chosen, settings().cache_dir, host_bytes) as bench:
+            return measure(bench, workload, show)
+
+
+def estimate(profile: Profile, max_gpu_gb: float | str, max_cpu_gb: float | str | None = None) -> list[Prediction]:
+    """Every setting predicted to fit the budgets, the fastest first. Needs no device.
+
+    Raises: BudgetError, BudgetTooSmallError; SettingError if the profile does not know the disk and settings need it.
+    """
+    return rank(profile, *parse_budgets(max_gpu_gb, max_cpu_gb, profile.device.slow_tier))
+
+
+def floor(profile: Profile, max_gpu_gb: float | str, max_cpu_gb: float | str | None = None) -> float:
+    """Seconds that no schedule can beat under the budgets on the profiled hardware."""
+    return floor_s(profile, *parse_budgets(max_gpu_gb, max_cpu_gb, profile.device.slow_tier))

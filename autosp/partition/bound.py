@@ -1,0 +1,185 @@
+"""A decided partition, found again in a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from torch import nn
+
+from autosp.errors import PlanMismatchError
+from autosp.partition.mapped import locate
+from autosp.partition.placed import Layout, Placed, lay_out, pack, packed_bytes
+from autosp.partition.rows import is_cut, is_linear
+from autosp.partition.tensors import Extent, ModelTensors, NamedTensor, collect
+from autosp.spec import Layer, Leaf, Partition, Tier
+
+
+@dataclass(frozen=True, eq=False)
+class BoundLeaf:
+    """A linear module whose weight's rows are several layers, see [Note: runs of rows]."""
+
+    module: nn.Linear
+    weight: Extent
+    """The whole."""
+    inputs: tuple[str, ...]
+    """Keys of the inputs for which the runs' outputs are known to be the whole's."""
+
+
+@dataclass(frozen=True)
+class BoundLayer:
+    """A layer found in a model, with the size that it has there: its module, and how its extents travel."""
+
+    layer: Layer
+    module: nn.Module
+    layout: Layout
+    leaf: BoundLeaf | None = None
+    """If it is a run of a weight's rows."""
+
+    @property
+    def placed(self) -> tuple[Placed, ...]:
+        """All its extents."""
+        return self.layout.placed
+
+
+@dataclass(frozen=True)
+class BoundModel:
+    """A partition found in a model."""
+
+    model: nn.Module
+    partition: Partition
+    """With the sizes that the layers have here: a plan's may differ, made where the weights were elsewhere."""
+    layers: tuple[BoundLayer, ...]
+    residents: tuple[Placed, ...]
+    lookups: BoundLayer | None
+    opaque: tuple[NamedTensor, ...]
+
+    def stored(self, elsewhere: Collection[int] = ()) -> list[BoundLayer]:
+        """What rests on the slow tier: lookup tables, and every layer that is not resident or otherwise `elsewhere`.
+
+        A weight rests as a whole: where some of its rows are resident and others are not, all of them rest.
+        """
+        resting = self.partition.whole([one.layer.index for one in self.layers if one.layer.index not in elsewhere])
+        stored = [bound for bound in self.layers if bound.layer.index in resting]
+        return [*stored, self.lookups] if self.lookups else stored
+
+
+@dataclass(frozen=True, eq=False)
+class Resting:
+    """What rests in one piece: a layer, or the runs of rows of one weight, one after another."""
+
+    layers: tuple[BoundLayer, ...]
+
+    @property
+    def leaf(self) -> BoundLeaf | None:
+        """What the runs are of."""
+        return self.layers[0].leaf
+
+    @property
+    def indices(self) -> list[int]:
+        """Of its layers."""
+        return [bound.layer.index for bound in self.layers]
+
+    @property
+    def placed(self) -> tuple[Placed, ...]:
+        """Its extents at rest."""
+        return (Placed(self.leaf.weight, 0),) if self.leaf else self.layers[0].placed
+
+    @property
+    def packed(self) -> tuple[Placed, ...]:
+        """Those that are in no file."""
+        if self.leaf is None:
+            return self.layers[0].layout.packed
+        return self.placed if self.leaf.weight.source is None else ()
+
+
+def at_rest(layers: Sequence[BoundLayer]) -> list[Resting]:
+    """Layers by what rests in one piece."""
+    return [Resting(tuple(members)) for _, members in groupby(layers, lambda bound: bound.leaf or bound)]
+
+
+def bind(model: nn.Module, plan: Partition, slow_tier: Tier = Tier.HOST) -> BoundModel:
+    """Find a partition's modules and tensors in `model`, and lay them out for the tier that they will rest on.
+
+    A plan made from weights in RAM holds for the same weights mapped from a file, and the reverse.
+
+    Raises: PlanMismatchError naming the first layer that is not there, or not of the planned size; ReadError if a file
+    that weights are mapped from was truncated.
+    """
+    tensors = collect_for(model, slow_tier)
+    extent_of = {item.name: extent for extent in tensors.extents for item in extent.tensors}
+
+    def extents(names: Sequence[str], owner: str) -> list[Extent]:
+        missing = next((name for name in names if name not in extent_of), None)
+        if missing is not None:
+            raise PlanMismatchError(f"{owner}: the model has no tensor {missing!r} that can be streamed")
+        return list(dict.fromkeys(extent_of[name] for name in names))
+
+    leaves = {leaf.path: _bind_leaf(model, leaf, plan, extents) for leaf in plan.leaves}
+
+    def bound(layer: Layer, path: str) -> BoundLayer:
+        parts = extents(layer.tensors, f"layer {layer.index} ({layer.name})")
+        leaf = leaves.get(path) if layer.rows else None
+        if leaf and layer.rows:
+            parts = [leaf.weight.rows(*layer.rows)]
+        _check_size(layer, parts)
+        layout = lay_out(parts)
+        found = layer.model_copy(update={"n_bytes": layout.n_bytes})
+        return BoundLayer(found, model.get_submodule(path), layout, leaf)
+
+    layers = tuple(bound(layer, layer.path) for layer in plan.layers)
+    lookups = bound(plan.lookups, "") if plan.lookups else None
+    sizes = {"layers": tuple(found.layer for found in layers), "lookups": lookups.layer if lookups else None}
+    return BoundModel(
+        model=model,
+        partition=plan.model_copy(update=sizes),
+        layers=layers,
+        residents=pack(extents(plan.resident_tensors, "resident tensors")),
+        lookups=lookups,
+        opaque=tuple(tensors.opaque),
+    )
+
+
+def _bind_leaf(
+    model: nn.Module, leaf: Leaf, plan: Partition, extents: Callable[[Sequence[str], str], list[Extent]]
+) -> BoundLeaf:
+    """Raises: PlanMismatchError if its module is no linear one here, or the plan's runs are not all of its rows."""
+    module = model.get_submodule(leaf.path)
+    runs = [layer for layer in plan.layers if layer.rows and layer.path == leaf.path]
+    whole = extents([name for layer in runs for name in layer.tensors], f"leaf {leaf.path}")
+    if not is_linear(module) or len(whole) != 1 or whole[0].tensors[0].tensor is not module.weight:
+        raise PlanMismatchError(
+            f"the plan cuts the weight of {leaf.path} into rows, which only a plain torch.nn.Linear can do without; "
+            "make a new plan for the model as it is now"
+        )
+    weight = whole[0].trimmed()
+    rows = [layer.rows or (0, 0) for layer in runs]
+    indices = [layer.index for layer in runs]
+    if not is_cut(rows, weight) or indices != list(range(indices[0], indices[0] + len(indices))):
+        raise PlanMismatchError(f"the plan's runs of rows of {leaf.path} are not one after another all that it has")
+    assert isinstance(module, nn.Linear)
+    return BoundLeaf(module, weight, leaf.inputs)
+
+
+def _check_size(layer: Layer, parts: Sequence[Extent]) -> None:
+    """Raises: PlanMismatchError if the layer's tensors are not of the planned size."""
+    planned = layer.weight_bytes
+    found = sum(extent.weight_bytes for extent in parts)
+    if planned is None:  # of a version in which every layer travelled packed
+        planned, found = layer.n_bytes, packed_bytes(parts)
+    if found != planned:
+        raise PlanMismatchError(f"layer {layer.index} ({layer.name}) has {found} bytes, the plan says {planned}")
+
+
+def collect_for(model: nn.Module, slow_tier: Tier) -> ModelTensors:
+    """The model's tensors. A disk tier reads those mapped from a file in place; RAM takes all of them packed.
+
+    Raises: ReadError if a file that they are mapped from was truncated, before anything touches them.
+    """
+    tensors = collect(model)
+    locate(tensors.extents)
+    if slow_tier is not Tier.DISK:
+        for extent in tensors.extents:
+            extent.source = None
+    return tensors

@@ -1,0 +1,72 @@
+"""What other studies of the same work have measured, which a new budget need not measure again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from autosp.errors import StoreError
+from autosp.spec import PROFILE_SCHEMA_VERSION, Candidate, Measurement, Outcome, Partition, Profile, StudyKey
+
+if TYPE_CHECKING:
+    from autosp.store import Repository
+
+
+def known_profile(
+    repository: Repository, key: StudyKey, partition: Partition, host_budget_bytes: int | None
+) -> Profile | None:
+    """The newest profile of the same work that still holds.
+
+    The key says that model, batch, step and device are the same, with its version of torch. The profile must be of this
+    version's schema and of the layers as they are found now, and know the disk if, and only if, the host has no room
+    for all of them: its links are measured in another way then.
+    """
+    for _, profile in _profiles(repository, key):
+        if profile.partition == partition and (profile.disk_link is None) == (host_budget_bytes is None):
+            return profile
+    return None
+
+
+def newest_profile(repository: Repository, key: StudyKey) -> Profile | None:
+    """The newest profile of the same work, of this version's schema. Whether its layers are as now was not checked."""
+    return next((profile for _, profile in _profiles(repository, key)), None)
+
+
+def known_measurements(
+    repository: Repository, study: str, profile: Profile, budget_bytes: int
+) -> dict[Candidate, Measurement]:
+    """What other studies than `study` measured on this very profile, and fits this budget, too; the newest of each.
+
+    A trial that did not fit another budget is no evidence: under a cap of another size it may take another peak.
+    """
+    found: dict[Candidate, Measurement] = {}
+    for name, other in _profiles(repository, repository.study_key(study)):
+        if name == study or other != profile:
+            continue
+        for trial in repository.trials(name):
+            measured = trial.measurement
+            if measured.outcome is Outcome.FITS and measured.peak_bytes <= budget_bytes:
+                found.setdefault(trial.prediction.candidate, measured)
+    return found
+
+
+def unless_known(
+    known: dict[Candidate, Measurement], validate: Callable[[Candidate], Measurement]
+) -> Callable[[Candidate], Measurement]:
+    """Answers with what is known of a candidate, once: asked again, the device is."""
+
+    def answer(candidate: Candidate) -> Measurement:
+        measured = known.pop(candidate, None)
+        return validate(candidate) if measured is None else measured
+
+    return answer
+
+
+def _profiles(repository: Repository, key: StudyKey) -> Iterator[tuple[str, Profile]]:
+    for name in repository.siblings(key):
+        try:
+            profile = repository.profile(name)
+        except StoreError:  # written by another version of autosp
+            continue
+        if profile is not None and profile.schema_version == PROFILE_SCHEMA_VERSION:
+            yield name, profile

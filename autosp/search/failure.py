@@ -1,0 +1,38 @@
+"""Why a study has no plan."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from autosp.errors import AutospError, BudgetTooSmallError, IsolationError, OutputMismatchError
+from autosp.search.space import suggested_gb
+from autosp.spec import Outcome, Profile, Trial
+
+
+def no_plan(profile: Profile, budget_bytes: int, trials: Sequence[Trial]) -> AutospError:
+    """The error for a study in which every candidate that was predicted to fit failed on the device."""
+    differing = [trial for trial in trials if trial.measurement.outcome is Outcome.OUTPUT_DIFFERS]
+    if differing:
+        return OutputMismatchError(
+            f"{len(differing)} of {len(trials)} validated plans gave another output than the plain model, "
+            f"{differing[0].prediction.candidate.label()} first, and no other fits; nothing is returned"
+        )
+    measured = [trial for trial in trials if not trial.measurement.outcome.cut_short]
+    if not measured:
+        ends = Counter(trial.measurement.outcome.value for trial in trials)
+        told = ", ".join(f"{count} {outcome}" for outcome, count in ends.items())
+        return IsolationError(
+            f"none of {len(trials)} validated plans came to its end ({told}): free host memory, raise "
+            "trial_timeout_s, or see what the model does without isolate=True"
+        )
+    least = min(trial.measurement.peak_bytes for trial in measured)
+    layer = max(profile.partition.layers, key=lambda layer: layer.n_bytes)
+    return BudgetTooSmallError(
+        f"all {len(measured)} plans that could be measured took more than {budget_bytes / 1e9:.4g} GB on the device; "
+        f"the least was {least / 1e9:.4g} GB, set by layer {layer.index} ({layer.name}); "
+        f"try max_gpu_gb={suggested_gb(least)}",
+        budget_bytes=budget_bytes,
+        least_bytes=least,
+        layer=layer.name,
+    )

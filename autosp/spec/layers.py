@@ -1,0 +1,65 @@
+"""A model as ordered layers."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from pydantic import Field
+
+from autosp.spec.record import Record
+
+
+class Layer(Record):
+    """The unit that moves: the tensors of one module, or a run of rows of its weight, in one piece of memory."""
+
+    index: int
+    name: str = Field(description="dotted path of the module, and its run of rows, such as `lm_head[0:8192]`")
+    tensors: tuple[str, ...] = Field(description="canonical names of the parameters and buffers that travel")
+    n_bytes: int = Field(description="bytes of one transfer, alignment included, where the plan was made")
+    weight_bytes: int | None = Field(default=None, description="bytes of the tensors alone; None before schema 3")
+    rows: tuple[int, int] | None = Field(default=None, description="from and to, if it is a run of a weight's rows")
+    gradient_bytes: int = Field(default=0, description="bytes of the gradients that a training pass gives")
+
+    @property
+    def path(self) -> str:
+        """Dotted path of the module."""
+        return self.name if self.rows is None else self.name[: self.name.rindex("[")]
+
+
+class Leaf(Record):
+    """A linear module cut into runs of its weight's rows: neighbouring layers, visited one after another."""
+
+    path: str
+    inputs: tuple[str, ...] = Field(description="of which the output was seen to be the same, bit by bit, run by run")
+
+
+class Partition(Record):
+    """A model as ordered layers. Every byte is in one layer, or a lookup table, or among the resident tensors."""
+
+    layers: tuple[Layer, ...]
+    resident_tensors: tuple[str, ...] = Field(description="tied, mutated or parent-owned tensors: never streamed")
+    resident_bytes: int
+    visits: tuple[int, ...] = Field(description="layer index per call, in the order of one period of execution")
+    repeats: int = Field(description="periods per pass; more than one where the step calls the model again and again")
+    backward: tuple[int, ...] = Field(
+        default=(), description="layers whose weights a training pass's backward needs, in the order of need"
+    )
+    lookups: Layer | None = Field(
+        default=None, description="tables of which a pass reads a few rows: they stay on the slow tier"
+    )
+    leaves: tuple[Leaf, ...] = Field(default=(), description="modules that are several layers")
+
+    def whole(self, layers: Collection[int]) -> frozenset[int]:
+        """These layers, and all other runs of the leaves that they are runs of: together those rest as one tensor."""
+        cut = {self.layers[index].path for index in layers if self.layers[index].rows} if self.leaves else set()
+        return frozenset(layers).union(layer.index for layer in self.layers if cut and layer.rows and layer.path in cut)
+
+    @property
+    def streamable_bytes(self) -> int:
+        """Bytes of all layers together."""
+        return sum(layer.n_bytes for layer in self.layers)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all weights: layers, resident tensors, lookup tables."""
+        return self.streamable_bytes + self.resident_bytes + (self.lookups.n_bytes if self.lookups else 0)

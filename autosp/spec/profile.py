@@ -1,0 +1,89 @@
+"""What was measured of a model, a batch and a device."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from autosp.spec.layers import Partition
+from autosp.spec.record import DeviceInfo, Mode, Record, Tier
+from autosp.spec.trial import Trial
+
+PROFILE_SCHEMA_VERSION = 2
+"""Raised when a figure of a profile comes to mean something else: profiles of other versions are measured anew."""
+
+
+class LayerProfile(Record):
+    """One visit of one layer: times as if nothing was loaded meanwhile, memory under the least-memory plan."""
+
+    layer: int
+    before_s: float = Field(description="compute between the previous visit's end and this visit")
+    forward_s: float
+    peak_bytes: int = Field(description="most memory beyond the plan's own buffers during the visit")
+    output_bytes: int
+
+
+class LinkPoint(Record):
+    """One point of a link's sweep: the median time of one transfer of `n_bytes`."""
+
+    n_bytes: int
+    seconds: float
+
+
+class Reading(Record):
+    """How files are read: a transfer's blocks, one per system call, are spread over the readers."""
+
+    readers: int = Field(default=1, ge=1)
+    block_bytes: int = Field(default=32 * 2**20, ge=4096, multiple_of=4096)
+    from_cache: bool = Field(default=False, description="copy what the page cache has, instead of reading the disk")
+
+
+class LinkProfile(Record):
+    """One direction between two tiers: a transfer of b bytes takes `latency_s + b / bytes_per_s`."""
+
+    source: Tier
+    target: Tier
+    latency_s: float
+    bytes_per_s: float
+    link_slowdown: float = Field(ge=1, description="a transfer takes this many times longer while computing")
+    compute_slowdown: float = Field(ge=1, description="compute takes this many times longer during a transfer")
+    points: tuple[LinkPoint, ...]
+    reading: Reading | None = Field(default=None, description="of a link from disk: how it was read")
+    cached_bytes_per_s: float | None = Field(default=None, description="of a link from disk: what the page cache gives")
+
+
+class Profile(Record):
+    """Everything the cost model needs, measured once per model, batch and device."""
+
+    schema_version: int = Field(default=1, description="1 where there is none: in databases of autosp 0.1.0")
+    model_name: str
+    model_fingerprint: str
+    batch_signature: str
+    mode: Mode
+    device: DeviceInfo
+    partition: Partition
+    visits: tuple[LayerProfile, ...] = Field(description="one per entry of `partition.visits`")
+    tail_s: float = Field(description="compute after the last visit, until the pass returns")
+    least_compute_s: float = Field(description="compute of a pass with each visit at the fastest it was seen")
+    links: tuple[LinkProfile, ...]
+    workspace_bytes: int = Field(description="observed peak beyond the plan's own buffers: activations, workspace")
+    observed: Trial = Field(description="the least-memory plan's own trial, on which the model is calibrated")
+    overlapped: Trial | None = Field(
+        default=None, description="the same of a ring that overlaps loads with compute; None if there was no room"
+    )
+    wake_s: float = Field(default=0.0, description="how much longer compute takes after it has waited for a transfer")
+
+    @property
+    def compute_s(self) -> float:
+        """One pass with everything resident: the sum of all compute, `repeats` periods of it."""
+        period = sum(visit.before_s + visit.forward_s for visit in self.visits)
+        return period * self.partition.repeats + self.tail_s
+
+    @property
+    def link(self) -> LinkProfile:
+        """The link that weights take to the device."""
+        return self.links[0]
+
+    @property
+    def disk_link(self) -> LinkProfile | None:
+        """The link from disk to the host, where layers may rest behind it; None if it was not measured."""
+        return next((link for link in self.links[1:] if link.source is Tier.DISK), None)

@@ -1,0 +1,51 @@
+"""What a search was made for."""
+
+from __future__ import annotations
+
+import hashlib
+
+from pydantic import Field
+
+from autosp.spec.record import Mode, Record
+
+
+class StudyKey(Record):
+    """What a study was made for. Two calls of `tune` with equal keys ask the same question."""
+
+    model_name: str
+    model_fingerprint: str
+    device_fingerprint: str
+    batch_signature: str
+    step: str = Field(description="what runs a pass: `call`, or the qualified name and code hash of `step`")
+    mode: Mode
+    budget_bytes: int
+    host_budget_bytes: int | None = Field(default=None, description="None: as much as the machine has")
+    slack: float | None = Field(
+        default=None, description="how much slower than the fastest a plan of less memory may be"
+    )
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all the fields that say something: a field that an older database does not know changes nothing."""
+        return hashlib.sha256(self.model_dump_json(exclude_none=True).encode()).hexdigest()[:32]
+
+    def is_of_the_same_work(self, other: StudyKey) -> bool:
+        """Whether the two differ in no more than what they allow a plan."""
+        return self.differences(other).keys() <= {"budget_bytes", "host_budget_bytes", "slack"}
+
+    def differences(self, other: StudyKey) -> dict[str, tuple[object, object]]:
+        """Field name -> (mine, theirs) for every field that differs."""
+        mine, theirs = self.model_dump(), other.model_dump()
+        return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
+
+
+class StudySummary(Record):
+    """One line of `autosp studies`."""
+
+    name: str
+    key: StudyKey
+    created_at: str
+    trials: int
+    best_latency_s: float | None
+    peak_bytes: int | None
+    finished: bool

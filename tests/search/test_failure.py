@@ -1,0 +1,31 @@
+"""What a study without a plan says."""
+
+from __future__ import annotations
+
+from autosp.errors import BudgetTooSmallError, IsolationError, OutputMismatchError
+from autosp.search.failure import no_plan
+from autosp.spec import Candidate, Outcome
+from builders import prediction, profile, trial
+
+PROFILE = profile([10, 30, 20])
+SOME = prediction(Candidate(k=2, k_prime=1))
+
+
+def test_trials_that_were_cut_short_say_nothing_of_memory() -> None:
+    over = trial(SOME, peak_bytes=2_000, outcome=Outcome.OVER_BUDGET)
+    error = no_plan(PROFILE, 1_000, [over, trial(SOME, outcome=Outcome.KILLED)])
+    assert isinstance(error, BudgetTooSmallError)
+    assert (error.least_bytes, error.layer) == (2_000, "blocks.1")
+
+
+def test_all_trials_cut_short() -> None:
+    outcomes = [Outcome.KILLED, Outcome.TIMED_OUT, Outcome.KILLED]
+    error = no_plan(PROFILE, 1_000, [trial(SOME, outcome=outcome) for outcome in outcomes])
+    assert isinstance(error, IsolationError)
+    assert "none of 3 validated plans came to its end (2 killed, 1 timed out)" in str(error)
+
+
+def test_another_output_is_named_before_all_else() -> None:
+    outcomes = [Outcome.KILLED, Outcome.OUTPUT_DIFFERS]
+    error = no_plan(PROFILE, 1_000, [trial(SOME, outcome=outcome) for outcome in outcomes])
+    assert isinstance(error, OutputMismatchError)

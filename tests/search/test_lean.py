@@ -1,0 +1,162 @@
+"""Less memory for a little time, what other studies know, and the front: on a device that is told what to answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from autosp.errors import BudgetTooSmallError, SettingError
+from autosp.search.evidence import known_measurements, known_profile, unless_known
+from autosp.search.lean import MOST_BUDGETS, checked_slack, least_memory
+from autosp.search.space import front, rank
+from autosp.spec import Candidate, Measurement, Outcome, Plan, Profile, StudyKey
+from autosp.store import Repository
+from builders import measurement, partition, plan, profile, trial
+
+BUDGET = 1200
+TINY = profile((100,) * 10, forward_s=0.1, bytes_per_s=150.0)
+"""Ten layers, each of which computes for 0.1 s and comes in 0.67 s: fastest are all of them resident."""
+
+
+def key(budget_bytes: int = BUDGET, slack: float | None = None, model: str = "m" * 32) -> StudyKey:
+    return StudyKey(
+        model_name="Tiny",
+        model_fingerprint=model,
+        device_fingerprint=TINY.device.fingerprint,
+        batch_signature=TINY.batch_signature,
+        step="call",
+        mode="inference",
+        budget_bytes=budget_bytes,
+        slack=slack,
+    )
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Iterator[Repository]:
+    with Repository(tmp_path / "studies.db") as opened:
+        yield opened
+
+
+def tuner(repository: Repository, slower: float = 1.0) -> tuple[list[int], Callable[[int], Plan]]:
+    """Studies of one trial, the favourite's, which takes `slower` times what is predicted unless all is resident."""
+    asked: list[int] = []
+
+    def fastest_under(budget_bytes: int) -> Plan:
+        asked.append(budget_bytes)
+        favourite = rank(TINY, budget_bytes)[0]
+        factor = slower if favourite.moved_bytes else 1.0
+        name = f"under-{budget_bytes}"
+        done = trial(favourite, latency_s=favourite.latency_s * factor)
+        repository.create_study(name, key(budget_bytes))
+        repository.save_profile(name, TINY)
+        repository.add_trial(name, done)
+        answer = plan(done, TINY, budget_bytes=budget_bytes, study_name=name)
+        repository.save_plan(name, answer)
+        return answer
+
+    return asked, fastest_under
+
+
+def test_the_front_is_what_no_setting_beats() -> None:
+    line = front(TINY, BUDGET)
+    everything = [prediction for budget in range(100, BUDGET, 50) for prediction in rank(TINY, budget)]
+    for prediction in everything:
+        assert any(
+            one.peak_bytes <= prediction.peak_bytes and one.latency_s <= prediction.latency_s + 1e-9 for one in line
+        )
+    assert line[0].peak_bytes == 100
+    assert line[-1].candidate.residents == tuple(range(10))
+    assert [one.latency_s for one in line] == sorted((one.latency_s for one in line), reverse=True)
+
+
+def test_least_memory_within_the_slack(repository: Repository) -> None:
+    asked, fastest_under = tuner(repository)
+    found = least_memory(repository, "lean", key(slack=1.0), fastest_under)
+    within = [one for one in front(TINY, BUDGET) if one.latency_s <= 2 * 1.0]  # everything resident takes 1 s
+    assert found.measurement is not None
+    assert found.measurement.peak_bytes == within[0].peak_bytes < 1000
+    assert asked == [BUDGET, within[0].peak_bytes]
+    assert found.study_name == "lean" and found.budget_bytes == BUDGET
+    assert "within 100% of the fastest" in found.why
+    assert repository.find_plan(key(slack=1.0)) == found
+    assert [one.number for one in repository.trials("lean")] == [0, 1]
+
+
+def test_what_turns_out_too_slow_is_not_the_answer(repository: Repository) -> None:
+    asked, fastest_under = tuner(repository, slower=3.0)
+    found = least_memory(repository, "lean", key(slack=1.0), fastest_under)
+    assert found.candidate.residents == tuple(range(10))
+    assert found.measurement is not None and found.measurement.latency_s == pytest.approx(1.0)
+    assert 1 < len(asked) <= 1 + MOST_BUDGETS
+
+
+def test_a_budget_under_which_all_need_more_is_no_answer_either(repository: Repository) -> None:
+    _, fastest_under = tuner(repository)
+
+    def picky(budget_bytes: int) -> Plan:
+        if budget_bytes < BUDGET:
+            raise BudgetTooSmallError("no", budget_bytes=budget_bytes, least_bytes=BUDGET, layer="blocks.0")
+        return fastest_under(budget_bytes)
+
+    assert least_memory(repository, "lean", key(slack=1.0), picky).candidate.residents == tuple(range(10))
+
+
+@pytest.mark.parametrize("slack", [0, -0.1, 1.5, float("nan"), "5%", True])
+def test_slacks_that_are_none(slack: object) -> None:
+    with pytest.raises(SettingError, match="slack="):
+        checked_slack(slack)  # type: ignore[arg-type]
+
+
+def stored(repository: Repository, name: str, of: StudyKey, known: Profile | None) -> None:
+    repository.create_study(name, of)
+    if known is not None:
+        repository.save_profile(name, known)
+
+
+def test_the_newest_profile_of_the_same_work_counts(repository: Repository) -> None:
+    newer = TINY.model_copy(update={"tail_s": 0.5})
+    stored(repository, "other model", key(model="o" * 32), TINY)
+    stored(repository, "no profile", key(1), None)
+    assert known_profile(repository, key(), TINY.partition, None) is None
+    stored(repository, "first", key(2), TINY)
+    stored(repository, "second", key(3, slack=0.1), newer)
+    stored(repository, "no profile either", key(4), None)
+    assert known_profile(repository, key(), TINY.partition, None) == newer
+
+
+@pytest.mark.parametrize("stale", ["schema", "layers", "disk"])
+def test_a_profile_that_no_longer_holds_is_refused(repository: Repository, stale: str) -> None:
+    kept = TINY.model_copy(update={"schema_version": 10**6}) if stale == "schema" else TINY
+    found = partition((100,) * 9) if stale == "layers" else TINY.partition
+    stored(repository, "kept", key(2), kept)
+    assert known_profile(repository, key(), found, 500 if stale == "disk" else None) is None
+
+
+def test_measurements_of_other_budgets_on_the_same_profile(repository: Repository) -> None:
+    resident, window, over = (one for one in rank(TINY, BUDGET)[:3])
+    stored(repository, "larger", key(2 * BUDGET), TINY)
+    repository.add_trial("larger", trial(resident, latency_s=1.5, peak_bytes=BUDGET))
+    repository.add_trial("larger", trial(window, peak_bytes=BUDGET + 1, number=1))
+    repository.add_trial("larger", trial(over, outcome=Outcome.OVER_BUDGET, number=2))
+    stored(repository, "another profile", key(3 * BUDGET), TINY.model_copy(update={"tail_s": 0.5}))
+    repository.add_trial("another profile", trial(window))
+    stored(repository, "own", key(), TINY)
+    repository.add_trial("own", trial(window))
+    known = known_measurements(repository, "own", TINY, BUDGET)
+    assert known == {resident.candidate: measurement(latency_s=1.5, peak_bytes=BUDGET)}
+
+
+def test_what_is_known_is_answered_once() -> None:
+    first, second = measurement(latency_s=1.0), measurement(latency_s=2.0)
+    asked: list[Candidate] = []
+
+    def validate(candidate: Candidate) -> Measurement:
+        asked.append(candidate)
+        return second
+
+    one, other = Candidate(k=1, k_prime=1), Candidate(k=2, k_prime=1)
+    answer = unless_known({one: first}, validate)
+    assert [answer(one), answer(other), answer(one)] == [first, second, second]
+    assert asked == [other, one]

@@ -1,0 +1,71 @@
+"""Our studies are Optuna's: its attributes, constraints and pictures work on them as on any other."""
+
+from __future__ import annotations
+
+import optuna
+import pytest
+from optuna import visualization
+
+import study_workers
+from autosp.spec import Candidate, Measurement, Outcome
+from autosp.store.processes import this_process
+from builders import measurement
+
+pytest.importorskip("plotly")
+
+FIRST = (Outcome.OUT_OF_MEMORY, Outcome.CRASHED)
+
+
+class Varied(study_workers.Noisy):
+    """A device on which the first trials end in different ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._left = list(FIRST)
+
+    def validate(self, candidate: Candidate) -> Measurement:
+        if not self._left:
+            return super().validate(candidate)
+        outcome = self._left.pop(0)
+        starved = outcome is Outcome.OUT_OF_MEMORY
+        return measurement(outcome=outcome, peak_bytes=study_workers.BUDGET_BYTES + 1 if starved else 0)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> optuna.Study:
+    """A finished study, as Optuna, or its dashboard, loads it by a plain URL."""
+    path = tmp_path_factory.mktemp("study") / "varied.db"
+    study_workers.work(str(path), study_workers.candidates(12), Varied(), max_trials=9)
+    return optuna.load_study(study_name=study_workers.NAME, storage=f"sqlite:///{path}")
+
+
+def test_attributes_and_constraints(study: optuna.Study) -> None:
+    assert study.user_attrs == {"autosp_fingerprint": study_workers.KEY.fingerprint}
+    names = {"predicted_latency_s", "predicted_peak_bytes", "peak_bytes", "outcome", "worker"}
+    assert all(set(trial.user_attrs) == names for trial in study.trials)
+    assert {trial.user_attrs["worker"] for trial in study.trials} == {this_process()}
+    outcomes = [trial.user_attrs["outcome"] for trial in study.trials]
+    assert outcomes[:2] == [outcome.value for outcome in FIRST]
+    infeasible = [any(value > 0 for value in trial.constraints.values()) for trial in study.trials]
+    assert infeasible == [True, True, *[False] * (len(infeasible) - 2)]
+    fits = [trial for trial in study.trials if trial.user_attrs["outcome"] == Outcome.FITS.value]
+    assert study.best_trial.number == min(fits, key=lambda trial: trial.value or 0.0).number
+
+
+@pytest.mark.parametrize(
+    "plot",
+    [
+        visualization.plot_optimization_history,
+        visualization.plot_param_importances,
+        visualization.plot_parallel_coordinate,
+        visualization.plot_slice,
+        visualization.plot_contour,
+        visualization.plot_edf,
+        visualization.plot_rank,
+        visualization.plot_timeline,
+    ],
+)
+def test_pictures(plot: object, study: optuna.Study) -> None:
+    figure = plot(study)  # type: ignore[operator]
+    assert figure.data
+    assert figure.to_json()

@@ -1,0 +1,81 @@
+"""Several processes on one study, and processes that are killed in one."""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+from collections import Counter
+from pathlib import Path
+
+import optuna
+from optuna.trial import TrialState
+
+import study_workers
+from autosp.search.sampler import PARAMETERS
+from autosp.search.space import key_of
+from autosp.spec import Trial
+from autosp.store import Repository
+from databases import memory_folder
+
+PROCESSES, CANDIDATES = 8, 200
+
+
+def stored(storage: str) -> tuple[list[Trial], list[optuna.trial.FrozenTrial]]:
+    """The study's trials as we have them, and as Optuna has them."""
+    with Repository(storage) as repository:
+        study = optuna.load_study(study_name=study_workers.NAME, storage=repository.optuna_storage())
+        return repository.trials(study_workers.NAME), study.trials
+
+
+def test_eight_workers_lose_no_trial_and_repeat_none(shared_storage: str) -> None:
+    found = study_workers.work_together(shared_storage, PROCESSES, CANDIDATES)
+    expected = [key_of(prediction.candidate) for prediction in study_workers.candidates(CANDIDATES)]
+    ran = Counter(key for keys, _ in found for key in keys)
+    assert ran == Counter(expected)
+    assert sum(bool(keys) for keys, _ in found) > 1, "one worker did everything"
+    ours, optunas = stored(shared_storage)
+    assert sorted(key_of(trial.prediction.candidate) for trial in ours) == sorted(expected)
+    assert [trial.number for trial in ours] == [trial.number for trial in optunas] == list(range(CANDIDATES))
+    assert sorted(tuple(trial.params[name] for name in PARAMETERS) for trial in optunas) == sorted(expected)
+    assert {trial.state for trial in optunas} == {TrialState.PRUNED}
+    assert {verdict.why for _, verdict in found} == {"no validated candidate fits the budget"}
+    assert all(verdict.finished for _, verdict in found)
+
+
+def test_processes_killed_at_any_moment_lose_their_running_trial_at_most(shared_storage: str, tmp_path: Path) -> None:
+    """Nothing that finished is repeated, and the study ends as it does when nobody is killed."""
+    count, kills, moments = 25, 6, random.Random(5)
+    log = tmp_path / "begun"
+    spawn = multiprocessing.get_context("forkserver")
+    spawn.set_forkserver_preload(["study_workers"])
+    finished: list[Trial] = []
+    for _ in range(kills):
+        ready = spawn.Event()
+        process = spawn.Process(target=study_workers.noisy_worker, args=(shared_storage, count, log, ready))
+        process.start()
+        assert ready.wait(60)
+        process.join(moments.uniform(0.0, 1.5))
+        process.kill()
+        process.join()
+        with Repository(shared_storage) as repository:
+            known = repository.trials(study_workers.NAME) if repository.summaries() else []
+        assert known[: len(finished)] == finished
+        finished = known
+    ranked = study_workers.candidates(count)
+    verdict = study_workers.work(shared_storage, ranked, study_workers.Noisy(log))
+    with memory_folder() as folder:
+        undisturbed = study_workers.work(str(folder / "undisturbed.db"), ranked, study_workers.Noisy())
+    assert verdict.finished and verdict.best is not None and undisturbed.best is not None
+    assert (verdict.best.measurement, verdict.why) == (undisturbed.best.measurement, undisturbed.why)
+    ours, optunas = stored(shared_storage)
+    validated = [trial.prediction.candidate.k for trial in ours]
+    assert len(validated) == len(set(validated))
+    begun = begun_in(log)
+    assert set(begun) == set(validated)
+    assert len(begun) - len(validated) <= kills
+    assert {trial.state for trial in optunas} <= {TrialState.COMPLETE, TrialState.FAIL}
+
+
+def begun_in(log: Path) -> list[int]:
+    """k of every trial that began."""
+    return [int(line) for line in log.read_text().split()] if log.exists() else []
