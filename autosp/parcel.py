@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from autosp.devices.memory import memory_at
+from autosp.devices.memory import memory_at, trim_heap
 from autosp.errors import DiskFullError, NotPicklableError, ReadError, TierError
 from autosp.partition.mapped import Source, locate
 from autosp.partition.tensors import LAYER_ALIGNMENT, Extent, NamedTensor, align, collect
@@ -103,6 +103,7 @@ class Parcel:
         for named, place in moving:
             _set_storage(named.tensor, homes[place])
         self._storages = []  # with them goes the memory
+        trim_heap()
         try:
             yield
         finally:

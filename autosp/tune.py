@@ -222,6 +222,7 @@ def _continue(
             limits=limits,
             progress=show,
             hold_device=hold_device,
+            repeat=validated,
         )
     if verdict.best is None:
         raise no_plan(measured, budget_bytes, repository.trials(name))

@@ -96,7 +96,7 @@ def on_bench(example: PeerModel, device: Device, profile: Profile, folder: Path)
     host_bytes = binding_host_budget(profile.partition, device, None)
     with Bench(workload.model, profile.partition, device, folder, host_bytes) as bench:
         most_bytes = device.info.memory_bytes
-        yield lambda candidate: validate(bench, workload, candidate, reference, most_bytes)
+        yield lambda candidate: validate(bench, workload, reference, most_bytes, candidate)
 
 
 def in_rounds(validated: Validated, candidates: Sequence[Candidate], rounds: int, seed: int = 0) -> list[Measured]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import optuna
 from optuna.trial import TrialState
 
+from autosp.search.finals import fastest, pooled, undecided
 from autosp.search.learned import Learned, Lessons
 from autosp.search.limits import Limits
 from autosp.search.sampler import PARAMETERS, CostModelSampler, running_keys
@@ -61,8 +62,11 @@ def run_study(
     limits: Limits,
     progress: Callable[[str], None],
     hold_device: Callable[[], AbstractContextManager[None]] = nullcontext,
+    repeat: Validate | None = None,
 ) -> Verdict:
     """Validate candidates until none can win, or a limit is reached. Continues a study that was interrupted.
+
+    With `repeat`, which measures a candidate anew, the fastest are measured again at the end: see `finals`.
 
     The trivial baselines come first (everything resident where it fits, the best plain sliding window), then the
     cost model's favourite.
@@ -93,7 +97,14 @@ def run_study(
             without_running = judge(trials, learned.without(running), usable, acceptable) if running else verdict
             upcoming = _what_next(study, sampler, limits, len(trials), len(running), verdict, without_running)
             if upcoming is Next.END:
-                return verdict
+                finalists = undecided(_acceptable(trials, acceptable)) if repeat and verdict.finished else []
+                if not finalists:
+                    return verdict
+                for one in finalists:
+                    progress(f"again: {one.prediction.candidate.label()}")
+                    assert repeat is not None
+                    measured = pooled(one.measurement, repeat(one.prediction.candidate))
+                    repository.add_trial(name, one.model_copy(update={"measurement": measured}))
             if upcoming is Next.VALIDATE:
                 with running_trial(study, storage) as trial:
                     prediction = _claimed(trial, sampler)
@@ -144,17 +155,15 @@ def judge(trials: Sequence[Trial], learned: Learned, usable_bytes: int, acceptab
 
     `usable_bytes` bounds what is predicted of a rival, `acceptable_bytes` what was measured of the winner.
     """
-    fitting = [
-        trial
-        for trial in trials
-        if trial.measurement.outcome is Outcome.FITS and trial.measurement.peak_bytes <= acceptable_bytes
-    ]
-    best = min(fitting, key=lambda trial: (trial.measurement.latency_s, trial.measurement.peak_bytes), default=None)
+    fitting = _acceptable(trials, acceptable_bytes)
+    best = fastest(fitting) if fitting else None
     rivals = learned.rivals({key_of(trial.prediction.candidate) for trial in trials}, usable_bytes)
     if best is None:
         return Verdict(None, "no validated candidate fits the budget", finished=not rivals and bool(trials))
     measured_s = best.measurement.latency_s
     found = f"{best.prediction.candidate.label()} was the fastest of {len(fitting)} validated"
+    if measured_s > min(trial.measurement.latency_s for trial in fitting):
+        found += ", as far as noise tells, and the one of these with the least memory"
     if not rivals:
         return Verdict(best, f"{found}; every candidate under the budget was tried", finished=True)
     optimistic_s = learned.optimistic_s(rivals[0])
@@ -167,6 +176,14 @@ def judge(trials: Sequence[Trial], learned: Learned, usable_bytes: int, acceptab
         return Verdict(best, why, finished=True)
     why = f"{found}; {rival} was not tried and may take {optimistic_s:.4g} s (model error {error})"
     return Verdict(best, why, finished=False)
+
+
+def _acceptable(trials: Sequence[Trial], acceptable_bytes: int) -> list[Trial]:
+    return [
+        trial
+        for trial in trials
+        if trial.measurement.outcome is Outcome.FITS and trial.measurement.peak_bytes <= acceptable_bytes
+    ]
 
 
 def _baselines(profile: Profile, ranked: Sequence[Prediction]) -> list[Key]:

@@ -119,6 +119,7 @@ class Measurement(Record):
     peak_bytes: int = Field(description="0 when the trial was cut short")
     moved_bytes: int
     misses: int
+    rounds: int = Field(default=1, description="in which `samples_s` were taken, with other plans' between them")
     usage: Usage | None = Field(default=None, description="None in what was measured before it was recorded")
 
 

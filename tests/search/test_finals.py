@@ -1,0 +1,125 @@
+"""The fastest plans measured again, and which of them wins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from autosp.search.finals import fastest, median_error_s, pooled, ties, undecided
+from autosp.search.limits import Limits
+from autosp.search.space import rank
+from autosp.search.study import run_study
+from autosp.spec import Candidate, Measurement, Outcome, StudyKey, Trial
+from autosp.store import Repository
+from builders import measurement, prediction, profile, trial
+
+
+def measured(samples_s: Sequence[float], *, rounds: int = 2, peak_bytes: int = 100) -> Measurement:
+    """With these samples."""
+    middle = sorted(samples_s)[len(samples_s) // 2]
+    found = measurement(latency_s=middle, peak_bytes=peak_bytes)
+    return found.model_copy(update={"samples_s": tuple(samples_s), "rounds": rounds})
+
+
+def tried(k: int, latency_s: float, *, rounds: int = 1, peak_bytes: int = 100, spread_s: float = 0.0) -> Trial:
+    """All differ in k. Five samples, half of them further off than `spread_s`."""
+    samples_s = [latency_s + step * spread_s for step in (-2, -1, 0, 1, 2)]
+    found = trial(prediction(Candidate(k=k, k_prime=1)), number=k)
+    update = {"measurement": measured(samples_s, rounds=rounds, peak_bytes=peak_bytes)}
+    return found.model_copy(update=update)
+
+
+def test_close_plans_are_measured_again_the_slowest_first() -> None:
+    first, second, third, fourth = (tried(k, 1.0 + k / 200) for k in range(4))
+    assert undecided([second, first]) == [second, first]
+    assert undecided([first, second, third, fourth]) == [third, second, first]  # three at most
+    assert undecided([first, tried(9, 1.021)]) == []
+    assert undecided([first]) == []
+    assert undecided([]) == []
+
+
+def test_who_was_measured_in_both_rounds_is_not_again() -> None:
+    first, second = tried(0, 1.0, rounds=2), tried(1, 1.01)
+    assert undecided([first, second]) == [second]
+    assert undecided([first, tried(1, 1.01, rounds=2)]) == []
+
+
+def test_the_error_of_a_median() -> None:
+    # Deviations from 1.0: 0.2, 0.1, 0, 0.1, 0.2; their median is 0.1.
+    assert median_error_s(measured([0.8, 0.9, 1.0, 1.1, 1.2])) == pytest.approx(1.2533 * 0.14826 / 5**0.5)
+    assert median_error_s(measured([1.0] * 4)) == 0
+
+
+def test_a_tie_goes_to_less_memory() -> None:
+    # Errors of 1.2533 * 1.4826 * 0.01 / sqrt(5) = 0.0083 each: up to 2 * sqrt(2) * 0.0083 = 0.0235 apart is a tie.
+    quick = tried(0, 1.0, rounds=2, spread_s=0.01, peak_bytes=200)
+    small = tried(1, 1.02, rounds=2, spread_s=0.01, peak_bytes=100)
+    smaller = tried(2, 1.03, rounds=2, spread_s=0.01, peak_bytes=50)
+    assert ties(quick.measurement, small.measurement)
+    assert not ties(quick.measurement, smaller.measurement)
+    assert fastest([quick, small, smaller]) == small
+    assert fastest([smaller, quick]) == quick
+
+
+def test_one_round_decides_no_tie() -> None:
+    quick = tried(0, 1.0, rounds=2, spread_s=0.01, peak_bytes=200)
+    once = tried(1, 1.001, rounds=1, spread_s=0.01, peak_bytes=100)
+    assert fastest([quick, once]) == quick
+    assert fastest([quick, tried(1, 1.0, rounds=1, peak_bytes=100)]).measurement.peak_bytes == 100  # equal is equal
+
+
+def test_two_rounds_as_one() -> None:
+    together = pooled(measured([1.0, 1.1, 1.2], rounds=1), measured([1.3, 1.4], rounds=1, peak_bytes=120))
+    assert together.samples_s == (1.0, 1.1, 1.2, 1.3, 1.4)
+    assert (together.latency_s, together.peak_bytes, together.rounds) == (1.2, 120, 2)
+    assert together.outcome is Outcome.FITS
+
+
+@pytest.mark.parametrize("outcome", [Outcome.OUT_OF_MEMORY, Outcome.OUTPUT_DIFFERS, Outcome.OVER_BUDGET])
+def test_a_round_that_failed_counts(outcome: Outcome) -> None:
+    failed = measurement(outcome=outcome, peak_bytes=500)
+    assert pooled(measured([1.0], rounds=1), failed).outcome is outcome
+
+
+KEY = StudyKey(
+    model_name="Tiny",
+    model_fingerprint="m" * 32,
+    device_fingerprint="d" * 32,
+    batch_signature="float32[1,8]",
+    step="call",
+    mode="inference",
+    budget_bytes=10**6,
+)
+
+
+def test_a_study_ends_with_its_finals(tmp_path: Path) -> None:
+    """What was slower at first by 1 % is faster by 1 % the second time, by more than the noise."""
+    known = profile((10,) * 4, forward_s=0.25, bytes_per_s=1000.0)
+    ranked = rank(known, 10**6)
+    asked: list[Candidate] = []
+    repeated: list[Candidate] = []
+
+    def validate(candidate: Candidate) -> Measurement:
+        asked.append(candidate)
+        return measured([1.0 + 0.01 * (len(asked) - 1)] * 3, rounds=1)
+
+    def repeat(candidate: Candidate) -> Measurement:
+        repeated.append(candidate)
+        return measured([0.99 - 0.02 * asked.index(candidate)] * 9, rounds=1)
+
+    with Repository(tmp_path / "autosp.db") as repository:
+        repository.create_study("finals", KEY)
+        limits = Limits(max_trials=2)
+        first = run_study(repository, "finals", known, ranked[:2], 10**6, validate, limits=limits, progress=str)
+        assert first.best is not None and first.best.prediction.candidate == asked[0]
+        again = run_study(
+            repository, "finals", known, ranked[:2], 10**6, validate, limits=limits, progress=str, repeat=repeat
+        )
+        assert again.best is not None and again.best.prediction.candidate == asked[1]
+        assert (again.best.measurement.rounds, len(again.best.measurement.samples_s)) == (2, 12)
+        assert len(asked) == 2
+        assert repeated == [asked[1], asked[0]]
+        run_study(repository, "finals", known, ranked[:2], 10**6, validate, limits=limits, progress=str, repeat=repeat)
+        assert len(repeated) == 2
