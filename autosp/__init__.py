@@ -9,11 +9,12 @@ from autosp.apply import apply
 from autosp.batch_size import BatchSizes, Throughput, tune_batch
 from autosp.estimate import estimate, floor, profile
 from autosp.load import load
+from autosp.manual import plan
 from autosp.pareto import Front, pareto
 from autosp.runtime.streamed_model import Stats, StreamedModel
 from autosp.spec import Plan, Prediction, Profile
 from autosp.studies import list_studies, load_plan
-from autosp.tune import plan, resume, tune
+from autosp.tune import resume, tune
 
 __all__ = [
     "BatchSizes",

@@ -11,7 +11,7 @@ from autosp.errors import PlanMismatchError, SettingError
 from autosp.intercept import is_intercepted
 from autosp.partition import bind, model_fingerprint
 from autosp.runtime.streamed_model import StreamedModel
-from autosp.schedule.streaming import lower
+from autosp.schedule.lowering import lower_for
 from autosp.settings import settings
 from autosp.spec import Plan
 from autosp.tiers import Originals, Readers, open_store
@@ -30,7 +30,9 @@ def apply(model: M, plan: Plan) -> StreamedModel[M]:
     file: nothing is packed, and their parameters stay the maps that they are. The file must stay as it is meanwhile;
     one that is written or truncated makes the next pass raise ReadError.
 
-    Passes run without autograd. Calls from other threads wait for the running pass.
+    Passes run without autograd, and calls from other threads wait for the running pass. Under a plan of mode
+    "training" a pass may go on with `backward()`: gradients are in host memory when that returns (a resident's: on the
+    device), and clipping, optimizers and schedulers work on parameters and gradients as they are. One thread trains.
 
     Raises: PlanMismatchError if the plan was made for another model, SettingError if its device is not here,
     DiskFullError or HostMemoryError if there is no room for the streamed weights, ReadError if a file that weights are
@@ -48,7 +50,7 @@ def apply(model: M, plan: Plan) -> StreamedModel[M]:
         )
     device = device_for(plan.device)
     bound = bind(model, plan.partition, device.info.slow_tier)
-    schedule = lower(plan.candidate, [layer.n_bytes for layer in bound.partition.layers], plan.partition.visits)
+    schedule = lower_for(plan.mode, plan.candidate, bound.partition)
     stored = bound.stored(plan.candidate.residents)
     readers = Readers(plan.reading)
     store = open_store(device, stored, settings().cache_dir, Originals.FREED, plan.candidate.on_disk, readers)
@@ -59,4 +61,4 @@ def apply(model: M, plan: Plan) -> StreamedModel[M]:
         readers.close()
 
     pass_floor_s = plan.floor_s / plan.partition.repeats if plan.floor_s else None
-    return StreamedModel(bound, schedule, device, store, Originals.FREED, close, pass_floor_s)
+    return StreamedModel(bound, schedule, device, store, Originals.FREED, close, pass_floor_s, plan.mode)

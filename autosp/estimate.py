@@ -17,7 +17,7 @@ from autosp.runtime.bench import Bench
 from autosp.search.space import rank
 from autosp.settings import settings
 from autosp.spec import Prediction, Profile
-from autosp.workload import Workload, parse_budget, parse_budgets
+from autosp.workload import Workload, parse_budget, parse_budgets, require_searched
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +37,7 @@ def profile(
 
     The model is as before when this returns or raises.
     """
+    require_searched(mode)
     chosen = choose_device(device)
     workload = Workload.of(model, sample_batch, step, mode, chosen)
     with progress_bar(progress) as show:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -13,12 +11,9 @@ from torch import nn
 from autosp.apart import import_apart
 from autosp.batch import Step
 from autosp.cost_model.floor import floor_s
-from autosp.cost_model.placement import Placing, evenly_spread, host_too_small
 from autosp.cost_model.reading import measured_reading, planned_reading
 from autosp.devices import Device, choose_device
 from autosp.devices.lock import device_lock
-from autosp.errors import SettingError
-from autosp.partition import partition
 from autosp.profiler import measure
 from autosp.profiler.host import binding_host_budget, whole_device
 from autosp.progress import progress_bar
@@ -31,9 +26,9 @@ from autosp.search.limits import Limits
 from autosp.search.space import rank
 from autosp.search.validate import Reference, validate
 from autosp.settings import settings
-from autosp.spec import PROFILE_SCHEMA_VERSION, Candidate, Plan, StudyKey
+from autosp.spec import PROFILE_SCHEMA_VERSION, Plan, StudyKey
 from autosp.store import Repository
-from autosp.workload import Workload, parse_budget, parse_budgets
+from autosp.workload import Workload, parse_budgets, require_searched
 
 if TYPE_CHECKING:
     import os
@@ -87,6 +82,7 @@ def tune(
     Raises: BudgetError, BudgetTooSmallError, ModelError, SettingError, TierError, StoreError, StudyMismatchError,
     IsolationError; whatever the model itself raises passes through.
     """
+    require_searched(mode)
     chosen = choose_device(device)
     budget = whole_device(chosen) if max_gpu_gb is None else max_gpu_gb
     budgets = parse_budgets(budget, max_cpu_gb, chosen.info.slow_tier)
@@ -136,49 +132,6 @@ def resume(
         if known is not None and limits == Limits():
             return known
         return _go_on(repository, study_name, key, workload, chosen, limits, isolation, progress)
-
-
-def plan(
-    model: nn.Module,
-    sample_batch: Any,
-    *,
-    k: int,
-    k_prime: int,
-    residents: int = 0,
-    max_cpu_gb: float | str | None = None,
-    mode: str = "inference",
-    step: Step | None = None,
-    device: torch.device | str | Device | None = None,
-) -> Plan:
-    """The plan with the k and k' that the user sets, as the Superpipeline paper uses them: nothing is searched.
-
-    One pass is observed for the order of the layers. `residents` layers, spread evenly, never leave the device. What
-    the host has no room for rests on disk, spread evenly too.
-
-    Raises: SettingError if the numbers do not fit together or the model has fewer layers; BudgetTooSmallError if the
-    host has no room for a transfer.
-    """
-    chosen = choose_device(device)
-    workload = Workload.of(model, sample_batch, step, mode, chosen)
-    parts = partition(
-        model, workload.run, chosen.torch_device, lookups=chosen.reads_host, slow_tier=chosen.info.slow_tier
-    )
-    candidate = _candidate(k, k_prime, residents, list(dict.fromkeys(parts.visits)))
-    host_bytes = None if max_cpu_gb is None else parse_budget(max_cpu_gb, "max_cpu_gb")
-    host_bytes = binding_host_budget(parts, chosen, host_bytes)
-    if host_bytes is not None:
-        placing = Placing(candidate, parts, host_bytes)
-        placed = placing.with_read_ahead(2) or placing.with_read_ahead(1)
-        if placed is None:
-            raise host_too_small(parts, host_bytes)
-        candidate = placed[0]
-    return Plan(
-        **_identity(workload, chosen),
-        host_budget_bytes=host_bytes,
-        partition=parts,
-        candidate=candidate,
-        why=f"{candidate.label()} was set by the user",
-    )
 
 
 def _go_on(
@@ -274,7 +227,7 @@ def _continue(
     if verdict.best is None:
         raise no_plan(measured, budget_bytes, repository.trials(name))
     answer = Plan(
-        **_identity(workload, device),
+        **workload.identity(device),
         study_name=name,
         budget_bytes=budget_bytes,
         host_budget_bytes=host_bytes,
@@ -287,33 +240,3 @@ def _continue(
         why=verdict.why,
     )
     return repository.agree_on_plan(name, answer)
-
-
-def _identity(workload: Workload, device: Device) -> dict[str, Any]:
-    """What a plan is for, and what made it."""
-    key = workload.key(device, 0)
-    return {
-        "autosp_version": version("autosp"),
-        "torch_version": device.info.torch_version,
-        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "mode": workload.mode,
-        "model_name": key.model_name,
-        "model_fingerprint": key.model_fingerprint,
-        "batch_signature": key.batch_signature,
-        "device": device.info,
-    }
-
-
-def _candidate(k: int, k_prime: int, residents: int, visited: list[int]) -> Candidate:
-    """The user's numbers, checked. k' beyond the ring would move layers that have no place to go."""
-    for name, value, least in (("k", k, 1), ("k_prime", k_prime, 1), ("residents", residents, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise SettingError(f"{name}={value!r}: pass a whole number of at least {least}")
-    if k > len(visited):
-        raise SettingError(f"k={k}: the pass visits {len(visited)} layers only")
-    if residents > k or (residents < len(visited) and k - residents < k_prime):
-        raise SettingError(
-            f"k={k} with residents={residents} leaves {max(0, k - residents)} places for streamed layers, too few to "
-            f"move k_prime={k_prime} at a time; raise k to at least {min(residents + k_prime, len(visited))}"
-        )
-    return Candidate(k=k, k_prime=k_prime, residents=tuple(sorted(evenly_spread(visited, residents))))

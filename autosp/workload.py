@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any, cast, get_args
 
 import torch
 from torch import nn
@@ -16,6 +20,7 @@ from autosp.devices import Device
 from autosp.errors import BudgetError, SettingError
 from autosp.intercept import is_intercepted
 from autosp.partition import model_fingerprint, partition
+from autosp.partition.trace import attributes_of, restore_attributes
 from autosp.spec import Mode, Partition, StudyKey, Tier
 
 _UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
@@ -44,22 +49,72 @@ class Workload:
             raise SettingError(f"a plan is applied to this {type(model).__name__}: remove() it first")
         if step is not None and not callable(step):
             raise SettingError(f"step is a {type(step).__name__}; pass a function step(model, batch)")
-        if mode != "inference":
-            raise SettingError(f"mode={mode!r}: this version plans mode='inference' only")
+        if mode not in get_args(Mode):
+            raise SettingError(f"mode={mode!r}: pass one of {', '.join(map(repr, get_args(Mode)))}")
+        if mode == "training" and step is None:
+            raise SettingError("mode='training' needs step(model, batch) that returns the loss")
         if any(tensor.is_meta for tensor in tensors_in(batch)):
             raise SettingError("sample_batch has tensors on the meta device: they have no data to run the model on")
-        return cls(model, map_tensors(lambda tensor: tensor.to(device.torch_device), batch), step, "inference", seed)
+        batch = map_tensors(lambda tensor: tensor.to(device.torch_device), batch)
+        return cls(model, batch, step, cast("Mode", mode), seed)
 
     def run(self) -> Any:
-        """One pass, without autograd. What the model raises passes through."""
+        """One pass, without autograd: in training, its forward. What the model raises passes through."""
         with torch.no_grad():
             return call(self.model, self.batch) if self.step is None else self.step(self.model, self.batch)
+
+    def run_backward(self) -> None:
+        """One training pass, without its update, from a fixed state of the random generators.
+
+        Raises: SettingError if the step's answer is no loss.
+        """
+        with torch.random.fork_rng(), torch.enable_grad():
+            torch.manual_seed(self.seed)
+            loss = call(self.model, self.batch) if self.step is None else self.step(self.model, self.batch)
+            if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
+                raise SettingError(
+                    f"step returned {_described(loss)}: with mode='training' it returns the loss, a tensor of one "
+                    "element that depends on a parameter that requires a gradient"
+                )
+            loss.backward()
+
+    @contextmanager
+    def leaving_no_trace(self) -> Iterator[None]:
+        """Afterwards gradients, buffers and the modules' attributes are as before; meanwhile there are no gradients."""
+        attributes = attributes_of(self.model)
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        gradients = [(parameter, parameter.grad) for parameter in self.model.parameters()]
+        try:
+            for parameter, _ in gradients:
+                parameter.grad = None
+            yield
+        finally:
+            restore_attributes(attributes)
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
 
     def run_seeded(self) -> Any:
         """One pass from a fixed state of the random generators, which are left as they were."""
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             return self.run()
+
+    def identity(self, device: Device) -> dict[str, Any]:
+        """What a plan is for, and what made it."""
+        key = self.key(device, 0)
+        return {
+            "autosp_version": version("autosp"),
+            "torch_version": device.info.torch_version,
+            "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "mode": self.mode,
+            "model_name": key.model_name,
+            "model_fingerprint": key.model_fingerprint,
+            "batch_signature": key.batch_signature,
+            "device": device.info,
+        }
 
     def observed_pass(self, device: Device) -> tuple[Partition, Any]:
         """The layers, and the output, of one pass of the unstreamed model."""
@@ -87,6 +142,21 @@ class Workload:
             budget_bytes=budget_bytes,
             host_budget_bytes=host_budget_bytes,
             slack=slack,
+        )
+
+
+def _described(loss: Any) -> str:
+    if not isinstance(loss, torch.Tensor):
+        return f"a {type(loss).__name__}"
+    return f"a tensor of shape {tuple(loss.shape)}" + ("" if loss.requires_grad else " that requires no gradient")
+
+
+def require_searched(mode: str) -> None:
+    """Raises: SettingError for a mode whose plans are set by the user."""
+    if mode == "training":
+        raise SettingError(
+            "mode='training' has no search: set k and k' with autosp.plan(model, sample_batch, k=…, k_prime=…, "
+            "mode='training', step=…), which autosp.apply takes"
         )
 
 

@@ -183,7 +183,7 @@ def test_one_compiled_graph_for_weights_at_any_address() -> None:
         for _ in range(3):
             assert equal(model(X), expected)
             assert equal(model(X * 2), doubled)
-        groups = handle._executor._group_of.values()
+        groups = handle._executor.loader.group_of.values()
         addresses |= {group.target.data_ptr() for group in groups}
         handle.remove()
     assert len(addresses) > before + 5

@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "studies": "store",
     "apply": "devices intercept partition runtime schedule settings tiers",
     "load": "apply checkpoint factory runtime",
+    "manual": "batch cost_model devices partition profiler settings workload",
     "progress": "",
     "estimate": "batch cost_model devices partition profiler progress runtime search settings workload",
     "tune": "apart batch cost_model devices partition profiler progress runtime search settings store workload",

@@ -73,8 +73,15 @@ def test_file_is_readable_json(tmp_path: Path) -> None:
     text = (tmp_path / "plan.json").read_text(encoding="utf-8")
     assert text.endswith("}\n")
     data = json.loads(text)
-    assert data["schema_version"] == PLAN_SCHEMA_VERSION == 4
-    assert data["candidate"] == {"k": 3, "k_prime": 1, "residents": [1], "on_disk": [], "read_ahead": 0}
+    assert data["schema_version"] == PLAN_SCHEMA_VERSION == 5
+    assert data["candidate"] == {
+        "k": 3,
+        "k_prime": 1,
+        "residents": [1],
+        "on_disk": [],
+        "read_ahead": 0,
+        "recompute": [],
+    }
     assert data["device"]["slow_tier"] == "disk"
     assert data["why"] == "für Zoë: ≤ 5 GB ✓"
 
@@ -199,7 +206,7 @@ def test_schema_that_never_was(tmp_path: Path, version: object) -> None:
         pytest.param(
             lambda data: data["measurement"].update(outcome="so so"), "measurement.outcome:", id="no such outcome"
         ),
-        pytest.param(lambda data: data.update(mode="training"), "mode:", id="no such mode"),
+        pytest.param(lambda data: data.update(mode="tuning"), "mode:", id="no such mode"),
         pytest.param(lambda data: data.update(colour="red"), "colour: Extra", id="unknown field"),
     ],
 )
@@ -342,6 +349,7 @@ def test_a_plan_whose_weight_rests_on_two_tiers_is_refused() -> None:
 
 def before_the_disk_tier(data: dict[str, Any]) -> None:
     """As schema 2 had it."""
+    before_training(data)
     before_readers(data)
     before_rows(data)
     data["schema_version"] = 2
@@ -354,6 +362,63 @@ def test_a_plan_of_before_the_disk_tier_is_read(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_text(changed(before_the_disk_tier), encoding="utf-8")
     assert Plan.load(path) == PLAN.model_copy(update={"schema_version": 2})
+
+
+def before_training(data: dict[str, Any]) -> None:
+    """As schema 4 had it."""
+    data["schema_version"] = 4
+    del data["partition"]["backward"], data["candidate"]["recompute"]
+    for layer in data["partition"]["layers"]:
+        del layer["gradient_bytes"]
+    if data["prediction"]:
+        del data["prediction"]["candidate"]["recompute"]
+
+
+def test_a_plan_of_before_training_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(changed(before_training), encoding="utf-8")
+    assert Plan.load(path) == PLAN.model_copy(update={"schema_version": 4})
+
+
+@pytest.mark.parametrize(
+    ("backward", "recompute", "message"),
+    [
+        pytest.param([9], [], "none of the", id="no such layer"),
+        pytest.param([], [0], "only that is recomputed", id="recomputed without backward"),
+    ],
+)
+def test_a_plan_whose_backward_is_of_no_layer_is_refused(
+    tmp_path: Path, backward: list[int], recompute: list[int], message: str
+) -> None:
+    def change(data: dict[str, Any]) -> None:
+        data["partition"]["backward"], data["candidate"]["recompute"] = backward, recompute
+
+    assert_refused(tmp_path / "plan.json", changed(change), message)
+
+
+@pytest.mark.parametrize(
+    ("slow_tier", "changes"),
+    [
+        pytest.param("host", {"k": 1, "residents": [], "on_disk": [0], "read_ahead": 1}, id="some layers"),
+        pytest.param("disk", {}, id="all layers"),
+    ],
+)
+def test_a_plan_for_training_with_layers_on_disk_is_refused(
+    tmp_path: Path, slow_tier: str, changes: dict[str, Any]
+) -> None:
+    def change(data: dict[str, Any]) -> None:
+        data["mode"] = "training"
+        data["device"]["slow_tier"] = slow_tier
+        data["candidate"].update(changes)
+
+    assert_refused(tmp_path / "plan.json", changed(change), "in training, weights rest in host memory")
+
+
+def test_a_plan_for_training_with_rows_is_refused() -> None:
+    parts, on_host = partition((100,) * 5, head=range(2, 5)), device("cuda")
+    with pytest.raises(ValidationError, match="in training, it travels as a whole"):
+        a_plan(partition=parts, device=on_host, mode="training")
+    a_plan(device=on_host, mode="training")
 
 
 def test_a_plan_whose_transfer_lies_on_two_tiers_is_refused(tmp_path: Path) -> None:

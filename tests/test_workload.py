@@ -132,7 +132,8 @@ def workload(step: Any = None, seed: int = 0) -> Workload:
         ("a model", None, "inference", "model is a str, not a torch.nn.Module"),
         (Noisy, None, "inference", "model is a type, not a torch.nn.Module"),
         (Noisy(), "generate", "inference", "step is a str; pass a function"),
-        (Noisy(), None, "training", "mode='training': this version plans mode='inference' only"),
+        (Noisy(), None, "tuning", "mode='tuning': pass one of 'inference', 'training'"),
+        (Noisy(), None, "training", "mode='training' needs step"),
         (Noisy(), None, "Inference", "mode='Inference'"),
     ],
 )

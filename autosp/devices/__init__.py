@@ -9,7 +9,7 @@ from autosp.devices.base import Copied, CopyTimes, Device, Event, Piece, Region,
 from autosp.devices.cpu import CpuDevice
 from autosp.devices.virtual import VirtualDevice
 from autosp.errors import SettingError
-from autosp.spec import DeviceInfo
+from autosp.spec import DeviceInfo, Tier
 
 __all__ = [
     "AcceleratorDevice",
@@ -30,21 +30,29 @@ STREAMING_TYPES = ("cuda", "xpu")
 """Device types with the streams, events and memory figures that streaming needs. ROCm calls itself cuda."""
 
 
-def choose_device(device: torch.device | str | Device | None) -> Device:
+def choose_device(device: torch.device | str | Device | None, mode: str = "inference") -> Device:
     """The device to plan for: the accelerator if there is one, else the CPU; or what the user names or brings.
 
-    Raises: SettingError if the named device is not there.
+    In training, weights rest in host memory: an update writes to all of them.
+
+    Raises: SettingError if the named device is not there, or has the disk for its slow tier in training.
     """
+    slow_tier = Tier.HOST if mode == "training" else Tier.DISK
     if device is None:
-        return AcceleratorDevice() if _accelerator() else CpuDevice()
+        return AcceleratorDevice() if _accelerator() else CpuDevice(slow_tier=slow_tier)
     if not isinstance(device, torch.device | str):
+        if mode == "training" and device.info.slow_tier is Tier.DISK:
+            raise SettingError(
+                f"{device.info.name}: its weights rest on disk, and training updates them at rest, in host memory; "
+                "use CpuDevice(slow_tier=Tier.HOST), or device='cpu'"
+            )
         return device
     try:
         wanted = torch.device(device)
     except RuntimeError as error:
         raise SettingError(f"device {device!r} is not a torch device: {error}") from error
     if wanted.type == "cpu":
-        return CpuDevice()
+        return CpuDevice(slow_tier=slow_tier)
     if wanted.type not in STREAMING_TYPES:
         raise SettingError(f"device {device!r}: autosp streams to {', '.join(STREAMING_TYPES)} and cpu")
     found = _accelerator()

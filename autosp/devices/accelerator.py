@@ -1,23 +1,12 @@
-"""CUDA, ROCm and XPU through torch's device modules: one copy stream beside the user's compute stream.
-
-[Note: copies keep their order] Copies are asked for by the host in an order in which a later one may overwrite what an
-earlier one brings. One whose source is still being read cannot be put on the stream yet, so neither can those asked for
-after it: they wait in a queue, which the reader's thread empties as far as it can after each read. By the time that it
-comes to a read, every copy asked for before that read has been issued, for the reads that those need were asked for
-before them and are over: so the copies that a read waits for are on the stream, and the stream waits only for compute
-that was launched before. See [Note: no read waits for a later call].
-"""
+"""CUDA, ROCm and XPU through torch's device modules: a stream for copies each way beside the user's compute stream."""
 
 from __future__ import annotations
 
 import hashlib
-import threading
 import time
 import warnings
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -25,6 +14,7 @@ import torch
 
 from autosp.devices import memory as pages
 from autosp.devices.base import Piece, Region
+from autosp.devices.copy_queue import AskedCopy, CopyQueue, StreamCopy
 from autosp.devices.worker import CopyEvent, Worker
 from autosp.errors import TierError
 from autosp.spec import DeviceInfo, Tier
@@ -43,62 +33,6 @@ class _HostBytes:
         }
 
 
-@dataclass(slots=True)
-class StreamTimes:
-    """Two timing events on the copy stream, before and after a copy, once it was issued."""
-
-    began: Any = None
-    ended: Any = None
-
-
-class StreamCopy:
-    """A copy that was asked for. It is issued at once, or by the reader's thread when its bytes are there."""
-
-    __slots__ = ("_issued", "error", "times")
-
-    def __init__(self) -> None:
-        self._issued = threading.Lock()
-        self._issued.acquire()
-        self.times = StreamTimes()
-        self.error: BaseException | None = None
-
-    def set_issued(self) -> None:
-        """It is on the stream, or has failed."""
-        self._issued.release()
-
-    def is_issued(self) -> bool:
-        """Whether that was called."""
-        return not self._issued.locked()
-
-    def wait_issued(self) -> None:
-        """Block until it is. Raises what its read, or issuing it, raised."""
-        with self._issued:  # held until then
-            pass
-        if self.error is not None:
-            raise self.error
-
-    def settle(self) -> None:
-        """Block until it is over, however it ended; the GIL is free meanwhile."""
-        with self._issued:
-            pass
-        if self.error is None:
-            self.times.ended.synchronize()
-
-
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """A copy with its (target, source) runs, the compute that it comes after, and the read that brings its source."""
-
-    copied: StreamCopy
-    runs: Sequence[tuple[torch.Tensor, torch.Tensor]]
-    after: Any
-    read: CopyEvent | None
-
-    def can_be_issued(self) -> bool:
-        """Whether its source is there, or never will be."""
-        return self.read is None or self.read.over()
-
-
 class AcceleratorDevice:
     """Host memory -> device memory. The host never blocks on a copy: `wait` orders streams, not the host.
 
@@ -113,13 +47,14 @@ class AcceleratorDevice:
         self.torch_device = chosen
         self._module = torch.get_device_module(chosen)
         self._copies = self._module.Stream(chosen)
+        self._sends = self._module.Stream(chosen)
         # A thread that waits for a blocking event sleeps; for others it would take a core.
         self._event_options = {"blocking": True} if chosen.type == "cuda" else {}
-        self._reader = Worker("autosp-reader", self._issue_asked)
-        self._asked: deque[_Asked] = deque()
-        self._asking = threading.Lock()
+        self._queue = CopyQueue(self._issue)
+        self._reader = Worker("autosp-reader", self._queue.issue)
         self._anchor: tuple[Any, float] | None = None
         self._baseline = 0
+        self.is_host = False
         self.reads_host = self._can_read_host()
         self.info = self._describe()
 
@@ -157,7 +92,7 @@ class AcceleratorDevice:
             assert region.host is not None, "an accelerator streams from host memory"
             runs.append((target[done : done + region.n_bytes], region.host))
             done += region.n_bytes
-        return self._ask(_Asked(StreamCopy(), runs, after, None))
+        return self._queue.ask(AskedCopy(StreamCopy(), runs, after, None))
 
     def read(self, regions: Sequence[Region], staging: torch.Tensor, after: Sequence[StreamCopy]) -> CopyEvent:
         """On the reader's thread."""
@@ -171,7 +106,19 @@ class AcceleratorDevice:
             (target[one.target : one.target + one.n_bytes], staging[one.source : one.source + one.n_bytes])
             for one in pieces
         ]
-        return self._ask(_Asked(StreamCopy(), runs, after, read))
+        return self._queue.ask(AskedCopy(StreamCopy(), runs, after, read))
+
+    def send(self, source: torch.Tensor, target: torch.Tensor, after: Any = None) -> StreamCopy:
+        """One `cudaMemcpyAsync` (or its like) on the stream of the other direction."""
+        copied = StreamCopy()
+        self._put(copied, self._sends, [(target, source)], after)
+        return copied
+
+    def settle(self, copied: StreamCopy | None) -> None:
+        """Wait for the event at its end."""
+        if copied is not None:
+            copied.wait_issued()
+            copied.times.ended.synchronize()
 
     def record(self) -> Any:
         """On the user's current stream."""
@@ -196,7 +143,7 @@ class AcceleratorDevice:
     def synchronize(self) -> None:
         """Wait for the reader, and for all streams of the device."""
         self._reader.settle()
-        self._issue_asked()
+        self._queue.issue()
         self._module.synchronize(self.torch_device)
         self._anchor = None
 
@@ -258,33 +205,27 @@ class AcceleratorDevice:
         self._reader.close()
         self.synchronize()
 
-    def _ask(self, asked: _Asked) -> StreamCopy:
-        """See [Note: copies keep their order]."""
-        with self._asking:
-            self._asked.append(asked)
-            self._issue_what_can_be()
-        return asked.copied
+    def _issue(self, asked: AskedCopy) -> None:
+        """Put a copy on the copy stream once its source is read."""
+        self._put(asked.copied, self._copies, asked.runs, asked.after, asked.read)
 
-    def _issue_asked(self) -> None:
-        """On the reader's thread, or where all reads are over."""
-        with self._asking:
-            self._issue_what_can_be()
-
-    def _issue_what_can_be(self) -> None:
-        while self._asked and self._asked[0].can_be_issued():
-            self._issue(self._asked.popleft())
-
-    def _issue(self, asked: _Asked) -> None:
-        """Put a copy on the copy stream. What goes wrong is for its waiter to raise; Ctrl-C is raised here, too."""
-        copied = asked.copied
+    def _put(
+        self,
+        copied: StreamCopy,
+        stream: Any,
+        runs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        after: Any,
+        read: CopyEvent | None = None,
+    ) -> None:
+        """Put a copy on a stream. What goes wrong is for its waiter to raise; Ctrl-C is raised here, too."""
         try:
-            if asked.read is not None:
-                asked.read.wait()  # it is over: raises its error
-            if asked.after is not None:
-                self._copies.wait_event(asked.after)
-            with self._module.stream(self._copies):
+            if read is not None:
+                read.wait()  # it is over: raises its error
+            if after is not None:
+                stream.wait_event(after)
+            with self._module.stream(stream):
                 copied.times.began = self._timing_event()
-                for target, source in asked.runs:
+                for target, source in runs:
                     target.copy_(source, non_blocking=True)
                 copied.times.ended = self._timing_event()
         except BaseException as error:

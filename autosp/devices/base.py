@@ -84,6 +84,8 @@ class Device(Protocol):
     torch_device: torch.device
     reads_host: bool
     """Whether its kernels can read the slow tier's memory where it is."""
+    is_host: bool
+    """Whether its tensors are host tensors, so that one can be added to the other."""
 
     def allocate(self, n_bytes: int) -> torch.Tensor:
         """Uninitialised device memory, uint8, aligned to 4096 bytes; freed when the last view of it goes."""
@@ -114,6 +116,15 @@ class Device(Protocol):
 
         Copies go in the order of the calls, staged ones and others. If the read fails, so does the copy.
         """
+
+    def send(self, source: torch.Tensor, target: torch.Tensor, after: Event | None) -> Copied:
+        """Start copying device bytes to as many in host memory (both uint8), once `after` is over. Does not block.
+
+        In an order of its own, beside that of `copy`. The caller keeps both alive until it is over.
+        """
+
+    def settle(self, copied: Any) -> None:
+        """Block the host until one of its own copies is over. Raises what that raised."""
 
     def record(self) -> Event:
         """A point in the compute order: over when everything launched so far is."""

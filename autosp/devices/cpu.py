@@ -38,6 +38,7 @@ class CpuDevice:
     """
 
     reads_host = True
+    is_host = True
 
     def __init__(self, *, slow_tier: Tier = Tier.DISK, paced_bytes_per_s: float | None = None) -> None:
         self.torch_device = torch.device("cpu")
@@ -45,6 +46,7 @@ class CpuDevice:
         self._pace = paced_bytes_per_s
         self._copier = Worker("autosp-copier")
         self._reader = Worker("autosp-reader")
+        self._sender = Worker("autosp-sender")
         self._baseline = 0
 
     def __reduce__(self) -> tuple[Callable[[], CpuDevice], tuple[()]]:
@@ -78,6 +80,14 @@ class CpuDevice:
         """Queue the job, which waits for the other thread's."""
         return self._copier.start(partial(self._upload, read, staging, pieces, target), (read,))
 
+    def send(self, source: torch.Tensor, target: torch.Tensor, after: None = None) -> CopyEvent:
+        """Queue the job for a third thread."""
+        return self._sender.start(partial(self._return, source, target))
+
+    def settle(self, copied: CopyEvent | None) -> None:
+        """As `wait`: compute is synchronous with the host."""
+        self.wait(copied)
+
     def record(self) -> None:
         """Nothing to mark: the host has waited for all compute."""
 
@@ -94,9 +104,10 @@ class CpuDevice:
         """It is finished when its call returns."""
 
     def synchronize(self) -> None:
-        """Block until the last copy and the last read are over; their errors, if any, are their waiters' to raise."""
+        """Block until all queued jobs are over; their errors, if any, are their waiters' to raise."""
         self._copier.settle()
         self._reader.settle()
+        self._sender.settle()
 
     def stamp(self) -> float:
         """Seconds of the monotonic clock."""
@@ -145,7 +156,8 @@ class CpuDevice:
         return False
 
     def close(self) -> None:
-        """End both threads after their queued jobs: the reader first, which may wait for the copier."""
+        """End the threads after their queued jobs: the reader before the copier, which it may wait for."""
+        self._sender.close()
         self._reader.close()
         self._copier.close()
 
@@ -153,6 +165,12 @@ class CpuDevice:
         """A copy from the slow tier, at its pace."""
         start = time.perf_counter()
         self._pause(start, read_regions(regions, target))
+
+    def _return(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """A copy to the slow tier, at the link's pace."""
+        start = time.perf_counter()
+        copy_bytes(source, memory_of(target))
+        self._pause(start, target.numel())
 
     def _read(self, regions: Sequence[Region], staging: torch.Tensor) -> None:
         """A read from disk behind the slow tier."""

@@ -8,7 +8,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from weakref import WeakValueDictionary, finalize
+from typing import Any
+from weakref import WeakValueDictionary, finalize, ref
 
 import torch
 
@@ -127,6 +128,13 @@ def part(memory: torch.Tensor, begin: int, n_bytes: int) -> torch.Tensor:
         run = (ctypes.c_char * n_bytes).from_buffer(_PAGES[memory.data_ptr()], begin)
         finalize(run, drop_pages, memory.data_ptr() + begin, n_bytes).atexit = False
         return torch.frombuffer(run, dtype=torch.uint8)
+
+
+def lend(memory: torch.Tensor, begin: int, n_bytes: int) -> tuple[torch.Tensor, ref[Any]]:
+    """A run of `anonymous` memory with a storage of its own, and a reference that dies with its last view."""
+    with torch.inference_mode(False):
+        run = (ctypes.c_char * n_bytes).from_buffer(_PAGES[memory.data_ptr()], begin)
+        return torch.frombuffer(run, dtype=torch.uint8), ref(run)
 
 
 def drop_pages(address: int, n_bytes: int) -> None:

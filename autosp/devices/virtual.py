@@ -36,6 +36,7 @@ class VirtualDevice:
     """
 
     reads_host = True
+    is_host = False
 
     def __init__(
         self,
@@ -59,12 +60,15 @@ class VirtualDevice:
         """Every copy so far: its start, its end, its bytes."""
         self.reads: list[tuple[float, float, int]] = []
         """Every read so far, likewise."""
+        self.sends: list[tuple[float, float, int]] = []
+        """Every copy to the host so far, likewise."""
         self._bytes_per_s = bytes_per_s
         self._latency_s = latency_s
         self._link_free_s = 0.0
         self._disk_bytes_per_s = disk_bytes_per_s
         self._disk_latency_s = disk_latency_s
         self._disk_free_s = 0.0
+        self._return_free_s = 0.0
 
     def spend(self, seconds: float) -> None:
         """Compute for that long."""
@@ -111,6 +115,18 @@ class VirtualDevice:
             source = staging[piece.source : piece.source + piece.n_bytes]
             target[piece.target : piece.target + piece.n_bytes].copy_(source)
         return self._moved(sum(piece.n_bytes for piece in pieces), max(after or 0.0, read.ended))
+
+    def send(self, source: torch.Tensor, target: torch.Tensor, after: float | None = None) -> VirtualCopy:
+        """After those before it, after `after`, and not before it is issued: at the link's pace, the other way."""
+        target.copy_(source)
+        start = max(self._return_free_s, self.now_s, after or 0.0)
+        self._return_free_s = start + self._latency_s + target.numel() / self._bytes_per_s
+        self.sends.append((start, self._return_free_s, target.numel()))
+        return VirtualCopy(start, self._return_free_s)
+
+    def settle(self, copied: VirtualCopy | None) -> None:
+        """As `wait`: the clock of the host is the clock of compute."""
+        self.wait(copied)
 
     def record(self) -> float:
         """Now."""

@@ -15,7 +15,7 @@ from autosp.partition.rows import Runs, find_runs
 from autosp.partition.split import Unit, choose_units
 from autosp.partition.tensors import Extent, NamedTensor, model_fingerprint
 from autosp.partition.trace import Trace, trace
-from autosp.spec import Layer, Leaf, Partition, Tier
+from autosp.spec import Layer, Leaf, Mode, Partition, Tier
 
 __all__ = [
     "BoundLayer",
@@ -42,18 +42,20 @@ def partition(
     *,
     lookups: bool = False,
     slow_tier: Tier = Tier.HOST,
+    mode: Mode = "inference",
 ) -> Partition:
     """Ordered layers of any module, by one observed pass.
 
     `run` performs the pass. `lookups`: the device's kernels can read host memory, so that tables
     need not move. `slow_tier` decides how layers travel, and so how many bytes. Layers are numbered in the order of
-    their first visit; those that the pass never visited come last. The model is left as it was; what it raises passes
-    through.
+    their first visit; those that the pass never visited come last. In training no weight is cut into runs of rows: a
+    run is computed with as a tensor of its own, so that the parameter would get no gradient. The model is left as it
+    was; what it raises passes through.
 
     Raises: EmptyModelError, MetaModelError, ReadError if a file that weights are mapped from was truncated.
     """
     tensors = collect_for(model, slow_tier)
-    runs = find_runs(model, tensors)
+    runs = find_runs(model, tensors) if mode == "inference" else {}
     seen = trace(model, tensors, run, device, runs)
     tables = [extent for extent in tensors.extents if lookups and _is_table(extent, seen)]
     units = choose_units(model, tensors, seen, tables)

@@ -68,7 +68,7 @@ def trace(
     operation's weights at a time. Whatever the model raises passes through, with the model as it was.
     """
     watcher = _Watcher(tensors, device)
-    attributes = _attributes(model)
+    attributes = attributes_of(model)
     before = {
         extent: extent.raw().clone()
         for extent in tensors.extents
@@ -84,9 +84,7 @@ def trace(
         for wrapper in reversed(wrappers):
             wrapper.remove()
         mutated = watcher.written() | _replaced(model, tensors)
-        for known, values in attributes:
-            known.clear()
-            known.update(values)
+        restore_attributes(attributes)
         for extent, snapshot in {**before, **watcher.overwritten}.items():
             if not torch.equal(extent.raw(), snapshot):
                 mutated.add(extent)
@@ -97,7 +95,7 @@ def trace(
     )
 
 
-def _attributes(model: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+def attributes_of(model: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Every module's own attributes, tensors and children: the dictionary and what is in it now.
 
     A counter or a flag goes with the tensors that it speaks of, so whoever restores the one restores the other.
@@ -105,6 +103,13 @@ def _attributes(model: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]
     own = [vars(module) for module in model.modules()]
     held = [attributes[kind] for attributes in own for kind in ("_parameters", "_buffers", "_modules")]
     return [(known, dict(known)) for known in (*own, *held)]
+
+
+def restore_attributes(attributes: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+    """As `attributes_of` found them."""
+    for known, values in attributes:
+        known.clear()
+        known.update(values)
 
 
 def _replaced(model: nn.Module, tensors: ModelTensors) -> set[Extent]:

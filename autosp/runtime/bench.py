@@ -11,8 +11,8 @@ from autosp.devices import Device
 from autosp.partition import bind
 from autosp.runtime.streamed_model import StreamedModel
 from autosp.schedule.actions import Schedule
-from autosp.schedule.streaming import lower
-from autosp.spec import Candidate, Partition
+from autosp.schedule.lowering import lower_for
+from autosp.spec import Candidate, Mode, Partition
 from autosp.tiers import DiskStore, HostStore, Originals, Readers, Store, TieredStore, open_store
 
 
@@ -30,6 +30,7 @@ class Bench:
         device: Device,
         cache_dir: Path,
         host_budget_bytes: int | None = None,
+        mode: Mode = "inference",
     ) -> None:
         """`host_budget_bytes`: None where the slow tier has room for all.
 
@@ -39,6 +40,7 @@ class Bench:
         self.model = model
         self.device = device
         self.host_budget_bytes = host_budget_bytes
+        self._mode = mode
         self._bound = bind(model, partition, device.info.slow_tier)
         self.partition = self._bound.partition
         self.readers = Readers()
@@ -66,11 +68,11 @@ class Bench:
         """The model under `candidate`, until `remove()`."""
         schedule = self._lower(candidate)
         if self.host_budget_bytes is None:
-            return StreamedModel(self._bound, schedule, self.device, self.store, Originals.KEPT)
+            return StreamedModel(self._bound, schedule, self.device, self.store, Originals.KEPT, mode=self._mode)
         stored = self._bound.stored({*candidate.residents, *candidate.on_disk})
         host = HostStore(stored, self.device)
         store = TieredStore(host, self.store, candidate.on_disk)
         return StreamedModel(self._bound, schedule, self.device, store, Originals.KEPT, host.close)
 
     def _lower(self, candidate: Candidate) -> Schedule:
-        return lower(candidate, [layer.n_bytes for layer in self.partition.layers], self.partition.visits)
+        return lower_for(self._mode, candidate, self.partition)

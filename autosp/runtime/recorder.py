@@ -18,8 +18,9 @@ KEPT_PASSES = 8
 
 @dataclass(slots=True)
 class Visit:
-    """One call of a layer: when it came, when its weights were there, when it ended."""
+    """One call of a layer, or its backward: when it came, when its weights were there, when it ended."""
 
+    kind: Kind
     layer: int
     arrive: Stamp
     start: Stamp = None
@@ -72,8 +73,9 @@ class Recorder:
         self._open.clear()
 
     def end_pass(self) -> None:
-        """The outermost call returned."""
-        assert self._now is not None
+        """The outermost call returned, or its backward; what was dropped does not end."""
+        if self._now is None:
+            return
         self._now.end = self._device.stamp()
         self._passes.append(self._now)
         self._now = None
@@ -82,16 +84,16 @@ class Recorder:
         """The outermost call raised: its stamps say nothing about a whole pass."""
         self._now = None
 
-    def arrive(self, layer: int) -> None:
-        """A layer is called; nothing was waited for yet."""
-        self._open.append(Visit(layer, self._device.stamp()))
+    def arrive(self, layer: int, kind: Kind = Kind.FORWARD) -> None:
+        """A layer is called, or its backward begins; nothing was waited for yet."""
+        self._open.append(Visit(kind, layer, self._device.stamp()))
 
     def start(self) -> None:
         """Its weights are there."""
         self._open[-1].start = self._device.stamp()
 
     def finish(self) -> None:
-        """Its forward returned."""
+        """Its forward returned, or its backward is over."""
         visit = self._open.pop()
         visit.finish = self._device.stamp()
         if self._now is not None:
@@ -178,5 +180,5 @@ class Recorder:
                 spans.append(Span(action(Kind.LOAD, load.layers, load.offset), period, begin, end))
             for visit in one.visits:
                 arrive, start, finish = at(visit.arrive), at(visit.start), at(visit.finish)
-                spans.append(Span(action(Kind.FORWARD, (visit.layer,)), period, start, finish, start - arrive))
+                spans.append(Span(action(visit.kind, (visit.layer,)), period, start, finish, start - arrive))
         return Timeline(tuple(spans), tuple(at(one.end) for one in self._passes))

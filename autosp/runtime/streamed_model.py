@@ -19,13 +19,16 @@ from autosp.partition import BoundModel, NamedTensor, Resting, at_rest
 from autosp.partition.placed import Placed, tensors_of
 from autosp.runtime.cut_leaf import CutLeaf, ResidentRun, StreamedRun
 from autosp.runtime.executor import Executor, Observer
+from autosp.runtime.gradients import Gradients, follow
 from autosp.runtime.guests import Guests
+from autosp.runtime.loader import Loader
 from autosp.runtime.lookups import Lookups
 from autosp.runtime.residents import Residents
 from autosp.runtime.streamed_layer import StreamedLayer
+from autosp.runtime.training import TrainingExecutor
 from autosp.schedule.actions import Schedule
 from autosp.schedule.timeline import Timeline
-from autosp.spec import Tier, Usage
+from autosp.spec import Mode, Tier, Usage
 from autosp.tiers import Originals, Store, forget_pages
 
 M = TypeVar("M", bound=nn.Module)
@@ -47,6 +50,8 @@ class Stats:
     reads: int
     read_bytes: int
     """From disk to host, where layers rest behind it."""
+    gradient_bytes: int
+    """From device to host, while training."""
     link_bytes: dict[str, int]
     """Bytes moved over each link, such as "host->device"."""
     pass_s: tuple[float, ...]
@@ -69,6 +74,7 @@ class StreamedModel(Generic[M]):
         originals: Originals,
         on_close: Callable[[], None] = lambda: None,
         floor_s: float | None = None,
+        mode: Mode = "inference",
     ) -> None:
         """`on_close` frees the store once the model is at rest. `floor_s`: the least that one pass can take."""
         self.model = bound.model
@@ -92,6 +98,7 @@ class StreamedModel(Generic[M]):
         copied = [
             place for piece in moving for one in piece.layers if one.layer.index in residents for place in one.placed
         ]
+        streamed = [(one, piece.leaf) for piece in moving for one in piece.layers if one.layer.index not in residents]
         kept = [*bound.opaque, *tensors_of(bound.lookups.placed if bound.lookups else ())]
         if originals is Originals.KEPT:
             kept += tensors_of(staying)
@@ -103,6 +110,7 @@ class StreamedModel(Generic[M]):
         staging = anonymous(schedule.staging_bytes)
         staging.zero_()  # its pages are taken before anything is measured, and before a pass
         device.pin(staging)
+        gradients = Gradients([one for one, _ in streamed] if mode == "training" else (), device)
         device.start_measuring()
         try:
             self._residents = Residents([*staying, *copied], device)
@@ -112,16 +120,19 @@ class StreamedModel(Generic[M]):
                 device.originals_freed(self._residents.n_bytes)
             self._lookups = Lookups(bound.lookups, device, store) if bound.lookups else None
             self._addresses = [_address(named.tensor) for named in kept]
-            streamed = [
-                (one, piece.leaf) for piece in moving for one in piece.layers if one.layer.index not in residents
-            ]
             self._layers = [StreamedLayer(one) for one, leaf in streamed if leaf is None]
             self._runs = [StreamedRun(one) for one, leaf in streamed if leaf]
             arena = device.allocate(schedule.arena_bytes)
-            self._executor = Executor(schedule, [*self._layers, *self._runs], device, store, arena, staging)
+            loader = Loader(schedule, [*self._layers, *self._runs], device, store, arena, staging)
             del arena, staging
+            if mode == "training":
+                self._executor: Executor = TrainingExecutor(schedule, loader, gradients)
+            else:
+                self._executor = Executor(schedule, loader)
             self._executor.before_pass = self._before_pass
             self._intercept(moving)
+            if mode == "training":
+                follow(self.model.parameters())
             if device.torch_device.type != "cpu":
                 known = [named.tensor for named in _all_tensors(bound)]
                 self._guests = Guests(bound.model, known, lambda data: data.to(device.torch_device))
@@ -152,6 +163,8 @@ class StreamedModel(Generic[M]):
         pass_s = tuple(recorder.pass_s())
         names = {layer.layer.index: layer.layer.name for layer in self._bound.layers}
         link_bytes = {f"{self._device.info.slow_tier}->{Tier.DEVICE}": counters.moved_bytes}
+        if counters.gradient_bytes:
+            link_bytes[f"{Tier.DEVICE}->{self._device.info.slow_tier}"] = counters.gradient_bytes
         if self._disk_layers:
             link_bytes[f"{Tier.DISK}->{Tier.HOST}"] = counters.read_bytes
         return Stats(
@@ -162,6 +175,11 @@ class StreamedModel(Generic[M]):
             stall_s={names[layer]: seconds for layer, seconds in recorder.stall_s().items() if seconds > 0},
             over_floor=median(pass_s) / self._floor_s if pass_s and self._floor_s else None,
         )
+
+    @property
+    def backward_visits(self) -> tuple[int, ...]:
+        """Layers whose weights the last backward pass needed, in the order of need."""
+        return tuple(self._executor.backward_visits)
 
     def usage(self, last: int) -> Usage:
         """What the last so many passes (of those that are remembered) spent their time on. Waits for the device."""
@@ -201,6 +219,7 @@ class StreamedModel(Generic[M]):
         self._layers, self._runs, self._cut = [], [], []
         self._wrappers = []
         self._on_close()
+        follow(self.model.parameters())
 
     def _move_opaque(self) -> None:
         """What cannot be packed goes to the device as it is."""

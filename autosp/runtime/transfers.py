@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
@@ -120,18 +120,28 @@ class Prefetch:
     """Visits between the one that issues it and the one that needs it."""
 
 
-def prefetches(
-    schedule: Schedule, groups: Mapping[tuple[int, ...], TransferGroup], visits: Sequence[int]
-) -> tuple[list[Prefetch], list[list[Prefetch]]]:
-    """What to issue before the first pass, and after each visit of a streamed layer, in this order.
+Visit = tuple[Kind, int]
+"""A compute action and its layer."""
+
+Issues = tuple[Sequence[Visit], Sequence[Prefetch], Sequence[Sequence[Prefetch]]]
+"""A period's visits of streamed layers; what to issue before the first of them, and after each."""
+
+Groups = Mapping[tuple[int, ...], TransferGroup]
+
+Issue = Callable[[Schedule, Groups], Issues]
+"""Reads from a schedule what to issue when."""
+
+
+def prefetches(schedule: Schedule, groups: Groups) -> Issues:
+    """Across passes without end: the first list is for the time before the first pass.
 
     A load is due after the last of the visits that its waits stand for, a read with the last of the loads that its
     waits stand for; neither before the one ahead of it in its queue. What is due before a pass begins is issued in the
     pass before; a read may be due as early as the one before that.
     """
-    period = len(visits)
     streamed = {index for layers in groups for index in layers}
     forwards = [action for action in schedule.forwards if action.layers[0] in streamed]
+    period = len(forwards)
     needed_by: dict[tuple[tuple[int, ...], int], int] = {}
     for visit, action in enumerate(forwards):
         for ref in action.waits:
@@ -141,7 +151,7 @@ def prefetches(
     loaded = _due(schedule.loads, evicted, period)
     due = loaded | _due(schedule.reads, loaded, period)
     start = [(-3 * period, 0, 0, Prefetch(one.kind, groups[one.layers], 0)) for one in schedule.cold]
-    after: list[list[tuple[int, int, Prefetch]]] = [[] for _ in visits]
+    after: list[list[tuple[int, int, Prefetch]]] = [[] for _ in forwards]
     for number, action in enumerate(schedule.actions):
         if action.ref not in due:
             continue
@@ -151,9 +161,32 @@ def prefetches(
         ahead = -(visit // period)  # for a pass so many later than the one that issues it
         after[visit % period].append((ahead, number, prefetch))
         start += ((visit + passed * period, passed, number, prefetch) for passed in range(ahead))
-    return [prefetch for *_, prefetch in sorted(start, key=lambda entry: entry[:3])], [
-        [prefetch for *_, prefetch in sorted(entries, key=lambda entry: entry[:2])] for entries in after
-    ]
+    return (
+        [(Kind.FORWARD, action.layers[0]) for action in forwards],
+        [prefetch for *_, prefetch in sorted(start, key=lambda entry: entry[:3])],
+        [[prefetch for *_, prefetch in sorted(entries, key=lambda entry: entry[:2])] for entries in after],
+    )
+
+
+def prefetches_of_one_pass(schedule: Schedule, groups: Groups) -> Issues:
+    """Within a pass only, in list order: a load is issued after the compute action that it follows in the list."""
+    streamed = {index for layers in groups for index in layers}
+    visits: list[Visit] = []
+    issued_after: list[tuple[int, Action]] = []
+    needed_by: dict[Ref, int] = {}
+    for action in schedule.actions:
+        if action.kind is Kind.LOAD:
+            issued_after.append((len(visits) - 1, action))
+        elif action.kind in (Kind.FORWARD, Kind.BACKWARD) and action.layers[0] in streamed:
+            for ref in action.waits:
+                needed_by.setdefault(ref, len(visits))
+            visits.append((action.kind, action.layers[0]))
+    start: list[Prefetch] = []
+    after: list[list[Prefetch]] = [[] for _ in visits]
+    for visit, action in issued_after:
+        prefetch = Prefetch(Kind.LOAD, groups[action.layers], needed_by[action.ref] - visit)
+        (after[visit] if visit >= 0 else start).append(prefetch)
+    return visits, start, after
 
 
 def _due(queue: Sequence[Action], visit_of: Mapping[Ref, int], period: int) -> dict[Ref, int]:

@@ -6,6 +6,8 @@ Text form, one token per action: `<layers><kind><occurrence>[@<offset>][<waits>]
     4F0[4+5L0]        forward of layer 4, the first one in this pass
     3L0@0[-6E0]       a load of the next pass's beginning: `-` is an action of the pass before
     7R0@4096[5L0]     read layer 7 from disk to offset 4096 of the host's staging ring, once layer 5 was loaded from it
+    4B0[4+5L1,4C0]    backward of layer 4, whose activations were recomputed (4C0)
+    4G0[4B0]          gradients of layer 4 to the host
 
 Actions of one resource run in list order; a wait names an action of any resource.
 """
@@ -24,6 +26,13 @@ class Kind(StrEnum):
     LOAD = "L"
     FORWARD = "F"
     EVICT = "E"
+    BACKWARD = "B"
+    RECOMPUTE = "C"
+    GRADIENTS = "G"
+
+
+COMPUTES = (Kind.FORWARD, Kind.RECOMPUTE, Kind.BACKWARD)
+"""What needs the weights of its layer."""
 
 
 class Resource(StrEnum):
@@ -32,6 +41,7 @@ class Resource(StrEnum):
     COMPUTE = "compute"
     LINK = "link"
     DISK = "disk"
+    RETURN = "return link"
 
 
 RESOURCE = {
@@ -39,11 +49,14 @@ RESOURCE = {
     Kind.LOAD: Resource.LINK,
     Kind.FORWARD: Resource.COMPUTE,
     Kind.EVICT: Resource.COMPUTE,
+    Kind.BACKWARD: Resource.COMPUTE,
+    Kind.RECOMPUTE: Resource.COMPUTE,
+    Kind.GRADIENTS: Resource.RETURN,
 }
 
 _LAYERS = r"\d+(?:,\d+)*"
 _HEAD = re.compile(rf"arena=(\d+)(?: staging=(\d+) on_disk=({_LAYERS}))? residents=(-|{_LAYERS})")
-_REF = re.compile(r"(?P<before>-?)(?P<layers>\d+(?:\+\d+)*)(?P<kind>[RLFE])(?P<occurrence>\d+)")
+_REF = re.compile(r"(?P<before>-?)(?P<layers>\d+(?:\+\d+)*)(?P<kind>[RLFEBCG])(?P<occurrence>\d+)")
 _TOKEN = re.compile(rf"{_REF.pattern}(?:@(?P<offset>\d+))?(?:\[(?P<waits>[^\]]*)\])?")
 
 
@@ -104,8 +117,18 @@ class Schedule:
 
     @property
     def forwards(self) -> tuple[Action, ...]:
-        """The compute actions, in order."""
+        """The forwards, in order."""
         return tuple(action for action in self.actions if action.kind is Kind.FORWARD)
+
+    @property
+    def computes(self) -> tuple[Action, ...]:
+        """What needs weights, in order: the forwards, and in a training pass what the backward pass does."""
+        return tuple(action for action in self.actions if action.kind in COMPUTES)
+
+    @property
+    def recomputed(self) -> frozenset[int]:
+        """Layers whose activations are dropped after their forward, and computed again before their backward."""
+        return frozenset(action.layers[0] for action in self.actions if action.kind is Kind.RECOMPUTE)
 
     @property
     def loads(self) -> tuple[Action, ...]:

@@ -68,7 +68,8 @@ def build_ring(candidate: Candidate, layer_bytes: Sequence[int], visits: Sequenc
     groups = [Group(*group) for group in zip(members, offsets, sizes, strict=True)]
     unvisited = set(range(len(layer_bytes))).difference(visits, candidate.residents)
     ends = [*(group.offset + group.n_bytes for group in groups), *(layer_bytes[layer] for layer in unvisited)]
-    ring = Ring(tuple(groups), max(ends, default=0), _time_transfers(groups, visits))
+    walks = 1 if len(set(visits)) == len(visits) else 2
+    ring = Ring(tuple(groups), max(ends, default=0), time_transfers(groups, visits, walks))
     return replace(ring, staging=stage(ring, candidate, layer_bytes, visits)) if candidate.on_disk else ring
 
 
@@ -93,18 +94,17 @@ def stage(ring: Ring, candidate: Candidate, layer_bytes: Sequence[int], visits: 
     )
 
 
-def _time_transfers(groups: Sequence[Group], visits: Sequence[int]) -> tuple[Transfer, ...]:
-    """Walk the visits from an empty arena; the last walk is the steady state.
+def time_transfers(groups: Sequence[Group], visits: Sequence[int], walks: int) -> tuple[Transfer, ...]:
+    """The transfers of a period that follows as many `walks` of the visits, the first of them from an empty arena.
 
     Where every layer is visited once, the groups present at a period's end are those of the period before; with
-    repeated visits one more walk settles it.
+    repeated visits one more walk settles it. Without a walk before it, a period finds the arena empty.
 
     A transfer may be issued as soon as every group that it overwrites has been used for the last time, and not before
     an earlier one: the link is a queue, in the order of need.
     """
     period = len(visits)
     runs = _runs(groups, visits)
-    walks = 1 if len(set(visits)) == period else 2
     begins: list[int] = []  # of the groups in the arena, sorted: they do not overlap
     there: list[int] = []
     last_use: dict[int, int] = {}

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from autosp.schedule.actions import Action, Kind, Ref, Schedule
+from autosp.schedule.actions import COMPUTES, Action, Kind, Ref, Schedule
 
 
 def validate(schedule: Schedule, layer_bytes: tuple[int, ...]) -> None:
     """Check a schedule.
 
-    Guarantees, for the cold actions and two passes in list order: every FORWARD finds its layer on the device, and
-    waits for the load that brought it in this pass; a LOAD overwrites evicted layers only, and waits for their
+    Guarantees, for the cold actions and two passes in list order: every FORWARD, RECOMPUTE and BACKWARD finds its
+    layer on the device, and waits for the load that brought it in this pass; a BACKWARD waits for the RECOMPUTE before
+    it, GRADIENTS for what computes them; a LOAD overwrites evicted layers only, and waits for their
     evictions; a LOAD from disk waits for a READ of just its layers in this pass; a READ overwrites only what was
     loaded from staging, and waits for those loads; waits name earlier actions; loads stay inside the arena, reads
     inside the staging ring.
@@ -30,6 +31,7 @@ def validate(schedule: Schedule, layer_bytes: tuple[int, ...]) -> None:
         done: set[Ref] = set()
         for action in actions:
             _check_waits(action, done, names)
+            _check_backward(action, done)
             staging.apply(action, number)
             arena.apply(action, number)
             done.add(action.ref)
@@ -42,6 +44,15 @@ def _check_waits(action: Action, done: set[Ref], names: set[Ref]) -> None:
                 raise ValueError(f"{action.ref} waits for {ref}, which is in no pass")
         elif ref not in done:
             raise ValueError(f"{action.ref} waits for {ref}, which comes later or never")
+
+
+def _check_backward(action: Action, done: set[Ref]) -> None:
+    """What the backward pass computes and sends follows what it is computed from."""
+    again = Ref(Kind.RECOMPUTE, action.layers, action.occurrence)
+    if action.kind is Kind.BACKWARD and again in done and again not in action.waits:
+        raise ValueError(f"{action.ref} does not wait for {again}, which brings its activations")
+    if action.kind is Kind.GRADIENTS and not any(ref.kind in COMPUTES for ref in action.waits):
+        raise ValueError(f"{action.ref} waits for nothing that computes them")
 
 
 def _range(action: Action, layer_bytes: tuple[int, ...], limit: int, place: str) -> tuple[int, int]:
@@ -77,7 +88,7 @@ class _Arena:
                 if layer in self._present:
                     begin, end, _, _ = self._present.pop(layer)
                     self._left[layer] = begin, end, action.ref, number
-        elif action.kind is Kind.FORWARD and action.layers[0] not in self._schedule.residents:
+        elif action.kind in COMPUTES and action.layers[0] not in self._schedule.residents:
             if action.layers[0] not in self._present:
                 raise ValueError(f"{action.ref} runs without its weights")
             _, _, load, when = self._present[action.layers[0]]

@@ -18,6 +18,7 @@ class Layer(Record):
     n_bytes: int = Field(description="bytes of one transfer, alignment included, where the plan was made")
     weight_bytes: int | None = Field(default=None, description="bytes of the tensors alone; None before schema 3")
     rows: tuple[int, int] | None = Field(default=None, description="from and to, if it is a run of a weight's rows")
+    gradient_bytes: int = Field(default=0, description="bytes of the gradients that a training pass gives")
 
     @property
     def path(self) -> str:
@@ -40,6 +41,9 @@ class Partition(Record):
     resident_bytes: int
     visits: tuple[int, ...] = Field(description="layer index per call, in the order of one period of execution")
     repeats: int = Field(description="periods per pass; more than one where the step calls the model again and again")
+    backward: tuple[int, ...] = Field(
+        default=(), description="layers whose weights a training pass's backward needs, in the order of need"
+    )
     lookups: Layer | None = Field(
         default=None, description="tables of which a pass reads a few rows: they stay on the slow tier"
     )

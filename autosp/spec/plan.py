@@ -12,12 +12,12 @@ from autosp.errors import PlanFormatError
 from autosp.files import write_atomically
 from autosp.spec.layers import Partition
 from autosp.spec.profile import Reading
-from autosp.spec.record import DeviceInfo, Mode, Record
+from autosp.spec.record import DeviceInfo, Mode, Record, Tier
 from autosp.spec.trial import Candidate, Measurement, Prediction
 
-PLAN_SCHEMA_VERSION = 4
+PLAN_SCHEMA_VERSION = 5
 """Also read: 1, before lookup tables; 2, before `Layer.weight_bytes` and disks behind the host; 3, before `Leaf` and
-`reading`."""
+`reading`; 4, before training."""
 
 
 class Plan(Record):
@@ -47,8 +47,15 @@ class Plan(Record):
     def _indices_name_layers(self) -> Plan:
         count = len(self.partition.layers)
         visits, candidate = self.partition.visits, self.candidate
-        if any(not 0 <= index < count for index in (*visits, *candidate.residents, *candidate.on_disk)):
+        backward = self.partition.backward
+        if any(not 0 <= index < count for index in (*visits, *backward, *candidate.residents, *candidate.on_disk)):
             raise ValueError(f"a visit, a resident or a layer on disk is none of the {count} layers")
+        if not {*backward} <= {*visits} or not {*candidate.recompute} <= {*backward}:
+            raise ValueError("only what a pass visits goes backward, and only that is recomputed")
+        if self.mode == "training" and (candidate.on_disk or self.device.slow_tier is Tier.DISK):
+            raise ValueError("layers rest on disk: in training, weights rest in host memory")
+        if self.mode == "training" and self.partition.leaves:
+            raise ValueError("a weight is cut into runs of rows: in training, it travels as a whole")
         split = candidate.split_groups(visits)
         if split:
             raise ValueError(f"layers {split[0]} travel together, and only some of them rest on disk")

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-Mode = Literal["inference"]
+Mode = Literal["inference", "training"]
 
 
 class Record(BaseModel):

@@ -15,6 +15,7 @@ class Candidate(Record):
 
     `residents` never leave; the other `k - len(residents)` layers are the ring that streamed layers share. Layers
     `on_disk` rest behind the host: they are read into a ring of `read_ahead` groups in host memory, and loaded from it.
+    In training, of layers to `recompute` only the inputs are kept for the backward pass.
     """
 
     k: int = Field(ge=0)
@@ -22,6 +23,7 @@ class Candidate(Record):
     residents: tuple[int, ...] = ()
     on_disk: tuple[int, ...] = ()
     read_ahead: int = Field(default=0, ge=0, description="groups in the host's ring; 0 if nothing rests on disk")
+    recompute: tuple[int, ...] = ()
 
     @model_validator(mode="after")
     def _what_rests_on_disk_is_streamed(self) -> Candidate:
@@ -55,7 +57,8 @@ class Candidate(Record):
     def label(self) -> str:
         """Short name for tables."""
         disk = f" on disk={len(self.on_disk)} read-ahead={self.read_ahead}" if self.on_disk else ""
-        return f"k={self.k} k'={self.k_prime} residents={len(self.residents)}{disk}"
+        again = f" recompute={len(self.recompute)}" if self.recompute else ""
+        return f"k={self.k} k'={self.k_prime} residents={len(self.residents)}{disk}{again}"
 
 
 class Prediction(Record):

@@ -105,6 +105,7 @@ def test_every_call_is_one_that_torch_takes(backend: ModuleType, monkeypatch: py
     device.wait(copied)
     device.finished(copied)
     staging = torch.empty(2, dtype=torch.uint8)
+    device.settle(device.send(torch.empty(2, dtype=torch.uint8), torch.empty(2, dtype=torch.uint8), device.record()))
     read = device.read([OnDisk(3, 4)], staging, [copied])
     device.wait(device.copy_staged(read, staging, [Piece(0, 0, 2)], torch.empty(2, dtype=torch.uint8), device.record()))
     assert device.seconds(device.stamp(), device.stamp()) == 1.5
@@ -208,10 +209,11 @@ class FakeModule:
         self.fractions: list[float] = []
         self.reserved_bytes = 2**30
         self._compute = FakeStream(self, "compute")
+        self._streams = iter(["copies", "sends"])
         self._current = [self._compute]
 
     def Stream(self, _device: Any) -> FakeStream:  # noqa: N802
-        return FakeStream(self, "copies")
+        return FakeStream(self, next(self._streams))
 
     def Event(self, **options: Any) -> FakeEvent:  # noqa: N802
         return FakeEvent(self, **options)
@@ -280,6 +282,29 @@ def test_a_copy_waits_on_the_copy_stream_and_is_issued_there(fake: Fake) -> None
     assert verbs(module)[-1] == ("record", "copies")
     assert target.tolist() == [1, 2, 3, 4, 5]
     assert module.current_stream().name == "compute"
+
+
+def test_a_copy_to_the_host_has_a_stream_of_its_own_and_settling_it_blocks_the_host(fake: Fake) -> None:
+    device, module = fake
+    target = torch.zeros(3, dtype=torch.uint8)
+    after = device.record()
+    module.log.clear()
+    with Copies(module):
+        sent = device.send(torch.tensor([1, 2, 3], dtype=torch.uint8), target, after)
+    assert module.log[0] == ("wait", "sends", after)
+    assert verbs(module)[1:] == [("record", "sends"), ("copy_", "sends"), ("record", "sends")]
+    assert target.tolist() == [1, 2, 3]
+    end = module.log[-1][2]
+    module.log.clear()
+    device.settle(sent)
+    assert module.log == [("synchronize", "host", end)]
+
+
+def test_a_copy_to_the_host_that_fails_says_so_to_who_settles_it(fake: Fake) -> None:
+    device, _ = fake
+    sent = device.send(torch.zeros(2, dtype=torch.uint8), torch.zeros(3, dtype=torch.uint8), None)
+    with pytest.raises(RuntimeError, match="size"):
+        device.settle(sent)
 
 
 def test_a_copy_after_nothing_waits_for_nothing(fake: Fake) -> None:

@@ -13,6 +13,7 @@ from autosp.devices import CpuDevice, Device, Piece, VirtualDevice, choose_devic
 from autosp.devices.memory import anonymous, memory_of
 from autosp.errors import ReadError, SettingError
 from autosp.partition import bind, partition
+from autosp.spec import Tier
 from autosp.tiers import DiskStore, Originals, open_store
 from models import make
 
@@ -149,6 +150,31 @@ def test_one_place_of_staging_serves_many_reads_ahead_of_their_copies(any_device
     store.close()
 
 
+def test_what_compute_made_is_sent_to_the_host_in_order(any_device: Device) -> None:
+    device = any_device
+    target = _staging(device, 3 * MIB)
+    sources = []
+    sent: list[object] = []
+    for value in range(12):
+        source = device.allocate(MIB)
+        source.fill_(value)
+        begin = value % 3 * MIB
+        sent.append(device.send(source, target[begin : begin + MIB], device.record()))
+        sources.append(source)
+    for copied in sent:
+        device.settle(copied)
+        assert device.finished(copied)
+    expected = torch.arange(9, 12, dtype=torch.uint8).repeat_interleave(MIB)
+    assert torch.equal(target, expected)
+    device.synchronize()
+    assert device.seconds(sent[0].times.began, sent[-1].times.ended) > 0
+
+
+def test_only_tensors_of_a_host_device_can_be_added_to_the_host_s(any_device: Device) -> None:
+    assert not any_device.is_host or any_device.torch_device.type == "cpu"
+    assert any_device.is_host == isinstance(any_device, CpuDevice)
+
+
 def test_a_failed_read_reaches_who_waits_for_its_copy_and_nobody_else(any_device: Device, tmp_path: Path) -> None:
     device = any_device
     store, parts = _disk_store(tmp_path)
@@ -234,6 +260,20 @@ def test_virtual_clock_is_exact(tmp_path: Path) -> None:
     assert bytes(memory_of(target)) == bytes(range(200))
 
 
+def test_a_virtual_link_carries_both_ways_at_once() -> None:
+    device = VirtualDevice(bytes_per_s=100.0, latency_s=1.0)
+    source, target = device.allocate(200), torch.zeros(200, dtype=torch.uint8)
+    device.spend(5.0)
+    device.copy([], device.allocate(0), device.record())  # 5 + 1
+    first = device.send(source, target, device.record())  # 5 + 1 + 2, beside the copy
+    second = device.send(source[:100], target[:100], device.record())  # 8 + 1 + 1
+    assert ((first.began, first.ended), (second.began, second.ended)) == ((5.0, 8.0), (8.0, 10.0))
+    assert device.sends == [(5.0, 8.0, 200), (8.0, 10.0, 100)]
+    device.settle(first)
+    assert device.now_s == 8.0
+    assert torch.equal(source, target)
+
+
 def test_virtual_disk_is_exact() -> None:
     device = VirtualDevice(bytes_per_s=100.0, latency_s=1.0, disk_bytes_per_s=50.0, disk_latency_s=0.5)
 
@@ -258,6 +298,12 @@ def test_choose_device_names_what_is_not_there() -> None:
     assert choose_device("cpu").info.kind == "cpu"
     mine = CpuDevice()
     assert choose_device(mine) is mine
+    with pytest.raises(SettingError, match="rest on disk, and training updates them"):
+        choose_device(mine, "training")
+    in_ram = CpuDevice(slow_tier=Tier.HOST)
+    assert choose_device(in_ram, "training") is in_ram
+    assert choose_device("cpu").info.slow_tier is Tier.DISK
+    assert choose_device("cpu", "training").info.slow_tier is Tier.HOST
     with pytest.raises(SettingError, match="not a torch device"):
         choose_device("warp")
     with pytest.raises(SettingError, match="cuda and|cuda, xpu"):

@@ -297,7 +297,7 @@ def test_the_peak_is_the_plan_s_whatever_pages_a_plain_pass_left(tmp_path: Path)
     for _ in range(2):
         assert equal(model(vectors(2, 1024)), expected)
     forget_pages(sources(streamed))  # as the kernel does when it wants the memory
-    plan_bytes = streamed._residents.n_bytes + streamed._executor._arena.numel()
+    plan_bytes = streamed._residents.n_bytes + streamed._executor.loader.arena.numel()
     assert plan_bytes > 20e6
     assert plan_bytes * 0.9 <= streamed.stats().peak_bytes <= plan_bytes + 10e6
     streamed.remove()

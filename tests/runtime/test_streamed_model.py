@@ -168,7 +168,7 @@ def test_one_copy_per_group(apply: Apply, device: Device) -> None:
     model(batch)
     count = len(streamed._bound.layers)
     assert streamed.stats().loads - before == -(-count // 3)
-    assert all(len(group.regions) == 1 for group in streamed._executor._group_of.values())
+    assert all(len(group.regions) == 1 for group in streamed._executor.loader.group_of.values())
 
 
 def test_at_rest_it_is_an_ordinary_cpu_model(apply: Apply, device: Device) -> None:
@@ -356,7 +356,7 @@ def test_a_failed_load_is_raised_and_the_next_pass_is_right(apply: Apply, device
     expected = plain(model, batch, device)
     streamed = apply(model, batch, Candidate(k=2, k_prime=1))
     model(batch)
-    group = streamed._executor._group_of[4]
+    group = streamed._executor.loader.group_of[4]
     regions, group.regions = group.regions, (_Broken(group.end - group.begin),)
     with pytest.raises(ReadError, match="no such layer"):
         for _ in range(2):
@@ -436,7 +436,7 @@ def test_peak_counts_arena_and_residents_but_not_freed_weights(device: Device, a
     streamed = apply(model, (vectors(2, 512),), Candidate(k=3, k_prime=1, residents=(0,)))
     for _ in range(3):
         model(on(device, vectors(2, 512)))
-    plan_bytes = streamed._residents.n_bytes + streamed._executor._arena.numel()
+    plan_bytes = streamed._residents.n_bytes + streamed._executor.loader.arena.numel()
     assert plan_bytes > 8e6
     assert plan_bytes * 0.9 <= streamed.stats().peak_bytes <= plan_bytes + 30e6
 

@@ -118,7 +118,7 @@ def test_same_output_and_no_more_reads_than_loads(
         assert equal(call(model, on(any_device, batch)), expected)
     stats = streamed.stats()
     assert (stats.misses, stats.temporary_loads, stats.passes) == (0, 0, 4)
-    ahead = len(streamed._executor._staging.ahead())
+    ahead = len(streamed._executor.loader.staging.ahead())
     loads_of_disk = [
         one
         for span in [streamed.timeline()]
@@ -209,7 +209,7 @@ def test_writes_at_rest_are_seen_by_the_next_pass(apply: Apply, any_device: Devi
     streamed = apply(model, batch, Candidate(k=2, k_prime=1), read_ahead=3)
     for _ in range(3):
         model(on(any_device, batch))
-        assert streamed._executor._staging.ahead()
+        assert streamed._executor.loader.staging.ahead()
         with torch.no_grad():
             for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
                 mine.mul_(1.25)
@@ -285,7 +285,7 @@ def test_a_failed_read_is_raised_and_the_next_pass_is_right(
     expected = plain(model, batch, any_device)
     streamed = apply(model, batch, Candidate(k=2, k_prime=1), read_ahead=read_ahead)
     model(on(any_device, batch))
-    group = streamed._executor._group_of[index]
+    group = streamed._executor.loader.group_of[index]
     broken = Broken(group.regions[0])
     group.regions = (broken,)
     with pytest.raises(ReadError, match="no such layer"):

@@ -1,0 +1,113 @@
+"""A plan whose k and k' the user sets."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from autosp.batch import Step
+from autosp.cost_model.placement import Placing, evenly_spread, host_too_small
+from autosp.devices import Device, choose_device
+from autosp.errors import SettingError
+from autosp.partition import partition
+from autosp.profiler.host import binding_host_budget
+from autosp.profiler.training import training_partition
+from autosp.settings import settings
+from autosp.spec import Candidate, Plan
+from autosp.workload import Workload, parse_budget
+
+if TYPE_CHECKING:
+    import torch
+
+
+def plan(
+    model: nn.Module,
+    sample_batch: Any,
+    *,
+    k: int,
+    k_prime: int,
+    residents: int = 0,
+    max_cpu_gb: float | str | None = None,
+    mode: str = "inference",
+    step: Step | None = None,
+    device: torch.device | str | Device | None = None,
+    recompute: int = 0,
+) -> Plan:
+    """The plan with the k and k' that the user sets, as the Superpipeline paper uses them: nothing is searched.
+
+    One pass is observed for the order of the layers. `residents` layers, spread evenly, never leave the device. What
+    the host has no room for rests on disk, spread evenly too.
+
+    With mode="training", `step` returns the loss, and weights rest in host memory. Of `recompute` layers, spread
+    evenly, only the inputs are kept for the backward pass, which computes their activations again.
+
+    Raises: SettingError if the numbers do not fit together or the model has fewer layers; BudgetTooSmallError if the
+    host has no room for a transfer.
+    """
+    chosen = choose_device(device, mode)
+    workload = Workload.of(model, sample_batch, step, mode, chosen)
+    if mode == "training":
+        return _training_plan(workload, chosen, k, k_prime, residents, recompute, max_cpu_gb)
+    if recompute:
+        raise SettingError(f"recompute={recompute!r}: activations are computed again in mode='training' only")
+    parts = partition(
+        model, workload.run, chosen.torch_device, lookups=chosen.reads_host, slow_tier=chosen.info.slow_tier
+    )
+    candidate = _candidate(k, k_prime, residents, list(dict.fromkeys(parts.visits)))
+    host_bytes = None if max_cpu_gb is None else parse_budget(max_cpu_gb, "max_cpu_gb")
+    host_bytes = binding_host_budget(parts, chosen, host_bytes)
+    if host_bytes is not None:
+        placing = Placing(candidate, parts, host_bytes)
+        placed = placing.with_read_ahead(2) or placing.with_read_ahead(1)
+        if placed is None:
+            raise host_too_small(parts, host_bytes)
+        candidate = placed[0]
+    return Plan(
+        **workload.identity(chosen),
+        host_budget_bytes=host_bytes,
+        partition=parts,
+        candidate=candidate,
+        why=f"{candidate.label()} was set by the user",
+    )
+
+
+def _training_plan(
+    workload: Workload,
+    device: Device,
+    k: int,
+    k_prime: int,
+    residents: int,
+    recompute: int,
+    max_cpu_gb: float | str | None,
+) -> Plan:
+    """`plan` for training: a training pass is observed too."""
+    if max_cpu_gb is not None:
+        raise SettingError("max_cpu_gb with mode='training': all weights rest in host memory; leave it out")
+    parts = training_partition(workload, device, settings().cache_dir)
+    candidate = _candidate(k, k_prime, residents, list(dict.fromkeys(parts.visits)))
+    backward = list(dict.fromkeys(parts.backward))
+    if isinstance(recompute, bool) or not isinstance(recompute, int) or not 0 <= recompute <= len(backward):
+        raise SettingError(f"recompute={recompute!r}: the backward pass visits {len(backward)} layers")
+    candidate = candidate.model_copy(update={"recompute": tuple(sorted(evenly_spread(backward, recompute)))})
+    return Plan(
+        **workload.identity(device),
+        partition=parts,
+        candidate=candidate,
+        why=f"{candidate.label()} was set by the user",
+    )
+
+
+def _candidate(k: int, k_prime: int, residents: int, visited: list[int]) -> Candidate:
+    """The user's numbers, checked. k' beyond the ring would move layers that have no place to go."""
+    for name, value, least in (("k", k, 1), ("k_prime", k_prime, 1), ("residents", residents, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise SettingError(f"{name}={value!r}: pass a whole number of at least {least}")
+    if k > len(visited):
+        raise SettingError(f"k={k}: the pass visits {len(visited)} layers only")
+    if residents > k or (residents < len(visited) and k - residents < k_prime):
+        raise SettingError(
+            f"k={k} with residents={residents} leaves {max(0, k - residents)} places for streamed layers, too few to "
+            f"move k_prime={k_prime} at a time; raise k to at least {min(residents + k_prime, len(visited))}"
+        )
+    return Candidate(k=k, k_prime=k_prime, residents=tuple(sorted(evenly_spread(visited, residents))))

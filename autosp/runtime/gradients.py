@@ -1,0 +1,278 @@
+"""Gradients of streamed parameters: they leave the device as soon as autograd has added them up.
+
+[Note: where gradients are] While autograd adds up a parameter's gradient, `grad` is on the device and new; what the
+user had there is put aside. After that it goes to host memory: as it is where the user had nothing, else by way of
+staging memory into what was put aside, as plain torch adds to it. `grad` is complete when `backward()` returns. Where
+the device's tensors are host tensors, torch adds to what is there, and only what is new goes to its place.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from autosp.devices import Device
+from autosp.devices.memory import anonymous, lend
+from autosp.partition import BoundLayer
+from autosp.partition.placed import tensors_of
+from autosp.partition.tensors import EXTENT_ALIGNMENT, align
+from autosp.runtime.loader import Counters
+
+
+@dataclass(eq=False)
+class _Gradient:
+    """One parameter's, with its run of host memory."""
+
+    parameter: nn.Parameter
+    layer: int
+    memory: torch.Tensor
+    begin: int
+    lent: Any = None
+    """A weak reference to what was lent of the run last: somebody may still hold an old gradient."""
+    aside: torch.Tensor | None = None
+    """What the user had in `grad`, while autograd adds up a new one."""
+    adding: bool = False
+    """Whether torch adds to what the user had: nothing will be new."""
+    held: bool = False
+    """On the device until the backward pass ends."""
+    hooks: list[Any] = field(default_factory=list)
+
+    @property
+    def n_bytes(self) -> int:
+        """Of the gradient, which is as large as its parameter."""
+        return self.parameter.numel() * self.parameter.element_size()
+
+    def target(self, value: torch.Tensor) -> torch.Tensor:
+        """Host memory for a gradient that lies as `value` does: the run, unless an old gradient in it is in use."""
+        if self.lent is not None and self.lent() is not None:
+            return torch.empty_like(value, device="cpu")
+        run, self.lent = lend(self.memory, self.begin, self.n_bytes)
+        return _like(value, run)
+
+
+@dataclass(frozen=True)
+class _Leaving:
+    """A copy under way, and the memory that it reads; what it brings is added to `total`, if there is one."""
+
+    copied: Any
+    source: torch.Tensor
+    target: torch.Tensor
+    total: torch.Tensor | None
+
+
+class Gradients:
+    """Those of one model's streamed parameters. Host memory for them is taken, and pinned, once."""
+
+    def __init__(self, layers: Sequence[BoundLayer], device: Device) -> None:
+        """Of the parameters that require one now; of others when they do."""
+        self._layers = layers
+        self._device = device
+        self._counters = Counters()
+        self._on_gradient: Callable[[], None] = lambda: None
+        self._known: dict[int, _Gradient] = {}
+        self._calls: Counter[int] = Counter()
+        self._held: list[_Gradient] = []
+        self._leaving: deque[_Leaving] = deque()
+        self._most_in_flight = 0
+        self._staging: list[torch.Tensor] = []
+        self._find()
+
+    def connect(self, counters: Counters, on_gradient: Callable[[], None]) -> None:
+        """`on_gradient` is called before anything is done with one."""
+        self._counters, self._on_gradient = counters, on_gradient
+
+    def watch(self) -> None:
+        """Before a pass: hooks on every parameter that requires a gradient."""
+        self._find()
+        for gradient in self._known.values():
+            if not gradient.hooks and gradient.parameter.requires_grad:
+                before = gradient.parameter.register_hook(partial(self._before, gradient))
+                after = gradient.parameter.register_post_accumulate_grad_hook(partial(self._after, gradient))
+                gradient.hooks = [before, after]
+
+    def called(self, layer: int) -> None:
+        """A layer's forward runs with autograd.
+
+        Gradients of a layer that ran twice before its backward stay on the device until that ends: where parameters
+        change devices, autograd gives one gradient per call, and their sum must not depend on that.
+        """
+        self._calls[layer] += 1
+
+    def trains(self, layers: Iterable[int]) -> bool:
+        """Whether a parameter of these layers requires a gradient."""
+        wanted = set(layers)
+        return any(one.layer in wanted and one.parameter.requires_grad for one in self._known.values())
+
+    def finish(self) -> None:
+        """The backward pass is over: every gradient is where its user looks for it."""
+        for gradient in self._held:
+            gradient.held = False
+            self._leave(gradient)
+        self._held = []
+        self.settle()
+        for gradient in self._known.values():
+            if gradient.aside is not None:  # asked for by autograd.grad, which leaves `grad` alone
+                gradient.parameter.grad, gradient.aside = gradient.aside, None
+
+    def abandon(self) -> None:
+        """The backward pass raised some time ago: what it had put aside is as lost as what it would have added."""
+        self.settle()
+        self._held = []
+        for gradient in self._known.values():
+            gradient.aside, gradient.held = None, False
+        follow(gradient.parameter for gradient in self._known.values())
+
+    def settle(self) -> None:
+        """Wait for copies under way."""
+        while self._leaving:
+            self._settle_oldest()
+        self._calls.clear()
+
+    def close(self) -> None:
+        """Stop watching. Gradients stay where they are."""
+        self.settle()
+        for gradient in self._known.values():
+            for hook in gradient.hooks:
+                hook.remove()
+        self._known = {}
+        self._layers = ()
+
+    def _find(self) -> None:
+        for layer in self._layers:
+            found = [named.tensor for named in tensors_of(layer.placed) if isinstance(named.tensor, nn.Parameter)]
+            new = [one for one in found if one.requires_grad and id(one) not in self._known]
+            if not new:
+                continue
+            sizes = [align(one.numel() * one.element_size(), EXTENT_ALIGNMENT) for one in new]
+            memory = self._take(sum(sizes))
+            for position, parameter in enumerate(new):
+                begin = sum(sizes[:position])
+                self._known[id(parameter)] = _Gradient(parameter, layer.layer.index, memory, begin)
+            self._most_in_flight = max(self._most_in_flight, sum(sizes))
+            if not self._staging or max(sizes) > self._staging[0].numel():
+                self._staging = [self._take(max(sizes)) for _ in range(2)]
+
+    def _take(self, n_bytes: int) -> torch.Tensor:
+        memory = anonymous(n_bytes)
+        memory.zero_()  # its pages are taken before a pass
+        self._device.pin(memory)
+        return memory
+
+    def _before(self, gradient: _Gradient, value: torch.Tensor) -> None:
+        """Autograd is about to add `value` to the parameter's `grad`."""
+        self._on_gradient()
+        parameter = gradient.parameter
+        if self._device.is_host:
+            gradient.adding = parameter.grad is not None
+        elif not gradient.held:
+            parameter.grad, gradient.aside = None, parameter.grad
+
+    def _after(self, gradient: _Gradient, parameter: torch.Tensor) -> None:
+        """Autograd has added it."""
+        if self._device.is_host:
+            if not gradient.adding and not torch.is_grad_enabled():
+                self._leave(gradient)
+        elif torch.is_grad_enabled():  # create_graph: what can be differentiated again is not copied to a place
+            aside, gradient.aside = gradient.aside, None
+            assert parameter.grad is not None
+            value = parameter.grad.to("cpu")
+            parameter.grad = value if aside is None else aside + value
+        elif self._calls[gradient.layer] > 1:
+            if not gradient.held:
+                gradient.held = True
+                self._held.append(gradient)
+        else:
+            self._leave(gradient)
+
+    def _leave(self, gradient: _Gradient) -> None:
+        """From the device to where the user looks for it."""
+        parameter, aside = gradient.parameter, gradient.aside
+        value = parameter.grad
+        assert value is not None
+        gradient.aside = None
+        if not _is_plain(value, parameter) or not (aside is None or _is_plain(aside, parameter)):
+            parameter.grad = None
+            parameter.grad = _added(aside, value.to("cpu"))
+        elif aside is None:
+            target = gradient.target(value)
+            parameter.grad = target
+            self._send(value, target, None)
+        else:
+            parameter.grad = aside
+            self._send(value, self._staged(value), aside)
+
+    def _send(self, value: torch.Tensor, target: torch.Tensor, total: torch.Tensor | None) -> None:
+        most = self._most_in_flight - value.numel() * value.element_size()  # a layer's with this one
+        while self._leaving and (self._device.finished(self._leaving[0].copied) or self._in_flight() > most):
+            self._settle_oldest()
+        copied = self._device.send(_bytes_of(value), _bytes_of(target), self._device.record())
+        self._leaving.append(_Leaving(copied, value, target, total))
+        self._counters.gradient_bytes += value.numel() * value.element_size()
+
+    def _in_flight(self) -> int:
+        return sum(one.source.numel() * one.source.element_size() for one in self._leaving)
+
+    def _staged(self, value: torch.Tensor) -> torch.Tensor:
+        """The other half of staging, once what is in it has been added."""
+        self._staging.reverse()
+        free = self._staging[0]
+        while any(one.target.untyped_storage().data_ptr() == free.data_ptr() for one in self._leaving):
+            self._settle_oldest()
+        return _like(value, free)
+
+    def _settle_oldest(self) -> None:
+        one = self._leaving.popleft()
+        self._device.settle(one.copied)
+        if one.total is not None:
+            with torch.no_grad():
+                one.total.add_(one.target)
+
+
+def follow(parameters: Iterable[nn.Parameter]) -> None:
+    """Gradients to where their parameters are now."""
+    for parameter in parameters:
+        value = parameter.grad
+        if value is not None and value.device != parameter.device:
+            parameter.grad = None
+            parameter.grad = value.to(parameter.device)
+
+
+def _is_plain(value: torch.Tensor, parameter: nn.Parameter) -> bool:
+    """Whether a gradient is a run of bytes, as large as its parameter."""
+    return (
+        value.layout is torch.strided
+        and value.dtype == parameter.dtype
+        and value.numel() > 0
+        and not value.is_conj()
+        and not value.is_neg()
+        and (value.is_contiguous() or value.stride() == parameter.stride())
+    )
+
+
+def _added(total: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
+    """As autograd adds gradients of any layout."""
+    with torch.no_grad():
+        if total is None:
+            return value
+        return value + total if total.is_sparse and not value.is_sparse else total.add_(value)
+
+
+def _like(value: torch.Tensor, run: torch.Tensor) -> torch.Tensor:
+    """A tensor that lies in a run of bytes as `value` does in its own."""
+    with torch.no_grad():
+        return torch.empty(0, dtype=value.dtype).set_(run.untyped_storage(), 0, value.size(), value.stride())
+
+
+def _bytes_of(value: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor without gaps."""
+    size = value.element_size()
+    with torch.no_grad():
+        return torch.empty(0, dtype=torch.uint8, device=value.device).set_(
+            value.untyped_storage(), value.storage_offset() * size, (value.numel() * size,), (1,)
+        )

@@ -1,0 +1,215 @@
+"""Runs training passes: layers are streamed in the forward pass, and again, in reverse, in the backward pass.
+
+The backward pass is autograd's own. It is followed through what it asks for: a layer's visit begins with the first of
+its weights that is unpacked ([Note: what autograd saved]), and ends when another layer's begins. Parameters are bound
+to the device in forwards only, so whatever raises where, they are at rest.
+
+[Note: weights after a backward pass] The next thing to come is the update, which may write to weights in ways that no
+version counter sees. So what the arena holds of trained layers is forgotten when the next pass begins.
+
+One thread at a time trains a model: another that calls it between a forward and the end of its backward is not held up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd import Variable
+from torch.utils.checkpoint import checkpoint
+
+from autosp.errors import ModelChangedError
+from autosp.runtime.executor import Executor, uncached_autocast
+from autosp.runtime.gradients import Gradients
+from autosp.runtime.loader import Loader
+from autosp.runtime.saved import SavedTensors
+from autosp.runtime.streamed_layer import StreamedLayer
+from autosp.runtime.transfers import prefetches_of_one_pass
+from autosp.schedule.actions import Kind, Schedule
+
+
+class TrainingExecutor(Executor):
+    """An executor whose passes may go on backward. Without autograd its passes are those of inference."""
+
+    def __init__(self, schedule: Schedule, loader: Loader, gradients: Gradients) -> None:
+        """`gradients` of the layers that `loader` loads."""
+        super().__init__(schedule, loader, prefetches_of_one_pass)
+        self._recomputed = schedule.recomputed
+        self._gradients = gradients
+        self._gradients.connect(self.counters, self._enter_backward)
+        self._saved = SavedTensors(self.loader, self._needed)
+        self._tasks: set[int] = set()
+        """Backward passes under way, the innermost last; one that raised is still among them."""
+        self._visiting: int | None = None
+        """The layer whose backward visit it is."""
+        self._due: int | None = None
+        """The position of that visit: what follows it in the schedule is not issued yet."""
+        self._updated = False
+        """Whether a backward pass ended since the last pass began: see [Note: weights after a backward pass]."""
+        self._closed = False
+
+    def running_here(self) -> bool:
+        """Whether this thread is inside a pass, or in a backward pass that computes activations again."""
+        return super().running_here() or (_task() is not None and not self._updated)
+
+    def close(self) -> None:
+        """As for inference. A backward pass of what ran before is refused from now on."""
+        self._closed = True
+        self._gradients.close()
+        super().close()
+
+    # -- forward --------------------------------------------------------------------------------------------------
+
+    def modes(self) -> ExitStack:
+        """Autograd as the caller has it."""
+        modes = ExitStack()
+        modes.enter_context(uncached_autocast(self.device.torch_device.type))
+        return modes
+
+    def begin_pass(self) -> None:
+        """From the schedule's beginning, whatever came before."""
+        if self._tasks:  # a backward pass raised
+            self._gradients.abandon()
+            self._close_backward()
+        self._gradients.watch()
+        if self._updated:
+            groups = self.loader.groups.values()
+            self.loader.evict(group for group in groups if self._gradients.trains(group.indices))
+        self._updated = False
+        super().begin_pass()
+
+    def prime(self) -> None:
+        """In every pass: none finds in the arena what the one before prepared."""
+        self.cursor.restart()
+        self.issue_start()
+
+    def end_forward(self) -> None:
+        """Without autograd the pass is over; otherwise it ends with its backward."""
+        if not torch.is_grad_enabled():
+            super().end_forward()
+
+    def visit(
+        self, layer: StreamedLayer, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """One call of a layer: in a forward, or where a checkpoint around it computes its activations again."""
+        index = layer.layer.index
+        if not torch.is_grad_enabled():
+            return super().visit(layer, forward, args, kwargs)
+        if _task() is None:
+            self._gradients.called(index)
+        if index not in self._recomputed:
+            return self._visit(layer, forward, args, kwargs)
+        again = False
+
+        def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            nonlocal again
+            with _buffers_kept(layer.module) if again else nullcontext():
+                again = True
+                return self._visit(layer, forward, args, kwargs)
+
+        return checkpoint(run, args, kwargs, use_reentrant=False)
+
+    def _visit(
+        self, layer: StreamedLayer, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A call with autograd."""
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            with self._saved.hooks():
+                return forward(*args, **kwargs)
+
+        if _task() is None:
+            return super().visit(layer, watched, args, kwargs)
+        begins = self._arrive(layer.layer.index)
+        group = self.loader.acquire(layer)
+        try:
+            if begins:
+                self.recorder.start()
+            return self.loader.own(watched(*args, **kwargs))
+        finally:
+            self.loader.release(layer, group)
+
+    # -- backward -------------------------------------------------------------------------------------------------
+
+    def _needed(self, index: int) -> torch.Tensor | None:
+        """A backward node unpacks weights of a layer. Where they are if not at its address."""
+        if self._closed:
+            raise ModelChangedError(
+                "the plan was removed between a forward pass and its backward: the weights that backward needs are not "
+                "where forward left them; call remove() after backward()"
+            )
+        begins = self._arrive(index)
+        elsewhere = self.loader.need(index)
+        if begins:
+            self.recorder.start()
+        return elsewhere
+
+    def _arrive(self, index: int) -> bool:
+        """A layer's backward visit begins, unless it is its visit already."""
+        self._enter_backward()
+        if index == self._visiting:
+            return False
+        self._leave()
+        self.recorder.arrive(index, Kind.BACKWARD)
+        self.counters.visits += 1
+        self.backward_visits.append(index)
+        self._visiting = index
+        self._due = self.cursor.advance((Kind.BACKWARD, index))
+        return True
+
+    def _leave(self) -> None:
+        """The visit is over: another layer's begins, or the pass ends."""
+        if self._visiting is None:
+            return
+        self.recorder.finish()
+        self.cursor.issue_after(self._due)
+        self._visiting = self._due = None
+
+    def _enter_backward(self) -> None:
+        """Have its end told. Engines run inside each other where a checkpoint is reentrant."""
+        task = _task()
+        if task is None or task in self._tasks:
+            return
+        if not self._tasks:
+            self.backward_visits = []
+        self._tasks.add(task)
+        Variable._execution_engine.queue_callback(partial(self._end_backward, task))
+
+    def _end_backward(self, task: int) -> None:
+        """Autograd is done, or raised: gradients are at rest when its caller goes on."""
+        if task not in self._tasks:
+            return
+        outermost = task == min(self._tasks)
+        self._tasks.discard(task)
+        self._gradients.finish()
+        if outermost:
+            self._leave()
+            self.recorder.end_pass()
+            self.loader.take_samples()
+            self._close_backward()
+
+    def _close_backward(self) -> None:
+        self._tasks.clear()
+        self._visiting = self._due = None
+        self._updated = True
+
+
+@contextmanager
+def _buffers_kept(module: nn.Module) -> Iterator[None]:
+    """What a forward writes, such as a running mean, it writes once. Version counters see nothing of it."""
+    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in before:
+            buffer.data.copy_(value)
+
+
+def _task() -> int | None:
+    """The backward pass that this thread is in."""
+    task: int = torch._C._current_graph_task_id()
+    return None if task == -1 else task

@@ -1,0 +1,109 @@
+"""Lowers a candidate to the action list of a training pass: forward, then backward over the same ring.
+
+The update between two passes changes the weights at rest, so every pass begins with an empty arena. Forward leaves the
+last layers there: at the turn they are not loaded again. So weights W of which a ring holds R are loaded as 2 W - R
+bytes a pass; layers whose backward needs no weights (an embedding) only once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+from autosp.schedule.actions import Action, Kind, Ref, Schedule
+from autosp.schedule.streaming import Ring, build_ring, time_transfers
+from autosp.spec import Candidate, Partition
+
+
+def lower_training(candidate: Candidate, partition: Partition) -> Schedule:
+    """The action list of one training pass.
+
+    Raises: ValueError if layers rest on disk, or one is recomputed that the backward pass does not visit.
+    """
+    if candidate.on_disk:
+        raise ValueError(f"layers {candidate.on_disk} rest on disk: in training, weights rest in host memory")
+    if not {*candidate.recompute} <= {*partition.backward}:
+        raise ValueError("a layer is recomputed whose backward needs no weights")
+    layer_bytes = [layer.n_bytes for layer in partition.layers]
+    ring = build_ring(candidate, layer_bytes, partition.visits)
+    visits = (*partition.visits, *partition.backward)
+    ring = Ring(ring.groups, ring.arena_bytes, time_transfers(ring.groups, visits, walks=0))
+    actions = _Lowering(ring, candidate, partition).actions
+    return Schedule(tuple(actions), (), candidate.residents, ring.arena_bytes)
+
+
+class _Lowering:
+    """The actions of one pass, in their order."""
+
+    def __init__(self, ring: Ring, candidate: Candidate, partition: Partition) -> None:
+        self.actions: list[Action] = []
+        self._ring = ring
+        self._recomputed = frozenset(candidate.recompute)
+        self._group_of = {layer: index for index, group in enumerate(ring.groups) for layer in group.layers}
+        self._numbers: Counter[tuple[Kind, tuple[int, ...]]] = Counter()
+        self._brought: dict[int, Ref] = {}
+        """Groups in the arena, and the loads that brought them."""
+        self._last_use: dict[int, Ref] = {}
+        visits = (*partition.visits, *partition.backward)
+        leaving = _leaving(candidate, partition)
+        transfers = list(ring.transfers)
+        for visit in range(-1, len(visits)):
+            if visit >= 0:
+                done = self._compute(visits[visit], forward=visit < len(partition.visits))
+                for layer in leaving.get(visit, ()):
+                    self._act(Kind.GRADIENTS, (layer,), (done,))
+            while transfers and transfers[0].after <= visit:
+                self._load(transfers.pop(0).group)
+        left = {group: self._evict(group) for group in sorted(self._brought)}
+        self._wait_for_the_pass_before(left)
+
+    def _act(self, kind: Kind, layers: tuple[int, ...], waits: Sequence[Ref], offset: int | None = None) -> Ref:
+        number = self._numbers[kind, layers]
+        self._numbers[kind, layers] += 1
+        self.actions.append(Action(kind, layers, number, tuple(waits), offset))
+        return self.actions[-1].ref
+
+    def _compute(self, layer: int, forward: bool) -> Ref:
+        group = self._group_of.get(layer)
+        waits = [self._brought[group]] if group is not None else []
+        if forward:
+            done = self._act(Kind.FORWARD, (layer,), waits)
+        else:
+            if layer in self._recomputed:
+                waits = [*waits, self._act(Kind.RECOMPUTE, (layer,), waits)]
+            done = self._act(Kind.BACKWARD, (layer,), waits)
+        if group is not None:
+            self._last_use[group] = done
+        return done
+
+    def _load(self, index: int) -> None:
+        group = self._ring.groups[index]
+        rivals = [other for other in self._brought if group.overlaps(self._ring.groups[other])]
+        waits = [self._evict(rival) for rival in rivals]
+        self._brought[index] = self._act(Kind.LOAD, group.layers, waits, group.offset)
+
+    def _evict(self, group: int) -> Ref:
+        del self._brought[group]
+        return self._act(Kind.EVICT, self._ring.groups[group].layers, (self._last_use[group],))
+
+    def _wait_for_the_pass_before(self, left: dict[int, Ref]) -> None:
+        """The first load into a place waits for those who had it at the end of the pass before."""
+        by_layers = {group.layers: group for group in self._ring.groups}
+        for position, action in enumerate(self.actions):
+            if action.kind is not Kind.LOAD:
+                continue
+            rivals = [other for other in left if by_layers[action.layers].overlaps(self._ring.groups[other])]
+            waits = tuple(replace(left.pop(rival), previous_pass=True) for rival in rivals)
+            self.actions[position] = replace(action, waits=action.waits + waits)
+
+
+def _leaving(candidate: Candidate, partition: Partition) -> dict[int, list[int]]:
+    """Visit -> the streamed layers whose gradients leave after it: their last one backward, or the last of all."""
+    visits = (*partition.visits, *partition.backward)
+    last = {layer: visit for visit, layer in enumerate(partition.backward, len(partition.visits))}
+    leaving: dict[int, list[int]] = {}
+    for layer in partition.layers:
+        if layer.gradient_bytes and layer.index not in candidate.residents:
+            leaving.setdefault(last.get(layer.index, len(visits) - 1), []).append(layer.index)
+    return leaving

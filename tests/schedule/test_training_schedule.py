@@ -1,0 +1,157 @@
+"""Training passes as action lists: small ones checked by hand, random ones by what must hold for all."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autosp.schedule.actions import COMPUTES, Kind, Schedule, parse
+from autosp.schedule.lowering import lower_for
+from autosp.schedule.training import lower_training
+from autosp.schedule.validate import validate
+from autosp.spec import Candidate, Partition
+from builders import candidates, orders, partition, sizes, thorough
+
+
+def trained(layer_bytes: tuple[int, ...], visits: tuple[int, ...], backward: tuple[int, ...]) -> Partition:
+    """A model all of whose layers have gradients."""
+    parts = partition(layer_bytes, visits)
+    layers = tuple(layer.model_copy(update={"gradient_bytes": layer.n_bytes}) for layer in parts.layers)
+    return parts.model_copy(update={"layers": layers, "backward": backward})
+
+
+BY_HAND = {
+    "one layer at a time": (
+        # At the turn layer 2 stays; layer 0 needs no weights backward. The next pass begins anew.
+        Candidate(k=1, k_prime=1),
+        """\
+        arena=10 residents=-
+
+        0L0@0[-1E1] 0F0[0L0] 0E0[0F0] 1L0@0[0E0] 1F0[1L0] 1E0[1F0] 2L0@0[1E0] 2F0[2L0]
+        2B0[2L0] 2G0[2B0] 2E0[2B0] 1L1@0[2E0] 1B0[1L1] 0G0[1B0] 1G0[1B0] 1E1[1B0]""",
+    ),
+    "sliding window, one recomputed": (
+        # 0 and 2 share address 0, 1 is at address 10. Layers 1 and 2 are there at the turn: no load in between.
+        Candidate(k=2, k_prime=1, recompute=(1,)),
+        """\
+        arena=20 residents=-
+
+        0L0@0[-2E0] 1L0@10[-1E0] 0F0[0L0] 0E0[0F0] 2L0@0[0E0] 1F0[1L0] 2F0[2L0]
+        2B0[2L0] 2G0[2B0] 1C0[1L0] 1B0[1L0,1C0] 0G0[1B0] 1G0[1B0] 1E0[1B0] 2E0[2B0]""",
+    ),
+    "a resident": (
+        # It needs no load, and its gradients stay.
+        Candidate(k=2, k_prime=1, residents=(1,)),
+        """\
+        arena=10 residents=1
+
+        0L0@0[-2E0] 0F0[0L0] 0E0[0F0] 2L0@0[0E0] 1F0 2F0[2L0]
+        2B0[2L0] 2G0[2B0] 1B0 0G0[1B0] 2E0[2B0]""",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_by_hand(name: str) -> None:
+    candidate, expected = BY_HAND[name]
+    parts = trained((10, 10, 10), (0, 1, 2), (2, 1))
+    schedule = lower_for("training", candidate, parts)
+    head, cold, *body = expected.replace("        ", "").split("\n")
+    assert str(schedule) == "\n".join([head, cold, " ".join(body)])
+    assert schedule.recomputed == set(candidate.recompute)
+    validate(schedule, (10, 10, 10))
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Candidate, Partition]:
+    """Any candidate for any small model; its backward needs some of the visited layers, in any order."""
+    layer_bytes = tuple(draw(st.lists(sizes, min_size=1, max_size=8)))
+    visits = draw(orders(len(layer_bytes)))
+    backward = tuple(draw(st.lists(st.sampled_from(visits), max_size=10)))
+    candidate = draw(candidates(visits))
+    again = draw(st.lists(st.sampled_from(backward), unique=True)) if backward else []
+    return candidate.model_copy(update={"recompute": tuple(sorted(again))}), trained(layer_bytes, visits, backward)
+
+
+def layer_bytes_of(parts: Partition) -> tuple[int, ...]:
+    return tuple(layer.n_bytes for layer in parts.layers)
+
+
+def visits_of(schedule: Schedule, kind: Kind) -> list[int]:
+    return [action.layers[0] for action in schedule.actions if action.kind is kind]
+
+
+@thorough
+@given(cases())
+def test_every_schedule_is_valid_and_round_trips(case: tuple[Candidate, Partition]) -> None:
+    candidate, parts = case
+    schedule = lower_training(candidate, parts)
+    validate(schedule, layer_bytes_of(parts))
+    assert parse(str(schedule)) == schedule
+    assert schedule.cold == ()
+    assert tuple(visits_of(schedule, Kind.FORWARD)) == parts.visits
+    assert tuple(visits_of(schedule, Kind.BACKWARD)) == parts.backward
+    assert visits_of(schedule, Kind.RECOMPUTE) == [layer for layer in parts.backward if layer in candidate.recompute]
+
+
+@thorough
+@given(cases())
+def test_gradients_leave_once_after_the_last_use(case: tuple[Candidate, Partition]) -> None:
+    candidate, parts = case
+    schedule = lower_training(candidate, parts)
+    sent = visits_of(schedule, Kind.GRADIENTS)
+    assert sorted(sent) == [layer.index for layer in parts.layers if layer.index not in candidate.residents]
+    for position, action in enumerate(schedule.actions):
+        if action.kind is Kind.GRADIENTS:
+            later = schedule.actions[position:]
+            assert not any(one.kind in COMPUTES and one.layers == action.layers for one in later)
+
+
+@thorough
+@given(st.data(), st.integers(1, 8), sizes, st.integers(1, 3))
+def test_weights_are_loaded_twice_but_for_the_turn(data: st.DataObject, count: int, n_bytes: int, k_prime: int) -> None:
+    """Of like layers: 2 W - W_turn bytes, with as many groups at the turn as the ring holds."""
+    k = data.draw(st.integers(min(k_prime, count), count))
+    k_prime = min(k_prime, k)
+    order = tuple(range(count))
+    parts = trained((n_bytes,) * count, order, order[::-1])
+    schedule = lower_training(Candidate(k=k, k_prime=k_prime), parts)
+    groups = -(-count // k_prime)
+    stay = min(groups, max(1, k // k_prime))
+    assert len(schedule.loads) == 2 * groups - stay
+
+
+@thorough
+@given(cases())
+def test_never_more_loads_than_visits(case: tuple[Candidate, Partition]) -> None:
+    candidate, parts = case
+    schedule = lower_training(candidate, parts)
+    for group in candidate.groups(parts.visits):
+        uses = sum(layer in group for layer in (*parts.visits, *parts.backward))
+        assert sum(action.layers == group for action in schedule.loads) <= uses
+
+
+def test_what_cannot_be_trained_is_refused() -> None:
+    parts = trained((10, 10), (0, 1), (1,))
+    with pytest.raises(ValueError, match="rest on disk"):
+        lower_training(Candidate(k=1, k_prime=1, on_disk=(0,), read_ahead=1), parts)
+    with pytest.raises(ValueError, match="recomputed"):
+        lower_training(Candidate(k=1, k_prime=1, recompute=(0,)), parts)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("1B0[1L0,1C0]", "1B0[1L0]", "1B0 does not wait for 1C0, which brings its activations"),
+        ("1B0[1L0,1C0]", "1B0[1C0]", "1B0 does not wait for 1L0"),
+        ("2G0[2B0]", "2G0[2L0]", "2G0 waits for nothing that computes them"),
+        ("2B0[2L0] 2G0[2B0]", "2E1[2F0] 2B0[2L0] 2G0[2B0]", "2B0 runs without its weights"),
+    ],
+)
+def test_a_wrong_schedule_is_named(old: str, new: str, message: str) -> None:
+    candidate, _ = BY_HAND["sliding window, one recomputed"]
+    text = str(lower_training(candidate, trained((10, 10, 10), (0, 1, 2), (2, 1))))
+    assert old in text
+    with pytest.raises(ValueError, match=message):
+        validate(parse(text.replace(old, new)), (10, 10, 10))
