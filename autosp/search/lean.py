@@ -130,7 +130,8 @@ def _stored(
         f"{key.slack:.0%} of the fastest: {fastest.measurement.latency_s:.4g} s with "
         f"{fastest.measurement.peak_bytes / 1e9:.4g} GB (study {fastest.study_name})"
     )
-    answer = plan_of(best, fastest).model_copy(update={"study_name": name, "why": why})
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    answer = plan_of(best, fastest).model_copy(update={"created_at": now, "study_name": name, "why": why})
     distinct = {trial.prediction.candidate: trial for trial in reversed(trials)}
     for number, trial in enumerate(reversed(distinct.values())):
         repository.add_trial(name, trial.model_copy(update={"number": number}))
@@ -144,7 +145,6 @@ def plan_of(trial: Trial, like: Plan) -> Plan:
         return like
     return like.model_copy(
         update={
-            "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "candidate": trial.prediction.candidate,
             "prediction": trial.prediction,
             "measurement": trial.measurement,
