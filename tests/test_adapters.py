@@ -138,3 +138,33 @@ def test_merged_and_unloaded_while_streamed(setting: dict[str, int]) -> None:
     assert equal(run(merged), expected)
     assert merged is model
     assert equal(run(copy.deepcopy(merged)), expected)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("add", [wrapped, injected])
+def test_training_an_adapter(add: Callable[..., nn.Module], setting: dict[str, int]) -> None:
+    """Frozen weights stream both ways of the pass; gradients leave of the adapters alone."""
+    model = add(base()).train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora" in name)
+    plain = copy.deepcopy(model)
+    plan = autosp.plan(model, BATCH, mode="training", step=loss_of, device="cpu", **setting)
+    trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
+    layers = plan.partition.layers
+    assert all(layer.gradient_bytes == 0 for layer in layers if not trained.keys() & {*layer.tensors})
+    with autosp.apply(model, plan):
+        for one in (model, plain):
+            optimizer = torch.optim.AdamW([one for one in one.parameters() if one.requires_grad], lr=1e-2)
+            for _ in range(4):
+                optimizer.zero_grad()
+                loss_of(one, BATCH).backward()
+                optimizer.step()
+        for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+            assert (mine.grad is None) == (theirs.grad is None) == (not mine.requires_grad)
+            assert mine.grad is None or equal(mine.grad, theirs.grad)
+    assert equal(dict(model.state_dict()), dict(plain.state_dict()))
+
+
+def loss_of(model: nn.Module, batch: Any) -> torch.Tensor:
+    loss: torch.Tensor = model(batch).square().mean()
+    return loss

@@ -15,7 +15,7 @@ from autosp.batch import equal
 from autosp.devices import CpuDevice
 from autosp.errors import PlanMismatchError, SettingError
 from autosp.spec import Tier
-from models import Stack, make, tokens, vectors
+from models import Headed, Stack, make, tokens, vectors
 
 
 def loss_step(model: nn.Module, batch: Any) -> torch.Tensor:
@@ -150,6 +150,24 @@ def test_training_is_not_searched() -> None:
         autosp.tune(model, batch, 1, mode="training", step=loss_step, device="cpu")
     with pytest.raises(SettingError, match="autosp.plan"):
         autosp.profile(model, batch, mode="training", step=loss_step, device="cpu")
+    with pytest.raises(SettingError, match="autosp.plan"):
+        autosp.pareto(model, batch, mode="training", step=loss_step, device="cpu")
+    with pytest.raises(SettingError, match="autosp.plan"):
+        autosp.tune_batch(model, lambda size: tokens(size, 11), 1, mode="training", step=loss_step, device="cpu")
+
+
+def test_an_oversized_weight_travels_as_a_whole() -> None:
+    """Of a weight that is computed with run by run there would be no gradient."""
+    torch.manual_seed(0)
+    model, batch = Headed().train(), tokens(3, 11)
+    twin = copy.deepcopy(model)
+    assert autosp.plan(model, batch, k=2, k_prime=1, device="cpu").partition.leaves
+    plan = autosp.plan(model, batch, k=2, k_prime=1, mode="training", step=loss_step, device="cpu")
+    assert not plan.partition.leaves
+    with autosp.apply(model, plan):
+        for one in (model, twin):
+            loss_step(one, batch).backward()
+        assert all(equal(*both) for both in zip(gradients(model), gradients(twin), strict=True))
 
 
 def test_a_plan_is_for_its_model() -> None:

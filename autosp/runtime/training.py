@@ -180,12 +180,15 @@ class TrainingExecutor(Executor):
         Variable._execution_engine.queue_callback(partial(self._end_backward, task))
 
     def _end_backward(self, task: int) -> None:
-        """Autograd is done, or raised: gradients are at rest when its caller goes on."""
+        """Autograd is done, or raised: gradients are at rest when its caller goes on.
+
+        Where one cannot be brought there, the pass raises, and stays among those that did.
+        """
         if task not in self._tasks:
             return
         outermost = task == min(self._tasks)
-        self._tasks.discard(task)
         self._gradients.finish()
+        self._tasks.discard(task)
         if outermost:
             self._leave()
             self.recorder.end_pass()

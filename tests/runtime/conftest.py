@@ -1,14 +1,25 @@
-"""A model under each of two plans: one layer at a time, and a ring beside residents."""
+"""A model under each of two plans, one layer at a time or a ring beside residents; and one that is trained."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import nn
 
 import autosp
+from autosp.batch import Step
+from autosp.devices import CpuDevice, Device
+from autosp.partition import bind
+from autosp.profiler.training import training_partition
+from autosp.runtime.streamed_model import StreamedModel
+from autosp.schedule.training import lower_training
+from autosp.spec import Candidate, Tier
+from autosp.tiers import Originals, open_store
+from autosp.workload import Workload
+from trained import Apply, loss_step
 
 SETTINGS = [
     pytest.param({"k": 1, "k_prime": 1}, id="k=1 k'=1"),
@@ -29,3 +40,32 @@ def stream(request: pytest.FixtureRequest) -> Iterator[Callable[..., autosp.Stre
     yield make_it
     for streamed in applied:
         streamed.remove()
+
+
+@pytest.fixture
+def apply(tmp_path: Path) -> Iterator[Apply]:
+    """Trains a model under a candidate; what of the candidate is no layer of the model's is left out."""
+    devices: list[Device] = []
+    applied: list[StreamedModel[nn.Module]] = []
+
+    def make_it(
+        model: nn.Module, batch: Any, candidate: Candidate, step: Step = loss_step, device: Device | None = None
+    ) -> StreamedModel[nn.Module]:
+        device = device or CpuDevice(slow_tier=Tier.HOST)
+        devices.append(device)
+        parts = training_partition(Workload.of(model, batch, step, "training", device), device, tmp_path)
+        residents = tuple(index for index in candidate.residents if index < len(parts.layers))
+        recompute = tuple(index for index in candidate.recompute if index in parts.backward)
+        candidate = candidate.model_copy(update={"residents": residents, "recompute": recompute})
+        bound = bind(model, parts)
+        store = open_store(device, bound.layers, tmp_path, Originals.FREED)
+        schedule = lower_training(candidate, bound.partition)
+        streamed = StreamedModel(bound, schedule, device, store, Originals.FREED, store.close, mode="training")
+        applied.append(streamed)
+        return streamed
+
+    yield make_it
+    for streamed in applied:
+        streamed.remove()
+    for device in devices:
+        device.close()

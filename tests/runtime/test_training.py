@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,92 +11,24 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from autosp.batch import Step, call, equal, tensors_in
-from autosp.devices import CpuDevice, Device, VirtualDevice
+from autosp.batch import call, equal
+from autosp.devices import CpuDevice, VirtualDevice
 from autosp.errors import ModelChangedError
-from autosp.partition import bind
 from autosp.profiler.training import training_partition
-from autosp.runtime.streamed_model import StreamedModel
-from autosp.schedule.training import lower_training
 from autosp.spec import Candidate, Tier
-from autosp.tiers import Originals, open_store
 from autosp.workload import Workload
 from models import Block, Stack, make, tokens, vectors
-
-ALL = tuple(range(50))
-
-PLANS = {
-    "k=1 k'=1": Candidate(k=1, k_prime=1),
-    "k=3 k'=1": Candidate(k=3, k_prime=1),
-    "k=4 k'=2": Candidate(k=4, k_prime=2),
-    "residents": Candidate(k=3, k_prime=1, residents=(1, 2)),
-    "recompute": Candidate(k=2, k_prime=1, recompute=ALL),
-    "recompute some": Candidate(k=3, k_prime=1, residents=(2,), recompute=(1, 2, 3)),
-    "all resident": Candidate(k=50, k_prime=1, residents=ALL),
-}
-SOME = ["k=1 k'=1", "k=4 k'=2", "recompute some"]
-
-Apply = Callable[..., StreamedModel[nn.Module]]
-
-
-def loss_of(output: Any) -> torch.Tensor:
-    """A loss of any output."""
-    return torch.stack([one.float().square().mean() for one in tensors_in(output) if one.is_floating_point()]).sum()
-
-
-def loss_step(model: nn.Module, batch: Any) -> torch.Tensor:
-    return loss_of(call(model, batch))
-
-
-@pytest.fixture
-def apply(tmp_path: Path) -> Iterator[Apply]:
-    """Trains a model under a candidate; what of the candidate is no layer of the model's is left out."""
-    devices: list[Device] = []
-    applied: list[StreamedModel[nn.Module]] = []
-
-    def make_it(
-        model: nn.Module, batch: Any, candidate: Candidate, step: Step = loss_step, device: Device | None = None
-    ) -> StreamedModel[nn.Module]:
-        device = device or CpuDevice(slow_tier=Tier.HOST)
-        devices.append(device)
-        parts = training_partition(Workload.of(model, batch, step, "training", device), device, tmp_path)
-        residents = tuple(index for index in candidate.residents if index < len(parts.layers))
-        recompute = tuple(index for index in candidate.recompute if index in parts.backward)
-        candidate = candidate.model_copy(update={"residents": residents, "recompute": recompute})
-        bound = bind(model, parts)
-        store = open_store(device, bound.layers, tmp_path, Originals.FREED)
-        schedule = lower_training(candidate, bound.partition)
-        streamed = StreamedModel(bound, schedule, device, store, Originals.FREED, store.close, mode="training")
-        applied.append(streamed)
-        return streamed
-
-    yield make_it
-    for streamed in applied:
-        streamed.remove()
-    for device in devices:
-        device.close()
-
-
-def twins(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """The model in training mode, and one like it."""
-    return model.train(), copy.deepcopy(model).train()
-
-
-def assert_same_gradients(model: nn.Module, plain: nn.Module) -> None:
-    for (name, mine), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
-        assert (mine.grad is None) == (theirs.grad is None), name
-        assert mine.grad is None or equal(mine.grad, theirs.grad), name
-        assert mine.grad is None or mine.grad.stride() == theirs.grad.stride(), name
-
-
-def assert_same_weights(model: nn.Module, plain: nn.Module) -> None:
-    assert all(equal(mine, theirs) for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True))
-    assert all(equal(mine, theirs) for mine, theirs in zip(model.buffers(), plain.buffers(), strict=True))
-
-
-def backward(model: nn.Module, batch: Any, seed: int = 0, step: Step = loss_step) -> None:
-    torch.manual_seed(seed)
-    step(model, batch).backward()
+from trained import (
+    PLANS,
+    SOME,
+    Apply,
+    assert_same_gradients,
+    assert_same_weights,
+    backward,
+    loss_of,
+    loss_step,
+    twins,
+)
 
 
 class Lora(nn.Module):
