@@ -92,7 +92,7 @@ def is_picture(path: Path) -> bool:
 
 def test_floors_from_the_command_line(scratch: Path, tmp_path: Path) -> None:
     """In processes of their own, a budget that is too small and one that is not; then again, with nothing to do."""
-    words = ["floors", "--scale", "toy", "--tokens", str(TOKENS), "--budgets", "1,50", "--repeats", "1"]
+    words = ["floors", "--scale", "toy", "--tokens", str(TOKENS), "--budgets", "1,80", "--repeats", "1"]
     words += ["--scratch", str(scratch), "--output", str(tmp_path)]
     disk_tier.main(words)
     raw = raw_path("floors", "toy", tmp_path)
@@ -100,7 +100,7 @@ def test_floors_from_the_command_line(scratch: Path, tmp_path: Path) -> None:
     assert [(row.case.system, row.case.budget_percent, row.outcome) for row in rows] == [
         (PLAIN, None, "ok"),
         (TUNED, 1.0, "too small"),
-        (TUNED, 50.0, "ok"),
+        (TUNED, 80.0, "ok"),
     ], [row.note for row in rows]
     tuned = rows[2]
     assert output_of([(tuned, rows[0])]) == EQUAL

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from autosp.errors import AutospError, BudgetTooSmallError, IsolationError, OutputMismatchError
-from autosp.search.space import suggested_gb
+from autosp.search.space import budget_for, suggested_gb
 from autosp.spec import Outcome, Profile, Trial
 
 
@@ -26,11 +26,11 @@ def no_plan(profile: Profile, budget_bytes: int, trials: Sequence[Trial]) -> Aut
             f"none of {len(trials)} validated plans came to its end ({told}): free host memory, raise "
             "trial_timeout_s, or see what the model does without isolate=True"
         )
-    least = min(trial.measurement.peak_bytes for trial in measured)
+    least = budget_for(profile, min(trial.measurement.peak_bytes for trial in measured))
     layer = max(profile.partition.layers, key=lambda layer: layer.n_bytes)
     return BudgetTooSmallError(
-        f"all {len(measured)} plans that could be measured took more than {budget_bytes / 1e9:.4g} GB on the device; "
-        f"the least was {least / 1e9:.4g} GB, set by layer {layer.index} ({layer.name}); "
+        f"all {len(measured)} plans that could be measured took more than {budget_bytes / 1e9:.4g} GB has room for; "
+        f"the least that works is {least / 1e9:.4g} GB, set by layer {layer.index} ({layer.name}); "
         f"try max_gpu_gb={suggested_gb(least)}",
         budget_bytes=budget_bytes,
         least_bytes=least,
