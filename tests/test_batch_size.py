@@ -41,7 +41,7 @@ def counted() -> nn.Module:
 def test_the_best_of_the_sizes_is_the_answer_and_stays_it() -> None:
     model = counted()
     options: dict[str, Any] = {"batch_sizes": [16, 1], "max_trials": 1, "device": "cpu", "progress": False}
-    found = autosp.tune_batch(model, make_batch, 0.016, **options)
+    found = autosp.tune_batch(model, make_batch, 0.01, **options)
     assert [one.batch_size for one in found.sizes] == [1, 16]
     assert found.best.batch_size == 16  # sixteen times the samples for the same weights
     assert found.best in found.sizes
@@ -52,7 +52,7 @@ def test_the_best_of_the_sizes_is_the_answer_and_stays_it() -> None:
         assert len(repository.summaries()) == 2  # a size that is not tuned keeps its profile
         assert all(repository.profile(summary.name) for summary in repository.summaries())
     Counted.passes = 0
-    assert autosp.tune_batch(model, make_batch, 0.016, **options) == found
+    assert autosp.tune_batch(model, make_batch, 0.01, **options) == found
     assert Counted.passes == 0
     assert autosp.BatchSizes.model_validate_json(found.model_dump_json()) == found
 
@@ -72,7 +72,7 @@ def test_sizes_double_or_are_those_given() -> None:
 @pytest.mark.parametrize("sizes", [[], [0], [1.5], [True]])
 def test_sizes_that_are_none(sizes: Any) -> None:
     with pytest.raises(SettingError, match="batch_sizes="):
-        autosp.tune_batch(counted(), make_batch, 0.016, batch_sizes=sizes, device="cpu", progress=False)
+        autosp.tune_batch(counted(), make_batch, 0.01, batch_sizes=sizes, device="cpu", progress=False)
 
 
 def throughput(batch_size: int, per_s: float) -> autosp.Throughput:

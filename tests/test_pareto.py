@@ -18,7 +18,7 @@ from builders import prediction
 from models import EarlyExit, vectors
 
 WIDTH = 256
-LARGE_GB, SMALL_GB = 0.036, 0.020
+LARGE_GB, SMALL_GB = 0.030, 0.014
 """Both below the 8 blocks of 2.1 MB and the heap's noise, or above."""
 
 

@@ -370,7 +370,7 @@ from torch import nn
 import autosp
 
 model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(6)))
-autosp.tune(model, torch.ones(2, 256), "12MB", storage=sys.argv[1], progress=False)
+autosp.tune(model, torch.ones(2, 256), "2MB", storage=sys.argv[1], progress=False)
 known = weakref.ref(model)
 del model
 gc.collect()

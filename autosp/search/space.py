@@ -30,12 +30,10 @@ EVERY_K_PRIME = 12
 HEAP_NOISE_OF_WORKSPACE = 0.45
 HEAP_GROWTH_OF_WORKSPACE = 0.3
 HEAP_NOISE_OF_BUDGET = 0.01
-LEAST_HEAP_BYTES = 6_000_000
 """On a CPU the heap fragments differently in every run. A plan's first passes in a new process were seen to take up to
 0.4 of the workspace more than its validation did, where earlier plans had left holes to use: so the growth is left
-free of what was measured, and the noise, which has a validation's own scatter in it, of what is predicted. Of
-small models, whose workspace is a few MB, a new process was seen to take 2 to 8 MB more. An accelerator's caching
-allocator has no such noise, and a cap that holds."""
+free of what was measured, and the noise, which has a validation's own scatter in it, of what is predicted. An
+accelerator's caching allocator has no such noise, and a cap that holds."""
 
 
 def usable_bytes(profile: Profile, budget_bytes: int) -> int:
@@ -51,11 +49,7 @@ def acceptable_bytes(profile: Profile, budget_bytes: int) -> int:
 def _left_free(profile: Profile, budget_bytes: int, share_of_workspace: float) -> int:
     if profile.device.kind != "cpu":
         return 0
-    return int(_heap_bytes(profile, share_of_workspace) + HEAP_NOISE_OF_BUDGET * budget_bytes)
-
-
-def _heap_bytes(profile: Profile, share_of_workspace: float) -> float:
-    return max(share_of_workspace * profile.workspace_bytes, LEAST_HEAP_BYTES)
+    return int(share_of_workspace * profile.workspace_bytes + HEAP_NOISE_OF_BUDGET * budget_bytes)
 
 
 Key = tuple[int, int, int, int, int]
@@ -167,8 +161,7 @@ def budget_for(profile: Profile, peak_bytes: int) -> int:
     """The least budget of which so much may be predicted to be in use."""
     if profile.device.kind != "cpu":
         return peak_bytes
-    heap_bytes = _heap_bytes(profile, HEAP_NOISE_OF_WORKSPACE)
-    return math.ceil((peak_bytes + heap_bytes) / (1 - HEAP_NOISE_OF_BUDGET)) + 1
+    return math.ceil((peak_bytes + HEAP_NOISE_OF_WORKSPACE * profile.workspace_bytes) / (1 - HEAP_NOISE_OF_BUDGET)) + 1
 
 
 def too_small(profile: Profile, budget_bytes: int) -> BudgetTooSmallError:
