@@ -347,7 +347,7 @@ def test_dropout_is_compared_from_one_seed() -> None:
     model = nn.Sequential(
         *(nn.Sequential(nn.Linear(WIDTH, 8 * WIDTH), nn.Dropout(), nn.Linear(8 * WIDTH, WIDTH)) for _ in range(4))
     )
-    plan = autosp.tune(model.train(), vectors(4, WIDTH), 0.03, device="cpu", progress=False, max_trials=2, seed=3)
+    plan = autosp.tune(model.train(), vectors(4, WIDTH), 0.05, device="cpu", progress=False, max_trials=2, seed=3)
     assert plan.measurement is not None
     with autosp.apply(model, plan):
         torch.manual_seed(5)
