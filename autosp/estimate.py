@@ -9,7 +9,6 @@ from torch import nn
 from autosp.batch import Step
 from autosp.cost_model.floor import floor_s
 from autosp.devices import Device, choose_device
-from autosp.partition import partition
 from autosp.profiler import measure
 from autosp.profiler.host import binding_host_budget
 from autosp.progress import progress_bar
@@ -33,7 +32,9 @@ def profile(
     device: torch.device | str | Device | None = None,
     progress: bool = True,
 ) -> Profile:
-    """Measure every layer and link under the least-memory plan; the disk, too, where the host has no room for all.
+    """Measure every layer and link, under the least-memory plan and under a ring that overlaps loads with compute.
+
+    The disk is measured, too, where the host has no room for all.
 
     The model is as before when this returns or raises.
     """
@@ -42,9 +43,7 @@ def profile(
     workload = Workload.of(model, sample_batch, step, mode, chosen)
     with progress_bar(progress) as show:
         show("order of the layers")
-        parts = partition(
-            model, workload.run, chosen.torch_device, lookups=chosen.reads_host, slow_tier=chosen.info.slow_tier
-        )
+        parts = workload.layers(chosen)
         show("weights to the slow tier")
         host_bytes = None if max_cpu_gb is None else parse_budget(max_cpu_gb, "max_cpu_gb")
         host_bytes = binding_host_budget(parts, chosen, host_bytes)

@@ -10,7 +10,6 @@ from autosp.batch import Step
 from autosp.cost_model.placement import Placing, evenly_spread, host_too_small
 from autosp.devices import Device, choose_device
 from autosp.errors import SettingError
-from autosp.partition import partition
 from autosp.profiler.host import binding_host_budget
 from autosp.profiler.training import training_partition
 from autosp.settings import settings
@@ -51,9 +50,7 @@ def plan(
         return _training_plan(workload, chosen, k, k_prime, residents, recompute, max_cpu_gb)
     if recompute:
         raise SettingError(f"recompute={recompute!r}: activations are computed again in mode='training' only")
-    parts = partition(
-        model, workload.run, chosen.torch_device, lookups=chosen.reads_host, slow_tier=chosen.info.slow_tier
-    )
+    parts = workload.layers(chosen)
     candidate = _candidate(k, k_prime, residents, list(dict.fromkeys(parts.visits)))
     host_bytes = None if max_cpu_gb is None else parse_budget(max_cpu_gb, "max_cpu_gb")
     host_bytes = binding_host_budget(parts, chosen, host_bytes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -119,14 +119,18 @@ class Workload:
     def observed_pass(self, device: Device) -> tuple[Partition, Any]:
         """The layers, and the output, of one pass of the unstreamed model."""
         outputs: list[Any] = []
-        parts = partition(
+        parts = self.layers(device, lambda: outputs.append(self.run_seeded()))
+        return parts, outputs[0]
+
+    def layers(self, device: Device, run: Callable[[], Any] | None = None) -> Partition:
+        """The layers, by one pass of the unstreamed model, which `run` makes (default: `self.run`)."""
+        return partition(
             self.model,
-            lambda: outputs.append(self.run_seeded()),
+            run or self.run,
             device.torch_device,
             lookups=device.reads_host,
             slow_tier=device.info.slow_tier,
         )
-        return parts, outputs[0]
 
     def key(
         self, device: Device, budget_bytes: int, host_budget_bytes: int | None = None, slack: float | None = None

@@ -142,8 +142,13 @@ def fit(table: Array, found: Array, prior: Array, errors: Array) -> Array:
     """
     factors = _solve(table, found, prior, errors)
     residuals = np.abs(table @ factors / found - 1)
-    usual = residuals <= max(DISTURBED_ERROR, DISTURBED_RATIO * float(np.median(residuals)))
+    usual = undisturbed(residuals)
     return factors if usual.all() else _solve(table[usual], found[usual], prior, errors)
+
+
+def undisturbed(residuals: Array) -> npt.NDArray[np.bool_]:
+    """Which relative residuals are not far off all others. [N]"""
+    return residuals <= max(DISTURBED_ERROR, DISTURBED_RATIO * float(np.median(residuals)))
 
 
 def _solve(table: Array, found: Array, prior: Array, errors: Array) -> Array:

@@ -34,9 +34,14 @@ CONTENTION_ROUNDS = 4
 
 def predict(profile: Profile, candidates: Sequence[Candidate]) -> list[Prediction]:
     """One prediction per candidate, in their order."""
+    return predict_rings(profile, with_rings(profile, candidates))
+
+
+def with_rings(profile: Profile, candidates: Iterable[Candidate]) -> Iterator[tuple[Candidate, Ring]]:
+    """Each candidate with its ring, built when it is asked for."""
     layer_bytes = [layer.n_bytes for layer in profile.partition.layers]
     visits = profile.partition.visits
-    return predict_rings(profile, ((candidate, build_ring(candidate, layer_bytes, visits)) for candidate in candidates))
+    return ((candidate, build_ring(candidate, layer_bytes, visits)) for candidate in candidates)
 
 
 def predict_rings(profile: Profile, pairs: Iterable[tuple[Candidate, Ring]]) -> list[Prediction]:

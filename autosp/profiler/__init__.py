@@ -81,18 +81,17 @@ def measure(
         observed=_trial(least, observed.measurement),
     )
     ring = _overlapping(bench, profile, budget_bytes)
-    if ring is None:
-        return _predicted(calibrated(profile, [profile.observed]))
-    together = observe(bench, ring, workload.run, progress)
-    profile = profile.model_copy(
-        update={
-            "visits": tuple(map(_timed_as, observed.visits, together.visits)),
-            "tail_s": together.tail_s,
-            "least_compute_s": min(observed.least_compute_s, together.least_compute_s),
-            "workspace_bytes": max(observed.workspace_bytes, together.workspace_bytes),
-            "overlapped": _trial(ring, together.measurement),
-        }
-    )
+    if ring is not None:
+        together = observe(bench, ring, workload.run, progress)
+        profile = profile.model_copy(
+            update={
+                "visits": tuple(map(_timed_as, observed.visits, together.visits)),
+                "tail_s": together.tail_s,
+                "least_compute_s": min(observed.least_compute_s, together.least_compute_s),
+                "workspace_bytes": max(observed.workspace_bytes, together.workspace_bytes),
+                "overlapped": _trial(ring, together.measurement),
+            }
+        )
     return _predicted(calibrated(profile, observations(profile)))
 
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from autosp.cost_model.calibrate import DISTURBED_ERROR, DISTURBED_RATIO, calibrated, observations
-from autosp.cost_model.predict import Predictor, predict
-from autosp.schedule.streaming import build_ring
+from autosp.cost_model.calibrate import calibrated, observations, undisturbed
+from autosp.cost_model.predict import Predictor, predict, with_rings
 from autosp.search.space import Key, key_of
 from autosp.spec import Prediction, Profile, Trial
 
@@ -56,13 +55,8 @@ class Lessons:
     """Predicts a study's candidates again and again, as its trials come in."""
 
     def __init__(self, profile: Profile, ranked: Sequence[Prediction]) -> None:
-        layer_bytes = [layer.n_bytes for layer in profile.partition.layers]
-        visits = profile.partition.visits
-        candidates = [prediction.candidate for prediction in ranked]
         self._profile = profile
-        self._predictor = Predictor(
-            profile, ((candidate, build_ring(candidate, layer_bytes, visits)) for candidate in candidates)
-        )
+        self._predictor = Predictor(profile, with_rings(profile, (prediction.candidate for prediction in ranked)))
 
     def learned(self, trials: Sequence[Trial]) -> Learned:
         """What these trials, and the plans that the profile was made from, say of all candidates.
@@ -79,7 +73,7 @@ class Lessons:
         again = predict(profile, [trial.prediction.candidate for trial in timed])
         measured = np.array([trial.measurement.latency_s for trial in timed])
         residuals = np.abs(np.array([prediction.latency_s for prediction in again]) / measured - 1)
-        usual = residuals[residuals <= max(DISTURBED_ERROR, DISTURBED_RATIO * float(np.median(residuals)))]
+        usual = residuals[undisturbed(residuals)]
         error = max(float(usual.max()), PRIOR_ERROR / (1 + len(usual)))
         excess = (
             trial.measurement.peak_bytes - prediction.peak_bytes for trial, prediction in zip(timed, again, strict=True)

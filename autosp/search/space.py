@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator
 from autosp.cost_model.floor import unknown_disk
 from autosp.cost_model.memory import DeviceMemory
 from autosp.cost_model.placement import Placing, evenly_spread, exceeds, host_too_small, least_host_bytes
-from autosp.cost_model.predict import predict_rings
+from autosp.cost_model.predict import predict_rings, with_rings
 from autosp.errors import BudgetTooSmallError
-from autosp.schedule.streaming import Ring, build_ring
+from autosp.schedule.streaming import Ring
 from autosp.search.residents import Filling, Pass
 from autosp.spec import Candidate, Prediction, Profile
 
@@ -195,9 +195,8 @@ def _by_memory(prediction: Prediction) -> tuple[int, float, int]:
 
 def _within_device(profile: Profile, candidates: Iterable[Candidate], usable: int) -> list[Prediction]:
     """The candidates that fit the device, all else being on the host."""
-    layer_bytes = [layer.n_bytes for layer in profile.partition.layers]
-    visits, memory = profile.partition.visits, DeviceMemory(profile)
-    pairs = ((candidate, build_ring(candidate, layer_bytes, visits)) for candidate in candidates)
+    memory = DeviceMemory(profile)
+    pairs = with_rings(profile, candidates)
     return predict_rings(profile, (pair for pair in pairs if memory.peak_bytes(pair[0], pair[1].arena_bytes) <= usable))
 
 

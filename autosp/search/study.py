@@ -97,12 +97,11 @@ def run_study(
             without_running = judge(trials, learned.without(running), usable, acceptable) if running else verdict
             upcoming = _what_next(study, sampler, limits, len(trials), len(running), verdict, without_running)
             if upcoming is Next.END:
-                finalists = undecided(_acceptable(trials, acceptable)) if repeat and verdict.finished else []
-                if not finalists:
+                finalists = undecided(_acceptable(trials, acceptable)) if verdict.finished else []
+                if repeat is None or not finalists:
                     return verdict
                 for one in finalists:
                     progress(f"again: {one.prediction.candidate.label()}")
-                    assert repeat is not None
                     measured = pooled(one.measurement, repeat(one.prediction.candidate))
                     repository.add_trial(name, one.model_copy(update={"measurement": measured}))
             if upcoming is Next.VALIDATE:
