@@ -99,8 +99,10 @@ def run_system(job: Job) -> dict[str, Any]:
         with system.apply(example.model, Setting(device, home, plan=plan)):
             files = [] if job.case.system == PLAIN else [*files_in(home), *unlinked_files(scratch)]
             rates = disk_rates(probed, probe_bytes)
-            phases = Passes(workload, device, memory, scratch, files, system.planned).phases()
-            rates += disk_rates(probed, probe_bytes)
+            phases = {}
+            for name, phase in Passes(workload, device, memory, scratch, files, system.planned).phases():
+                phases[name] = phase
+                rates += disk_rates(probed, probe_bytes)
         at_rest = digest_of(workload.run()) if system.planned else None
     digests = {phase.pop("digest") for phase in phases.values()}
     figures = {
@@ -132,13 +134,14 @@ class Passes:
     files: list[Path]
     reads_ahead: bool
 
-    def phases(self) -> dict[str, dict[str, Any]]:
+    def phases(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Passes with a cold page cache, then with all files in it; without files neither: "ram"."""
         if not self.files:
-            return {"ram": self._phase(lambda: None)}
-        cold = self._phase(lambda: drop_from_page_cache(self.files))
+            yield "ram", self._phase(lambda: None)
+            return
+        yield "cold", self._phase(lambda: drop_from_page_cache(self.files))
         warm(self.files)
-        return {"cold": cold, "warm": self._phase(lambda: None)}
+        yield "warm", self._phase(lambda: None)
 
     def _phase(self, prepare: Callable[[], None]) -> dict[str, Any]:
         """A first pass and steady ones. As in a loop, an output lives until the next pass has made its own."""

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from autosp.batch import equal, signature
 from autosp.partition.tensors import LAYER_ALIGNMENT, Extent, ModelTensors
 
-CUT_ABOVE_SHARE = 1 / 64
+CUT_ABOVE_SHARE = 1 / 128
 CUT_ABOVE_BYTES = 32 * 2**20
 """A leaf with more than this share of the model's bytes, and more than these, is cut into runs of about that size: the
 ring need hold no more of it, and still a run's transfer outweighs its fixed cost."""

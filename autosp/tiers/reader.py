@@ -145,8 +145,13 @@ def _open(path: Path, direct: bool, open_file: Open) -> int:
 
 
 def _open_again(descriptor: int) -> int:
-    """The same file, whatever is at its path now, for reads through the page cache; itself where that cannot be had."""
+    """The same file, whatever is at its path now, for reads through the page cache; itself where that cannot be had.
+
+    Without read-ahead: what is not cached is read past the cache, and would be read twice.
+    """
     try:
-        return os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+        again = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return descriptor
+    os.posix_fadvise(again, 0, 0, os.POSIX_FADV_RANDOM)
+    return again
