@@ -61,8 +61,8 @@ class Lessons:
     def learned(self, trials: Sequence[Trial]) -> Learned:
         """What these trials, and the plans that the profile was made from, say of all candidates.
 
-        A trial far off all others was disturbed and counts for nothing. The error is the largest that is left of the
-        others, and no less than what their number leaves open.
+        A trial far off all others was disturbed and counts for nothing. The error is the most by which one of the
+        others was faster than predicted, and no less than what their number leaves open.
         """
         timed = [trial for trial in trials if trial.measurement.samples_s]
         profile = calibrated(self._profile, [*observations(self._profile), *timed])
@@ -72,8 +72,8 @@ class Lessons:
             return Learned(tuple(predictions), PRIOR_ERROR, 0)
         again = predict(profile, [trial.prediction.candidate for trial in timed])
         measured = np.array([trial.measurement.latency_s for trial in timed])
-        residuals = np.abs(np.array([prediction.latency_s for prediction in again]) / measured - 1)
-        usual = residuals[undisturbed(residuals)]
+        faster = np.array([prediction.latency_s for prediction in again]) / measured - 1
+        usual = faster[undisturbed(np.abs(faster))]
         error = max(float(usual.max()), PRIOR_ERROR / (1 + len(usual)))
         excess = (
             trial.measurement.peak_bytes - prediction.peak_bytes for trial, prediction in zip(timed, again, strict=True)

@@ -8,8 +8,14 @@ from dataclasses import dataclass, field
 
 from autosp.errors import SettingError
 
-MAX_TRIALS = 12
+MAX_TRIALS = 8
 """Validations without a limit of the user's. The stop rule usually ends a study before."""
+
+EFFORT_PASSES, EFFORT_S = 25, 5.0
+"""What may be spent on passes without a limit of the user's: so many of the best plan, and so many seconds."""
+
+LEAST_TRIALS = 3
+"""Both baselines and the favourite are validated, whatever that takes."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +36,18 @@ class Limits:
         if seconds is not None and not (type(seconds) in (int, float) and math.isfinite(seconds) and seconds > 0):
             raise SettingError(f"timeout_s={seconds!r}: pass a positive number of seconds, or None")
 
-    def reached(self, trials: int) -> bool:
-        """Whether a study with that many trials must stop."""
+    @property
+    def by_default(self) -> bool:
+        """Whether the user set none."""
+        return self.max_trials is None and self.timeout_s is None
+
+    def reached(self, trials: int, spent_s: float = 0.0, pass_s: float = math.inf) -> bool:
+        """Whether a study with that many trials must stop.
+
+        `spent_s`: what its passes took so far, and one more trial would. `pass_s`: a pass of its best plan.
+        """
         if trials >= (MAX_TRIALS if self.max_trials is None else self.max_trials):
             return True
+        if self.by_default:
+            return trials >= LEAST_TRIALS and spent_s > EFFORT_PASSES * pass_s + EFFORT_S
         return bool(trials) and self.timeout_s is not None and time.monotonic() - self._started > self.timeout_s

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import partial
 from typing import TYPE_CHECKING
 
 import optuna
 from optuna.trial import TrialState
 
+from autosp.cost_model.calibrate import observations
 from autosp.search.finals import fastest, pooled, undecided
 from autosp.search.learned import Learned, Lessons
 from autosp.search.limits import Limits
 from autosp.search.sampler import PARAMETERS, CostModelSampler, running_keys
 from autosp.search.space import Key, acceptable_bytes, all_resident, key_of, usable_bytes
+from autosp.search.validate import LEAST_PASSES
 from autosp.spec import Candidate, Measurement, Outcome, Prediction, Profile, Trial
 from autosp.store.trials import fail_dead_trials, running_trial
 
@@ -95,9 +99,11 @@ def run_study(
             verdict = judge(trials, learned, usable, acceptable)
             running = running_keys(study)
             without_running = judge(trials, learned.without(running), usable, acceptable) if running else verdict
-            upcoming = _what_next(study, sampler, limits, len(trials), len(running), verdict, without_running)
+            spent_s, pass_s = _spent(profile, trials, verdict)
+            reached = partial(limits.reached, spent_s=spent_s, pass_s=pass_s)
+            upcoming = _what_next(study, sampler, reached, len(trials), len(running), verdict, without_running)
             if upcoming is Next.END:
-                finalists = undecided(_acceptable(trials, acceptable)) if verdict.finished else []
+                finalists = undecided(_acceptable(trials, acceptable)) if verdict.finished or limits.by_default else []
                 if repeat is None or not finalists:
                     return verdict
                 for one in finalists:
@@ -123,24 +129,36 @@ def run_study(
 def _what_next(
     study: optuna.Study,
     sampler: CostModelSampler,
-    limits: Limits,
+    reached: Callable[[int], bool],
     done: int,
     running: int,
     verdict: Verdict,
     without_running: Verdict,
 ) -> Next:
-    """`without_running`: the verdict if what other workers are validating could not win."""
-    if limits.reached(done):
+    """`reached`: whether so many trials are the most. `without_running`: the verdict if what other workers are
+    validating could not win.
+    """
+    if reached(done):
         return Next.END
     nothing_else = Next.WAIT if running else Next.END
     must_run = sampler.due(study) or study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
     if verdict.finished and not must_run:
         return nothing_else
-    if limits.reached(done + running):
+    if reached(done + running):
         return Next.WAIT
     if not must_run and (without_running.finished or sampler.next_key(study) is None):
         return nothing_else
     return Next.VALIDATE
+
+
+def _spent(profile: Profile, trials: Sequence[Trial], verdict: Verdict) -> tuple[float, float]:
+    """What profiling and all trials spent on passes, with one more trial of the best plan; and that plan's pass."""
+    if verdict.best is None:
+        return 0.0, math.inf
+    pass_s = verdict.best.measurement.latency_s
+    measured = [trial.measurement for trial in (*observations(profile), *trials)]
+    spent_s = sum(one.cold_latency_s + sum(one.samples_s) for one in measured)
+    return spent_s + (1 + LEAST_PASSES) * pass_s, pass_s
 
 
 def _claimed(trial: optuna.Trial, sampler: CostModelSampler) -> Prediction | None:

@@ -48,9 +48,14 @@ def test_a_right_model_is_trusted_more(count: int) -> None:
     assert learned.extra_bytes == 0
 
 
-def test_the_error_is_the_largest_residual() -> None:
+def test_the_error_is_the_most_by_which_one_was_faster_than_predicted() -> None:
     learned = LESSONS.learned([tried(0), tried(1, slower=1.2), tried(2, slower=0.9)])
-    assert learned.relative_error == pytest.approx(1 / 0.9 - 1 if 1 / 0.9 - 1 > 0.2 / 1.2 else 0.2 / 1.2)
+    assert learned.relative_error == pytest.approx(1 / 0.9 - 1)
+
+
+def test_slower_than_predicted_is_no_hope_for_others() -> None:
+    learned = LESSONS.learned([tried(0), tried(1, slower=1.2), tried(2)])
+    assert learned.relative_error == pytest.approx(PRIOR_ERROR / 4)
 
 
 def test_the_error_has_an_end() -> None:

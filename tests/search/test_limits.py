@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from autosp.errors import SettingError
-from autosp.search.limits import MAX_TRIALS, Limits
+from autosp.search.limits import EFFORT_PASSES, EFFORT_S, LEAST_TRIALS, MAX_TRIALS, Limits
 
 
 @pytest.mark.parametrize("max_trials", [0, -1, 1.0, 2.5, "3", True, False, math.inf])
@@ -59,3 +59,16 @@ def test_limits_are_equal_whenever_made() -> None:
     assert Limits(3, 5.0) == Limits(3, 5.0, _started=0.0)
     assert Limits() != Limits(max_trials=MAX_TRIALS)
     assert Limits() != Limits(timeout_s=1.0)
+
+
+def test_effort_counts_in_passes_of_the_best_plan() -> None:
+    most_s = EFFORT_PASSES * 2.0 + EFFORT_S
+    assert not Limits().reached(LEAST_TRIALS, most_s, 2.0)
+    assert Limits().reached(LEAST_TRIALS, most_s + 0.1, 2.0)
+    assert not Limits().reached(LEAST_TRIALS - 1, most_s + 0.1, 2.0)  # the baselines and the favourite are tried
+
+
+def test_a_limit_of_the_users_replaces_the_effort() -> None:
+    assert not Limits(max_trials=50).reached(LEAST_TRIALS, 1e9, 1.0)
+    assert not Limits(timeout_s=1e6).reached(LEAST_TRIALS, 1e9, 1.0)
+    assert [limits.by_default for limits in (Limits(), Limits(1), Limits(None, 1.0))] == [True, False, False]
