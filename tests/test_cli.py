@@ -13,9 +13,10 @@ import pytest
 from typer.testing import CliRunner
 
 from autosp.cli import app
-from autosp.spec import Candidate, Plan, StudyKey
+from autosp.spec import Candidate, Plan
 from autosp.store import Repository
 from autosp.studies import list_studies
+from builders import study_key
 
 FACTORIES = """
 import os
@@ -455,17 +456,8 @@ def test_an_interrupt_while_profiling_leaves_no_study(shell: Path, monkeypatch: 
 
 def test_a_study_without_a_profile(shell: Path) -> None:
     """A process was killed between its first two writes."""
-    key = StudyKey(
-        model_name="Tiny",
-        model_fingerprint="m",
-        device_fingerprint="d",
-        batch_signature="b",
-        step="call",
-        mode="inference",
-        budget_bytes=1,
-    )
     with Repository() as repository:
-        repository.create_study("begun", key)
+        repository.create_study("begun", study_key())
     assert "has no profile yet" in autosp("estimate", "--study", "begun", *ROOM, code=2)
     assert "study begun has no trials yet" in autosp("show", "begun")
 
