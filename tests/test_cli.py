@@ -163,7 +163,7 @@ def test_version() -> None:
     assert re.fullmatch(r"autosp \d+\.\d+\.\d+ ", autosp("--version"))
 
 
-def test_a_second_tune_answers_from_the_database(study: Path, tmp_path: Path) -> None:
+def test_a_second_tune_or_resume_answers_from_the_database(study: Path, tmp_path: Path) -> None:
     shutil.copy("autosp.db", tmp_path / "copy.db")
     earlier = Plan.load("plan.json").model_copy(update={"created_at": "2020-01-02T03:04:05+00:00"})
     with Repository(tmp_path / "copy.db") as repository:
@@ -171,6 +171,8 @@ def test_a_second_tune_answers_from_the_database(study: Path, tmp_path: Path) ->
     said = autosp("tune", "tiny_models:make", *ROOM, "--storage", str(tmp_path / "copy.db"))
     assert "answered from the database: study tiny of 2020-01-02" in said
     assert "Plan of study tiny" in said
+    said = autosp("resume", "tiny", "tiny_models:make", "--storage", str(tmp_path / "copy.db"))
+    assert "study tiny of 2020-01-02T03:04:05+00:00 is done" in said
     assert [summary.trials for summary in list_studies(tmp_path / "copy.db")] == [2]
 
 
