@@ -568,6 +568,7 @@ def test_lookup_tables_rest_on_the_slow_tier_and_are_read_there(
         pytest.skip(f"{device.info.name} does not read host memory: it has no lookup tables")
     torch.manual_seed(0)
     model = Stack(vocabulary=20_000)
+    model.head = nn.Linear(64, 10)
     few, many = torch.randint(0, 20_000, (2, 5)), torch.randint(0, 20_000, (4, 6000))
     expected = [plain(model, batch, device) for batch in (few, many)]
     address = model.embed.weight.data_ptr()
