@@ -55,6 +55,11 @@ def main() -> None:
     app()
 
 
+def _now() -> str:
+    """As plans have it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 def _print_version(asked: bool) -> None:
     if asked:
         typer.echo(f"autosp {version('autosp')}")
@@ -93,7 +98,7 @@ def tune(
 
     check_folder(output)
     subject = make_subject(factory)
-    began = datetime.now(UTC).isoformat(timespec="seconds")
+    began = _now()
     budget = None if max_gpu_gb is None else budget_of(max_gpu_gb)
     host_budget = None if max_cpu_gb is None else budget_of(max_cpu_gb)
     kept = partial(answers.kept_study, subject, budget, host_budget, slack, device, storage)
@@ -138,6 +143,7 @@ def resume(
     check_folder(output)
     answers.read_study(study, storage)  # a wrong name is known before the model is made
     subject = make_subject(factory)
+    began = _now()
     with interruptible(factory, storage, device, lambda: study):
         plan = autosp.resume(
             study,
@@ -152,6 +158,8 @@ def resume(
             trial_timeout_s=trial_timeout_s,
             progress=sys.stderr.isatty(),
         )
+    if plan.created_at < began:
+        tell(f"study {study} of {plan.created_at} is done; a higher --max-trials goes on")
     answers.show_answer(plan, storage, output)
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import platform
-import shutil
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import psutil
 
 from autosp.devices import Device
 from autosp.errors import AutospError
+from autosp.files import free_bytes
 from autosp.report.units import NOTHING, size
 from autosp.settings import settings
 from autosp.spec import LinkProfile
@@ -35,7 +33,7 @@ def facts(device: Device, storage: str | None) -> list[tuple[str, str]]:
         ("device memory", size(device.info.memory_bytes)),
         ("slow tier", device.info.slow_tier.value),
         ("RAM", f"{size(memory.available)} available of {size(memory.total)}"),
-        ("cache", f"{cache_dir}, {size(shutil.disk_usage(_existing(cache_dir)).free)} free"),
+        ("cache", f"{cache_dir}, {size(free_bytes(cache_dir))} free"),
         ("storage", schema_state(storage)),
     ]
 
@@ -88,14 +86,6 @@ def probe_link(device: Device, n_bytes: int, progress: Callable[[str], None] = l
         reads = measure_reading(bench, progress)
         link = measure_link(device, bench.store, total, total // 4, progress)
         return link if reads is None else link.model_copy(update=reads._asdict())
-
-
-def _existing(path: Path) -> Path:
-    """The nearest folder of a path that is there."""
-    path = path.absolute()
-    while not os.access(path, os.F_OK):
-        path = path.parent
-    return path
 
 
 def _version(package: str) -> str:

@@ -1,12 +1,19 @@
-"""Files that are never half written, and locks that end with their process."""
+"""Files that are never half written, locks that end with their process, and disks that are full."""
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from autosp.errors import DiskFullError, TierError
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""The disk is full, a quota is used up, or the filesystem has no files that large."""
 
 
 def write_atomically(path: str | os.PathLike[str], text: str) -> None:
@@ -49,3 +56,22 @@ def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[N
         yield
     finally:
         os.close(descriptor)
+
+
+def free_bytes(folder: Path) -> int:
+    """Free on the disk where a folder is, or will be once it is made."""
+    folder = folder.absolute()
+    while not os.access(folder, os.F_OK):
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def cache_error(error: OSError, doing: str, n_bytes: int, folder: Path) -> TierError:
+    """What to raise where a file of `n_bytes` in `folder`, of the cache, was not made: `doing` needs it."""
+    if error.errno in NO_ROOM:
+        return DiskFullError(
+            error.errno,
+            f"{doing} takes {n_bytes / 1e9:.3g} GB ({n_bytes} bytes) in {folder}, which has "
+            f"{free_bytes(folder) / 1e9:.3g} GB free; set AUTOSP_CACHE_DIR to a larger disk",
+        )
+    return TierError(error.errno, f"{doing} in {folder} failed: {error.strerror}; set AUTOSP_CACHE_DIR to another disk")

@@ -25,7 +25,7 @@ class Intercepted:
     """A module whose `forward(*args, **kwargs)` became `around(forward, args, kwargs)`, until `remove()`."""
 
     def __init__(self, module: nn.Module, around: Around) -> None:
-        _hide_from_compiler()
+        hide_from_compiler()
         self._module = module
         self._own = module.__dict__.get("forward")  # another tool's wrapper, say
         self._forward = module.forward
@@ -70,12 +70,13 @@ def is_intercepted(model: nn.Module) -> bool:
 
 
 @cache
-def _hide_from_compiler() -> None:
+def hide_from_compiler() -> None:
     """No frame of `Intercepted.__call__` is compiled, and none is inlined; those that it calls are.
 
     What `torch.compiler.disable(recursive=False)` promises; it compiles the disabled function when called by itself.
+    The first call takes a second and 70 MB, for the compiler is imported; whoever measures memory calls it before.
     """
-    from torch._dynamo.decorators import skip  # a second to import, and in memory wherever a model was partitioned
+    from torch._dynamo.decorators import skip
 
     skip(Intercepted.__call__)
     Intercepted.__call__._torchdynamo_disable_msg = (  # type: ignore[attr-defined]

@@ -12,7 +12,6 @@ from anybody else.
 
 from __future__ import annotations
 
-import errno
 import io
 import mmap
 import os
@@ -28,7 +27,8 @@ import torch
 from torch import nn
 
 from autosp.devices.memory import memory_at, trim_heap
-from autosp.errors import DiskFullError, NotPicklableError, ReadError, TierError
+from autosp.errors import NotPicklableError, ReadError
+from autosp.files import cache_error
 from autosp.partition.mapped import Source, locate
 from autosp.partition.tensors import LAYER_ALIGNMENT, Extent, NamedTensor, align, collect
 
@@ -69,7 +69,7 @@ class Parcel:
             self._file = tempfile.TemporaryFile(dir=cache_dir)  # noqa: SIM115 - closed by `close`
             self._write()
         except OSError as error:
-            raise _translated(error, cache_dir, self._size) from error
+            raise cache_error(error, "sending weights to another process", self._size, cache_dir) from error
 
     @property
     def descriptor(self) -> int:
@@ -230,9 +230,3 @@ def _set_storage(tensor: torch.Tensor, storage: torch.UntypedStorage) -> None:
         tensor.data = torch.empty(0, dtype=tensor.dtype).set_(
             storage, tensor.storage_offset(), tensor.size(), tensor.stride()
         )
-
-
-def _translated(error: OSError, cache_dir: Path, n_bytes: int) -> TierError:
-    text = f"sending {n_bytes / 1e9:.2f} GB of weights to another process through {cache_dir} failed: {error.strerror}"
-    kind = DiskFullError if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else TierError
-    return kind(error.errno, f"{text}; set AUTOSP_CACHE_DIR to a larger disk")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -23,6 +24,7 @@ from autosp.spec import (
     Plan,
     Prediction,
     Profile,
+    StudyKey,
     Tier,
     Trial,
 )
@@ -197,6 +199,20 @@ def trial(
         outcome=outcome,
     )
     return Trial(number=number, prediction=predicted, measurement=measured)
+
+
+def study_key(**changes: Any) -> StudyKey:
+    """What a study of `profile`'s model on its machine was made for."""
+    fields: dict[str, Any] = {
+        "model_name": "Tiny",
+        "model_fingerprint": "m" * 32,
+        "device_fingerprint": "d" * 32,
+        "batch_signature": "float32[1,8]",
+        "step": "call",
+        "mode": "inference",
+        "budget_bytes": 10**9,
+    }
+    return StudyKey(**(fields | changes))
 
 
 def plan(chosen: Trial, measured: Profile, *, budget_bytes: int, study_name: str = "tiny") -> Plan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,11 @@ import torch
 from autosp.devices import AcceleratorDevice, CpuDevice, Device, VirtualDevice
 from autosp.spec import Tier
 from databases import create_database, memory_folder, postgres_server
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now lives to the end: no test's collection of garbage need look at it again."""
+    gc.freeze()
 
 
 def _kinds() -> list[object]:

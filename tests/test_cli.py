@@ -13,9 +13,10 @@ import pytest
 from typer.testing import CliRunner
 
 from autosp.cli import app
-from autosp.spec import Candidate, Plan, StudyKey
+from autosp.spec import Candidate, Plan
 from autosp.store import Repository
 from autosp.studies import list_studies
+from builders import study_key
 
 FACTORIES = """
 import os
@@ -162,7 +163,7 @@ def test_version() -> None:
     assert re.fullmatch(r"autosp \d+\.\d+\.\d+ ", autosp("--version"))
 
 
-def test_a_second_tune_answers_from_the_database(study: Path, tmp_path: Path) -> None:
+def test_a_second_tune_or_resume_answers_from_the_database(study: Path, tmp_path: Path) -> None:
     shutil.copy("autosp.db", tmp_path / "copy.db")
     earlier = Plan.load("plan.json").model_copy(update={"created_at": "2020-01-02T03:04:05+00:00"})
     with Repository(tmp_path / "copy.db") as repository:
@@ -170,6 +171,8 @@ def test_a_second_tune_answers_from_the_database(study: Path, tmp_path: Path) ->
     said = autosp("tune", "tiny_models:make", *ROOM, "--storage", str(tmp_path / "copy.db"))
     assert "answered from the database: study tiny of 2020-01-02" in said
     assert "Plan of study tiny" in said
+    said = autosp("resume", "tiny", "tiny_models:make", "--storage", str(tmp_path / "copy.db"))
+    assert "study tiny of 2020-01-02T03:04:05+00:00 is done" in said
     assert [summary.trials for summary in list_studies(tmp_path / "copy.db")] == [2]
 
 
@@ -455,17 +458,8 @@ def test_an_interrupt_while_profiling_leaves_no_study(shell: Path, monkeypatch: 
 
 def test_a_study_without_a_profile(shell: Path) -> None:
     """A process was killed between its first two writes."""
-    key = StudyKey(
-        model_name="Tiny",
-        model_fingerprint="m",
-        device_fingerprint="d",
-        batch_signature="b",
-        step="call",
-        mode="inference",
-        budget_bytes=1,
-    )
     with Repository() as repository:
-        repository.create_study("begun", key)
+        repository.create_study("begun", study_key())
     assert "has no profile yet" in autosp("estimate", "--study", "begun", *ROOM, code=2)
     assert "study begun has no trials yet" in autosp("show", "begun")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,8 @@ from builders import profile
 pytest.importorskip("accelerate", reason="the peers are no dependencies of autosp")
 
 TOKENS = SCALES["toy"].tokens[1]
+BUDGET_PERCENT = SCALES["toy"].narrow_percent
+"""What the studies ask for: one search serves them all."""
 MIB = 2**20
 
 
@@ -70,7 +73,7 @@ def asked(scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
     """A run of the toy in this process."""
     monkeypatch.setattr("peer_measure.ENOUGH_S", 0.0)
 
-    def make(study: str, budgets: tuple[float, ...] = (50.0,)) -> Run:
+    def make(study: str, budgets: tuple[float, ...] = (BUDGET_PERCENT,)) -> Run:
         results = Results(raw_path(study, "toy", tmp_path), run_job, answer=at_once)
         plans = Results(raw_path("plans", "toy", scratch), run_job, answer=at_once)
         return Run("toy", scratch, (TOKENS,), budgets, 1, results, plans)
@@ -90,9 +93,14 @@ def is_picture(path: Path) -> bool:
     return path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_floors_from_the_command_line(scratch: Path, tmp_path: Path) -> None:
-    """In processes of their own, a budget that is too small and one that is not; then again, with nothing to do."""
-    words = ["floors", "--scale", "toy", "--tokens", str(TOKENS), "--budgets", "1,80", "--repeats", "1"]
+def test_floors_from_the_command_line(asked: Callable[..., Run], scratch: Path, tmp_path: Path) -> None:
+    """In processes of their own, a budget that is too small and one that is not; then again, with nothing to do.
+
+    The plan for the latter is known: what was searched for one study is there for all.
+    """
+    asked("floors").tuned(TOKENS, BUDGET_PERCENT)
+    shutil.copy(raw_path("plans", "toy", scratch), raw_path("plans", "toy", tmp_path))
+    words = ["floors", "--scale", "toy", "--tokens", str(TOKENS), "--budgets", f"1,{BUDGET_PERCENT}", "--repeats", "1"]
     words += ["--scratch", str(scratch), "--output", str(tmp_path)]
     disk_tier.main(words)
     raw = raw_path("floors", "toy", tmp_path)
@@ -100,7 +108,7 @@ def test_floors_from_the_command_line(scratch: Path, tmp_path: Path) -> None:
     assert [(row.case.system, row.case.budget_percent, row.outcome) for row in rows] == [
         (PLAIN, None, "ok"),
         (TUNED, 1.0, "too small"),
-        (TUNED, 80.0, "ok"),
+        (TUNED, BUDGET_PERCENT, "ok"),
     ], [row.note for row in rows]
     tuned = rows[2]
     assert output_of([(tuned, rows[0])]) == EQUAL

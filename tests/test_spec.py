@@ -15,7 +15,7 @@ from pydantic import ValidationError
 import autosp.spec
 from autosp.errors import AutospError, PlanFormatError
 from autosp.spec import PLAN_SCHEMA_VERSION, Candidate, Outcome, Plan, Reading, Record, StudyKey, Tier
-from builders import device, measurement, partition, prediction, profile
+from builders import device, measurement, partition, prediction, profile, study_key
 
 
 def a_plan(**changes: Any) -> Plan:
@@ -286,20 +286,6 @@ def test_enums_are_their_text() -> None:
     assert Outcome("out of memory") is Outcome.OUT_OF_MEMORY
 
 
-def a_key(**changes: Any) -> StudyKey:
-    """What a study was made for."""
-    fields: dict[str, Any] = {
-        "model_name": "Tiny",
-        "model_fingerprint": "m" * 32,
-        "device_fingerprint": "d" * 32,
-        "batch_signature": "float32[1,8]",
-        "step": "call",
-        "mode": "inference",
-        "budget_bytes": 10**9,
-    }
-    return StudyKey(**(fields | changes))
-
-
 def before_readers(data: dict[str, Any]) -> None:
     """As schema 3 had it."""
     data["schema_version"] = 3
@@ -452,22 +438,22 @@ def test_groups_of_a_candidate() -> None:
 
 
 def test_key_fingerprint() -> None:
-    assert a_key().fingerprint == a_key().fingerprint
-    assert len(a_key().fingerprint) == 32
+    assert study_key().fingerprint == study_key().fingerprint
+    assert len(study_key().fingerprint) == 32
     numbers = {"budget_bytes", "host_budget_bytes", "slack"}
-    others = [a_key(**{name: "other"}).fingerprint for name in set(StudyKey.model_fields) - {"mode", *numbers}]
-    others += [a_key(**{name: 5}).fingerprint for name in numbers]
-    assert len({a_key().fingerprint, *others}) == len(others) + 1
+    others = [study_key(**{name: "other"}).fingerprint for name in set(StudyKey.model_fields) - {"mode", *numbers}]
+    others += [study_key(**{name: 5}).fingerprint for name in numbers]
+    assert len({study_key().fingerprint, *others}) == len(others) + 1
 
 
 def test_key_fingerprint_of_a_database_of_before_the_disk_tier() -> None:
     """A study without a budget of host memory is found where it was entered before there was one."""
-    assert a_key().fingerprint == "fd465f50bcd1566694cc87ccc685816c"
+    assert study_key().fingerprint == "fd465f50bcd1566694cc87ccc685816c"
 
 
 def test_key_differences() -> None:
-    assert a_key().differences(a_key()) == {}
-    assert a_key().differences(a_key(step="other", budget_bytes=5)) == {
+    assert study_key().differences(study_key()) == {}
+    assert study_key().differences(study_key(step="other", budget_bytes=5)) == {
         "step": ("call", "other"),
         "budget_bytes": (10**9, 5),
     }

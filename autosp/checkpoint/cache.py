@@ -34,8 +34,8 @@ import torch
 
 from autosp.checkpoint.convert import Layout, Show, is_as_written, lay_out, write
 from autosp.checkpoint.source import Checkpoint, SavedTensors
-from autosp.errors import CheckpointError, DiskFullError, TierError
-from autosp.files import write_atomically
+from autosp.errors import CheckpointError, TierError
+from autosp.files import NO_ROOM, cache_error, write_atomically
 from autosp.settings import settings
 
 FORMAT_VERSION = 1
@@ -93,7 +93,7 @@ def converted(checkpoint: Checkpoint, saved: SavedTensors, dtypes: Mapping[str, 
     except OSError as error:
         if isinstance(error, TierError):
             raise
-        raise _translate(error, folder, layout.n_bytes) from error
+        raise cache_error(error, "converting the checkpoint", layout.n_bytes, folder.parent) from error
 
 
 def _root() -> Path:
@@ -172,7 +172,7 @@ def _convert(folder: Path, layout: Layout, sources: list[list[Any]], show: Show)
     try:
         crc32 = write(layout, partial, journal, show)
     except OSError as error:
-        if error.errno in _NO_ROOM:
+        if error.errno in NO_ROOM:
             _discard(folder)
         raise
     changed = next((path for path, *_ in sources if not _is_unchanged(sources, path)), None)
@@ -247,20 +247,3 @@ def _remove(folder: Path) -> None:
 def _discard(folder: Path) -> None:
     """Under the exclusive lock. Renamed first: a process that comes meanwhile makes a folder of its own."""
     shutil.rmtree(folder.rename(folder.with_name(f"{_REMOVED}{uuid.uuid4().hex}")))
-
-
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def _translate(error: OSError, folder: Path, needed_bytes: int) -> TierError:
-    root = folder.parent
-    if error.errno in _NO_ROOM:
-        free = shutil.disk_usage(root).free
-        return DiskFullError(
-            error.errno,
-            f"the converted checkpoint takes {needed_bytes / 1e9:.3g} GB ({needed_bytes} bytes) in {root}, which has "
-            f"{free / 1e9:.3g} GB ({free} bytes) free; set AUTOSP_CACHE_DIR to a larger disk",
-        )
-    return TierError(
-        error.errno, f"a converted checkpoint cannot be kept in {root}: {error.strerror}; set AUTOSP_CACHE_DIR"
-    )

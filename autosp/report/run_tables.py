@@ -41,7 +41,9 @@ def passes_table(passes: Sequence[Pass], floor_s: float | None) -> Table:
 def run_table(plan: Plan, passes: Sequence[Pass], peak_bytes: int) -> Table:
     """What a run took, beside what its plan promised."""
     latency_s = median(one.seconds for one in passes[1:] or passes)
-    steady = f"median of passes 2 to {len(passes)}" if len(passes) > 1 else "one pass, with empty buffers"
+    steady = {1: "one pass, with empty buffers", 2: "the second pass"}.get(
+        len(passes), f"median of passes 2 to {len(passes)}"
+    )
     rows = [("latency", f"{seconds(latency_s)}, {steady}")]
     if plan.prediction is not None and plan.measurement is not None:
         promised_s, measured_s = plan.prediction.latency_s, plan.measurement.latency_s

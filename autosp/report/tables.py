@@ -97,7 +97,8 @@ def predictions_table(predictions: Sequence[Prediction], floor_s: float, limit: 
 
 def front_table(plans: Sequence[Plan]) -> Table:
     """Plans that trade memory for latency: each measured, and compared with the fastest."""
-    table = new_table(f"Memory against latency: {len(plans)} plans, each measured")
+    count = "1 plan" if len(plans) == 1 else f"{len(plans)} plans, each"
+    table = new_table(f"Memory against latency: {count} measured")
     add_numbers(
         table, "plan", "peak", "latency", "of the\nfastest", "predicted\nlatency", "error", "k", "k'", "residents"
     )

@@ -14,7 +14,7 @@ from torch import nn
 from autosp.batch import call_on
 from autosp.devices import Device
 from autosp.devices.memory import anonymous
-from autosp.intercept import Around, Intercepted
+from autosp.intercept import Around, Intercepted, hide_from_compiler
 from autosp.partition import BoundModel, NamedTensor, Resting, at_rest
 from autosp.partition.placed import Placed, tensors_of
 from autosp.runtime.cut_leaf import CutLeaf, ResidentRun, StreamedRun
@@ -111,6 +111,7 @@ class StreamedModel(Generic[M]):
         staging.zero_()  # its pages are taken before anything is measured, and before a pass
         device.pin(staging)
         gradients = Gradients([one for one, _ in streamed] if mode == "training" else (), device)
+        hide_from_compiler()
         device.start_measuring()
         try:
             self._residents = Residents([*staying, *copied], device)

@@ -257,7 +257,7 @@ class Repository:
     def optuna_storage(
         self, *, heartbeat_interval_s: int = HEARTBEAT_INTERVAL_S, grace_period_s: int = GRACE_PERIOD_S
     ) -> optuna.storages.RDBStorage:
-        """Optuna's storage in this database, closed with it. Under ask/tell use `autosp.store.trials.running_trial`.
+        """Optuna's storage in this database, closed with it. Under ask/tell use `autosp.store.trials`.
 
         Raises: StoreError if Optuna's tables here are of another version.
         """

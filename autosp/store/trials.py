@@ -2,10 +2,10 @@
 
 [Note: heartbeats under ask/tell]
 `Study.optimize` does three things that `ask` and `tell` do not: it fails trials whose heartbeat stopped, before it
-asks; it records heartbeats from a thread while the trial runs; it tells FAIL when the objective raises. `running_trial`
-does all three. Optuna takes a trial without any heartbeat for a live one, so the first is recorded before the block
-starts; only a kill between those two transactions, milliseconds apart, still leaves a trial RUNNING. Where trials are
-asked for in turns, `fail_dead_trials` knows such a trial too.
+asks, as `fail_dead_trials` does; it records heartbeats from a thread while the trial runs and tells FAIL when the
+objective raises, as `running_trial` does. Optuna takes a trial without any heartbeat for a live one, so the first is
+recorded before the block starts; only a kill between those two transactions, milliseconds apart, still leaves a trial
+RUNNING. Where trials are asked for in turns, `fail_dead_trials` knows such a trial too.
 """
 
 from __future__ import annotations
@@ -67,14 +67,13 @@ def open_optuna_storage(
 def running_trial(study: optuna.Study, storage: optuna.storages.RDBStorage) -> Iterator[optuna.Trial]:
     """Ask `study`, which lives in `storage`, for a trial and record its heartbeats until the block ends.
 
-    The caller tells inside the block; a trial that nobody tells is failed once its grace period is over. If the block
+    The caller tells inside the block; a trial that nobody tells is for `fail_dead_trials` to fail. If the block
     raises, the trial is told FAIL and the exception goes on. Tell with `skip_if_finished=True`: when this process was
     asleep for longer than the grace period, another one may have failed the trial. See [Note: heartbeats under
     ask/tell].
     """
     import optuna
 
-    _fail_stale_trials(study)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Heartbeat of storage")
         trial = study.ask()
@@ -102,21 +101,16 @@ def fail_dead_trials(study: optuna.Study) -> None:
     process is of a process that was killed in its turn. A process of this machine is looked for; of one elsewhere the
     heartbeats must have stopped for the grace period.
     """
-    from optuna.trial import TrialState
-
-    _fail_stale_trials(study)
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        worker = trial.user_attrs.get(WORKER)
-        if worker is None or is_dead(worker):
-            study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
-
-
-def _fail_stale_trials(study: optuna.Study) -> None:
     import optuna
+    from optuna.trial import TrialState
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         optuna.storages.fail_stale_trials(study)
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        worker = trial.user_attrs.get(WORKER)
+        if worker is None or is_dead(worker):
+            study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
 
 
 def _beat(storage: optuna.storages.RDBStorage, trial_id: int, stop: threading.Event) -> None:

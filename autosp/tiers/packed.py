@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import mmap
 import os
-import shutil
 import tempfile
 import zlib
 from collections.abc import Sequence
@@ -15,12 +13,15 @@ from pathlib import Path
 import torch
 
 from autosp.devices.memory import memory_of
-from autosp.errors import DiskFullError, ReadError, TierError
+from autosp.errors import ReadError
+from autosp.files import cache_error
 from autosp.partition import BoundLayer
 from autosp.partition.placed import Placed
 from autosp.partition.tensors import LAYER_ALIGNMENT
 from autosp.tiers.reader import WeightFile
 from autosp.tiers.readers import Readers
+
+PACKING = "packing the weights"
 
 WRITE_BYTES = 32 * 2**20
 """Bytes that are written, and summed up, at a time."""
@@ -107,7 +108,7 @@ class PackedFile:
             self._tells_writes = _tells_writes(descriptor, self._map, size)
         except OSError as error:
             self.file.close()
-            raise _translate(error, cache_dir, size) from error
+            raise cache_error(error, PACKING, size, cache_dir) from error
         finally:
             os.close(descriptor)
         with torch.inference_mode(False):
@@ -151,12 +152,12 @@ def _create(cache_dir: Path, size: int, readers: Readers) -> tuple[int, WeightFi
         cache_dir.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=cache_dir, prefix="packed-", suffix=".autosp")
     except OSError as error:
-        raise _translate(error, cache_dir, size) from error
+        raise cache_error(error, PACKING, size, cache_dir) from error
     try:
         file = WeightFile(Path(name), readers)
     except OSError as error:
         os.close(descriptor)
-        raise _translate(error, cache_dir, size) from error
+        raise cache_error(error, PACKING, size, cache_dir) from error
     finally:
         Path(name).unlink()
     try:
@@ -164,7 +165,7 @@ def _create(cache_dir: Path, size: int, readers: Readers) -> tuple[int, WeightFi
     except OSError as error:
         os.close(descriptor)
         file.close()
-        raise _translate(error, cache_dir, size) from error
+        raise cache_error(error, PACKING, size, cache_dir) from error
     return descriptor, file
 
 
@@ -191,14 +192,3 @@ def _tells_writes(descriptor: int, pages: mmap.mmap, spare: int) -> bool:
     tells = os.fstat(descriptor).st_mtime_ns != UNWRITTEN_NS
     os.utime(descriptor, ns=(UNWRITTEN_NS, UNWRITTEN_NS))
     return tells
-
-
-def _translate(error: OSError, cache_dir: Path, size: int) -> TierError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        free = shutil.disk_usage(cache_dir).free
-        return DiskFullError(
-            error.errno,
-            f"packing the weights takes {size / 1e9:.2f} GB in {cache_dir}, which has {free / 1e9:.2f} GB free; "
-            "set AUTOSP_CACHE_DIR to a larger disk",
-        )
-    return TierError(error.errno, f"cannot write packed weights to {cache_dir}: {error.strerror}; set AUTOSP_CACHE_DIR")

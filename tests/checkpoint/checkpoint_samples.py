@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,15 +63,6 @@ def big_model() -> nn.Module:
     """The model of `big_state`."""
     rows = BIG_BYTES // 20 // 4096
     return nn.Sequential(*(nn.Linear(1024, rows, bias=False) for _ in range(20)))
-
-
-def run(code: str, *arguments: object, returncode: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run code in a process of its own, with the tests' modules at hand."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == returncode, done.stderr
-    return done
 
 
 class AnonymousPeak:

@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -23,8 +21,9 @@ from autosp.checkpoint.cache import converted, remove_unreferenced
 from autosp.checkpoint.header import read_header
 from autosp.checkpoint.source import find_checkpoint, open_tensors
 from autosp.errors import CheckpointError, DiskFullError, TierError
-from checkpoint_samples import BIG_BYTES, Rotary, big_model, big_state, conversions, files_of, is_mapped, run
+from checkpoint_samples import BIG_BYTES, Rotary, big_model, big_state, conversions, files_of, is_mapped
 from models import Stack, make
+from processes import run, start
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -223,7 +222,7 @@ def test_a_killed_conversion_goes_on(name: str, returncode: int, big: Path, cach
     noted = json.loads((folder / "journal").read_text().splitlines()[-1])["done_bytes"]
     assert noted >= convert.CHUNK_BYTES
     inode = (folder / "partial").stat().st_ino
-    written = int(run(RESUMING, big).stdout.split()[-1])
+    written = int(run(RESUMING, big))
     assert written < BIG_BYTES // 2 - noted + 2**20
     assert (folder / cache.WEIGHTS).stat().st_ino == inode
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -253,10 +252,8 @@ def test_a_partial_file_that_cannot_be_gone_on_from(how: str, big: Path, cache_d
 
 
 def test_two_processes_convert_once(big: Path, cache_dir: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", RESUMING, str(big)]
-    both = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    written = sorted(int(process.communicate(timeout=120)[0].split()[-1]) for process in both)
+    both = [start(RESUMING, big) for _ in range(2)]
+    written = sorted(int(program.says()) for program in both)
     assert written[0] < 2**20 < BIG_BYTES // 2 <= written[1]
     assert (the_conversion(cache_dir) / cache.WEIGHTS).exists()
 
@@ -278,7 +275,7 @@ peak = AnonymousPeak()
 converted(checkpoint, saved, {name: torch.bfloat16 for name in saved.tensors}, peak.sample)
 print(peak.growth_bytes)
 """
-    assert int(run(code, big).stdout.split()[-1]) < 30 * 2**20  # of 200 MiB; a sample is taken while each chunk is held
+    assert int(run(code, big)) < 30 * 2**20  # of 200 MiB; a sample is taken while each chunk is held
 
 
 def test_a_second_load_writes_nothing(stack: Path, cache_dir: Path) -> None:
@@ -364,9 +361,7 @@ def test_a_full_disk_is_said_with_numbers_and_leaves_nothing(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(
-        DiskFullError, match=r"takes \S+ GB \(\d+ bytes\) in .*, which has \S+ GB \(\d+ bytes\) free; set"
-    ):
+    with pytest.raises(DiskFullError, match=r"takes \S+ GB \(\d+ bytes\) in .*, which has \S+ GB free; set"):
         load_half(stack)
     assert list(conversions(cache_dir)) == []
 
@@ -406,7 +401,7 @@ def test_a_finished_conversion_in_a_folder_that_may_not_be_written(
         shutil.copy(stack, folder)
         (folder / stack.name).chmod(0o644)
         load_half(folder / stack.name)
-        assert run(AS_NOBODY, folder / stack.name).stdout.split() == ["True"]
+        assert run(AS_NOBODY, folder / stack.name) == "True\n"
 
 
 def test_loading_under_inference_mode_gives_countable_parameters(stack: Path) -> None:

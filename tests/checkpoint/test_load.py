@@ -14,8 +14,9 @@ from torch import nn
 import autosp
 from autosp.batch import call, equal
 from autosp.errors import CheckpointError, SettingError
-from checkpoint_samples import Rotary, big_state, files_of, is_mapped, run
+from checkpoint_samples import Rotary, big_state, files_of, is_mapped
 from models import Stack, Tied, make
+from processes import run
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -171,7 +172,7 @@ assert model[0].weight.sum() > 0
 peak.sample()
 print(peak.growth_bytes)
 """
-    assert int(run(code, path).stdout.split()[-1]) < 40 * 2**20  # of 200 MiB
+    assert int(run(code, path)) < 40 * 2**20  # of 200 MiB
 
 
 @pytest.mark.parametrize("how", ["missing", "other names", "shape", "kind of dtype"])
@@ -299,4 +300,4 @@ try:
 except autosp.errors.SettingError as error:
     print(error)
 """
-    assert f"needs {package}: pip install 'autosp[hf]'" in run(code).stdout
+    assert f"needs {package}: pip install 'autosp[hf]'" in run(code)

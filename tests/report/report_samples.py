@@ -21,11 +21,11 @@ from autosp.spec import (
     Plan,
     Prediction,
     Profile,
-    StudyKey,
     StudySummary,
     Tier,
     Trial,
 )
+from builders import study_key
 
 DEVICE = DeviceInfo(
     kind="cuda",
@@ -139,18 +139,9 @@ def plan() -> Plan:
 
 def summary(name: str = "net", best_latency_s: float | None = 0.4) -> StudySummary:
     """A study, unfinished if it has no latency."""
-    key = StudyKey(
-        model_name="Net",
-        model_fingerprint="m" * 16,
-        device_fingerprint="d" * 16,
-        batch_signature="float32[1,8]",
-        step="call",
-        mode="inference",
-        budget_bytes=BUDGET_BYTES,
-    )
     return StudySummary(
         name=name,
-        key=key,
+        key=study_key(model_name="Net", budget_bytes=BUDGET_BYTES),
         created_at="2026-01-02T03:04:05+00:00",
         trials=4,
         best_latency_s=best_latency_s,

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
-import sys
-import textwrap
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +25,7 @@ from autosp.store import Repository
 from autosp.tiers import Originals, Readers, open_store
 from mapped_models import mapped_stack
 from models import make
+from processes import run
 
 pytest.importorskip("safetensors")
 
@@ -158,16 +156,7 @@ def test_a_file_truncated_at_rest_is_an_error_and_no_signal(residents: str, tmp_
             except ReadError as error:
                 print(name, "was refused" if str(path) in str(error) else error)
     """
-    folders = os.pathsep.join([str(TESTS), *sys.path])
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "weights"), residents],
-        env={**os.environ, "PYTHONPATH": folders},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr
-    said = done.stdout.splitlines()
+    said = run(script, tmp_path / "weights", residents).splitlines()
     may_run = {"none": ["remove ran"], "all": ["pass of a part ran", "remove ran"]}  # residents are in no file
     assert [line for line in said if not line.endswith("was refused")] == may_run[residents], said
     assert len(said) == 7

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+import autosp
 from autosp.batch import call, equal, map_tensors
 from autosp.devices import CpuDevice, Device, VirtualDevice
 from autosp.errors import ModelChangedError, ReadError
@@ -28,6 +29,7 @@ from autosp.schedule.timeline import Timeline
 from autosp.spec import Candidate, Tier
 from autosp.tiers import Originals, open_store
 from models import MAKERS, EarlyExit, Stack, Written, make, tokens, vectors
+from processes import run
 
 ON_CPU = pytest.mark.parametrize("device", ["cpu-disk", "cpu-host"], indirect=True)
 
@@ -441,6 +443,25 @@ def test_peak_counts_arena_and_residents_but_not_freed_weights(device: Device, a
     assert plan_bytes * 0.9 <= streamed.stats().peak_bytes <= plan_bytes + 30e6
 
 
+def test_what_autosp_imports_is_not_in_the_peak(tmp_path: Path) -> None:
+    """In a process that applies a plan made elsewhere, the compiler is imported (70 MB) to be told to look away."""
+    model = EarlyExit(blocks=8, width=128)
+    autosp.plan(model, vectors(2, 128), k=2, k_prime=1, device="cpu").save(tmp_path / "plan.json")
+    code = """
+        import sys
+        import autosp
+        from models import EarlyExit, vectors
+
+        model = EarlyExit(blocks=8, width=128)
+        assert "torch._dynamo" not in sys.modules
+        streamed = autosp.apply(model, autosp.Plan.load(sys.argv[1]))
+        model(vectors(2, 128))
+        assert "torch._dynamo" in sys.modules
+        print(streamed.stats().peak_bytes)
+    """
+    assert int(run(code, tmp_path / "plan.json")) < 40e6
+
+
 def test_the_executor_keeps_the_simulated_time_exactly(tmp_path: Path) -> None:
     """On the virtual clock, prediction and execution are the same numbers."""
     from autosp.cost_model.simulate import Costs, simulate
@@ -547,6 +568,7 @@ def test_lookup_tables_rest_on_the_slow_tier_and_are_read_there(
         pytest.skip(f"{device.info.name} does not read host memory: it has no lookup tables")
     torch.manual_seed(0)
     model = Stack(vocabulary=20_000)
+    model.head = nn.Linear(64, 10)
     few, many = torch.randint(0, 20_000, (2, 5)), torch.randint(0, 20_000, (4, 6000))
     expected = [plain(model, batch, device) for batch in (few, many)]
     address = model.embed.weight.data_ptr()

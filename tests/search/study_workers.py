@@ -1,8 +1,7 @@
-"""What the spawned workers of one study run: everything is real but the device."""
+"""What the workers of one study run: everything is real but the device."""
 
 from __future__ import annotations
 
-import multiprocessing
 import random
 import time
 from collections.abc import Sequence
@@ -12,22 +11,15 @@ from typing import Any
 from autosp.search.limits import Limits
 from autosp.search.space import Key, key_of
 from autosp.search.study import Verdict, run_study
-from autosp.spec import Candidate, Measurement, Outcome, Prediction, Profile, StudyKey
+from autosp.spec import Candidate, Measurement, Outcome, Prediction, Profile
 from autosp.store import Repository
-from builders import measurement, prediction, profile
+from builders import measurement, prediction, profile, study_key
+from processes import forked
 
 NAME = "shared"
 BUDGET_BYTES = 10**6
 PROFILE: Profile = profile([1])
-KEY = StudyKey(
-    model_name="Tiny",
-    model_fingerprint="m" * 32,
-    device_fingerprint="d" * 32,
-    batch_signature="float32[1,8]",
-    step="call",
-    mode="inference",
-    budget_bytes=BUDGET_BYTES,
-)
+KEY = study_key(budget_bytes=BUDGET_BYTES)
 
 
 def candidates(count: int) -> list[Prediction]:
@@ -99,9 +91,8 @@ def noisy_worker(storage: str, count: int, log: Path, ready: Any) -> None:
 
 def work_together(storage: str, processes: int, count: int) -> list[tuple[list[Key], Verdict]]:
     """What each of the workers ran, and their verdicts."""
-    spawn = multiprocessing.get_context("spawn")
-    start, answers = spawn.Barrier(processes), spawn.Queue()
-    workers = [spawn.Process(target=worker, args=(storage, count, start, answers)) for _ in range(processes)]
+    start, answers = forked.Barrier(processes), forked.Queue()
+    workers = [forked.Process(target=worker, args=(storage, count, start, answers)) for _ in range(processes)]
     for process in workers:
         process.start()
     found = [answers.get(timeout=250) for _ in workers]

@@ -11,9 +11,9 @@ from autosp.search.finals import fastest, median_error_s, pooled, ties, undecide
 from autosp.search.limits import Limits
 from autosp.search.space import rank
 from autosp.search.study import run_study
-from autosp.spec import Candidate, Measurement, Outcome, StudyKey, Trial
+from autosp.spec import Candidate, Measurement, Outcome, Trial
 from autosp.store import Repository
-from builders import measurement, prediction, profile, trial
+from builders import measurement, prediction, profile, study_key, trial
 
 
 def measured(samples_s: Sequence[float], *, rounds: int = 2, peak_bytes: int = 100) -> Measurement:
@@ -83,17 +83,6 @@ def test_a_round_that_failed_counts(outcome: Outcome) -> None:
     assert pooled(measured([1.0], rounds=1), failed).outcome is outcome
 
 
-KEY = StudyKey(
-    model_name="Tiny",
-    model_fingerprint="m" * 32,
-    device_fingerprint="d" * 32,
-    batch_signature="float32[1,8]",
-    step="call",
-    mode="inference",
-    budget_bytes=10**6,
-)
-
-
 def test_a_study_ends_with_its_finals(tmp_path: Path) -> None:
     """What was slower at first by 1 % is faster by 1 % the second time, by more than the noise."""
     known = profile((10,) * 4, forward_s=0.25, bytes_per_s=1000.0)
@@ -110,7 +99,7 @@ def test_a_study_ends_with_its_finals(tmp_path: Path) -> None:
         return measured([0.99 - 0.02 * asked.index(candidate)] * 9, rounds=1)
 
     with Repository(tmp_path / "autosp.db") as repository:
-        repository.create_study("finals", KEY)
+        repository.create_study("finals", study_key(budget_bytes=10**6))
         limits = Limits(max_trials=2)
         first = run_study(repository, "finals", known, ranked[:2], 10**6, validate, limits=limits, progress=str)
         assert first.best is not None and first.best.prediction.candidate == asked[0]

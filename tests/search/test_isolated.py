@@ -142,9 +142,10 @@ def test_a_trial_hangs_when_it_takes_far_longer_than_predicted() -> None:
 
 
 UNGUARDED = """
-import test_isolated, autosp
-model, batch = test_isolated.big()
-autosp.tune(model, batch, test_isolated.BUDGET_GB, device="cpu", progress=False, isolate=True, max_trials=1)
+from pathlib import Path
+import trial_models, autosp
+model, batch = trial_models.fragile({}, Path("no passes"))
+autosp.tune(model, batch, trial_models.BUDGET_GB, device="cpu", progress=False, isolate=True, max_trials=1)
 """
 
 

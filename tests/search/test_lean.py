@@ -13,7 +13,7 @@ from autosp.search.lean import MOST_BUDGETS, checked_slack, least_memory
 from autosp.search.space import front, rank
 from autosp.spec import Candidate, Measurement, Outcome, Plan, Profile, StudyKey
 from autosp.store import Repository
-from builders import measurement, partition, plan, profile, trial
+from builders import measurement, partition, plan, profile, study_key, trial
 
 BUDGET = 1200
 TINY = profile((100,) * 10, forward_s=0.1, bytes_per_s=150.0)
@@ -21,16 +21,7 @@ TINY = profile((100,) * 10, forward_s=0.1, bytes_per_s=150.0)
 
 
 def key(budget_bytes: int = BUDGET, slack: float | None = None, model: str = "m" * 32) -> StudyKey:
-    return StudyKey(
-        model_name="Tiny",
-        model_fingerprint=model,
-        device_fingerprint=TINY.device.fingerprint,
-        batch_signature=TINY.batch_signature,
-        step="call",
-        mode="inference",
-        budget_bytes=budget_bytes,
-        slack=slack,
-    )
+    return study_key(budget_bytes=budget_bytes, slack=slack, model_fingerprint=model)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import random
 from collections import Counter
 from pathlib import Path
@@ -16,6 +15,7 @@ from autosp.search.space import key_of
 from autosp.spec import Trial
 from autosp.store import Repository
 from databases import memory_folder
+from processes import forked
 
 PROCESSES, CANDIDATES = 8, 200
 
@@ -46,12 +46,10 @@ def test_processes_killed_at_any_moment_lose_their_running_trial_at_most(shared_
     """Nothing that finished is repeated, and the study ends as it does when nobody is killed."""
     count, kills, moments = 25, 6, random.Random(5)
     log = tmp_path / "begun"
-    spawn = multiprocessing.get_context("forkserver")
-    spawn.set_forkserver_preload(["study_workers"])
     finished: list[Trial] = []
     for _ in range(kills):
-        ready = spawn.Event()
-        process = spawn.Process(target=study_workers.noisy_worker, args=(shared_storage, count, log, ready))
+        ready = forked.Event()
+        process = forked.Process(target=study_workers.noisy_worker, args=(shared_storage, count, log, ready))
         process.start()
         assert ready.wait(60)
         process.join(moments.uniform(0.0, 1.5))

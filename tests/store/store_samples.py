@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builders
 from autosp.spec import (
     Candidate,
     DeviceInfo,
@@ -37,15 +38,7 @@ PARTITION = Partition(
 
 def study_key(budget_bytes: int = 2_000_000_000) -> StudyKey:
     """What a study was made for; another budget is another key."""
-    return StudyKey(
-        model_name="Tiny",
-        model_fingerprint="m" * 32,
-        device_fingerprint=DEVICE.fingerprint,
-        batch_signature="float32[1, 8]",
-        step="call",
-        mode="inference",
-        budget_bytes=budget_bytes,
-    )
+    return builders.study_key(batch_signature="float32[1, 8]", budget_bytes=budget_bytes)
 
 
 def trial(number: int = 0, latency_s: float = 0.1, outcome: Outcome = Outcome.FITS) -> Trial:

@@ -1,8 +1,7 @@
-"""What the spawned processes of the tests run."""
+"""What the processes of the tests run."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import time
@@ -13,6 +12,7 @@ from typing import Any, TypeVar
 import store_samples
 from autosp.errors import StoreError, StoreReadOnlyError
 from autosp.store import Repository
+from processes import forked
 
 T = TypeVar("T")
 NOBODY = 65534
@@ -22,9 +22,8 @@ _together: Any = None  # the barrier at which the processes of `at_once` wait fo
 
 def at_once(worker: Callable[..., T], arguments: list[tuple[Any, ...]]) -> list[T]:
     """Run `worker` in one new process per tuple of arguments, all passing `start_together` at the same moment."""
-    spawn = multiprocessing.get_context("spawn")
-    barrier = spawn.Barrier(len(arguments))
-    with spawn.Pool(len(arguments), initializer=_set_barrier, initargs=(barrier,)) as pool:
+    barrier = forked.Barrier(len(arguments))
+    with forked.Pool(len(arguments), initializer=_set_barrier, initargs=(barrier,)) as pool:
         return pool.starmap(worker, arguments, chunksize=1)
 
 
@@ -93,15 +92,16 @@ def claim_or_enqueue(storage: Path, enqueued: int | None) -> list[int]:
 
 
 def die_in_a_trial(storage: Path) -> None:
-    """Be killed while a trial runs."""
+    """Be killed while a trial runs, as a process of a machine that only heartbeats tell of."""
     import optuna
 
-    from autosp.store.trials import running_trial
+    from autosp.store.trials import WORKER, running_trial
 
     with Repository(storage) as repository:
         optuna_storage = repository.optuna_storage(heartbeat_interval_s=1, grace_period_s=2)
         study = optuna.create_study(study_name="tiny", storage=optuna_storage)
-        with running_trial(study, optuna_storage):
+        with running_trial(study, optuna_storage) as trial:
+            trial.set_user_attr(WORKER, "another/1/1")
             os.kill(os.getpid(), signal.SIGKILL)
 
 

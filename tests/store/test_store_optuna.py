@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import multiprocessing
 import signal
 import sqlite3
 import time
@@ -17,7 +16,8 @@ import store_samples
 import store_workers
 from autosp.errors import StoreError
 from autosp.store import Repository
-from autosp.store.trials import running_trial
+from autosp.store.trials import fail_dead_trials, running_trial
+from processes import forked
 
 DEADLINE_S = 60
 
@@ -44,8 +44,8 @@ def test_processes_that_open_and_claim_at_once_run_every_enqueued_trial_exactly_
         assert (trial.state, trial.params, trial.value) == (TrialState.COMPLETE, {"x": 3 * index}, 3 * index)
 
 
-def test_the_trial_of_a_killed_process_is_failed(storage: Path) -> None:
-    process = multiprocessing.get_context("spawn").Process(target=store_workers.die_in_a_trial, args=(storage,))
+def test_the_trial_of_a_process_killed_elsewhere_is_failed(storage: Path) -> None:
+    process = forked.Process(target=store_workers.die_in_a_trial, args=(storage,))
     process.start()
     process.join(DEADLINE_S)
     assert process.exitcode == -signal.SIGKILL
@@ -53,12 +53,11 @@ def test_the_trial_of_a_killed_process_is_failed(storage: Path) -> None:
         optuna_storage = repository.optuna_storage(heartbeat_interval_s=1, grace_period_s=2)
         study = optuna.load_study(study_name="tiny", storage=optuna_storage)
 
-        def failed_by_the_next_trial() -> bool:
-            with running_trial(study, optuna_storage) as trial:
-                study.tell(trial, 0.0)
+        def failed_once_its_heartbeats_stopped() -> bool:
+            fail_dead_trials(study)
             return study.trials[0].state == TrialState.FAIL
 
-        wait_until(failed_by_the_next_trial)
+        wait_until(failed_once_its_heartbeats_stopped)
 
 
 def test_heartbeats_go_on_while_a_trial_runs_and_end_with_it(repository: Repository, storage: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import threading
 from pathlib import Path
@@ -20,6 +19,7 @@ from autosp.store.engine import storage_url
 from autosp.store.processes import is_dead, this_process
 from autosp.store.trials import WORKER, fail_dead_trials, running_trial
 from databases import create_database
+from processes import forked
 
 
 def test_one_process_at_a_time_has_its_turn(shared_storage: str, tmp_path: Path) -> None:
@@ -32,7 +32,7 @@ def test_one_process_at_a_time_has_its_turn(shared_storage: str, tmp_path: Path)
 
 
 def test_a_turn_ends_with_its_process(shared_storage: str) -> None:
-    process = multiprocessing.get_context("spawn").Process(target=store_workers.die_in_a_turn, args=(shared_storage,))
+    process = forked.Process(target=store_workers.die_in_a_turn, args=(shared_storage,))
     process.start()
     process.join(60)
     assert process.exitcode == -9

@@ -6,9 +6,6 @@ import errno
 import fcntl
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +23,7 @@ from autosp.spec import Tier
 from autosp.tiers import DiskStore, Originals, Readers
 from mapped_models import mapped_stack
 from models import make
+from processes import run
 
 pytest.importorskip("safetensors")
 
@@ -290,13 +288,5 @@ def test_a_process_killed_while_packing_leaves_nothing(tmp_path: Path) -> None:
         DiskStore(layers, Path(sys.argv[1]), Originals.KEPT)
     """
     folder = tmp_path / "cache"
-    folders = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent), *sys.path])
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), str(folder)],
-        env={**os.environ, "PYTHONPATH": folders},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    run(script, folder, returncode=-signal.SIGKILL)
     assert list(folder.iterdir()) == []

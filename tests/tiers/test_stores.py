@@ -84,7 +84,7 @@ def test_a_full_disk_is_a_typed_error_that_leaves_nothing(tmp_path: Path, monkey
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(DiskFullError, match=r"takes 0\.00 GB in .* has .* GB free; set AUTOSP_CACHE_DIR"):
+    with pytest.raises(DiskFullError, match=r"takes \S+ GB \(\d+ bytes\) in .* has \S+ GB free; set AUTOSP_CACHE_DIR"):
         DiskStore(layers, tmp_path, Originals.KEPT)
     assert list(tmp_path.iterdir()) == []
     plan = autosp.plan(model, tokens(3, 11), k=2, k_prime=1, device="cpu")
