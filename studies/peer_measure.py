@@ -218,8 +218,9 @@ class Memory:
         """Since `begin_peak`. Pages of other files than weights (the libraries) do not count."""
         if not self._on_cpu:
             return self._device.peak_bytes()
+        peak_bytes = _status_bytes("VmHWM")  # before the maps are read: their text takes some MB itself
         libraries = _status_bytes("RssFile") + _status_bytes("RssShmem") - mapped_bytes(self._folder)
-        return max(0, _status_bytes("VmHWM") - libraries - self._baseline)
+        return max(0, peak_bytes - libraries - self._baseline)
 
 
 def mapped_bytes(folder: Path) -> int:
