@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from autosp.devices.memory import memory_at, trim_heap
+from autosp.devices.heap import trim_heap
+from autosp.devices.memory import memory_at
 from autosp.errors import DiskFullError, NotPicklableError, ReadError, TierError
 from autosp.partition.mapped import Source, locate
 from autosp.partition.tensors import LAYER_ALIGNMENT, Extent, NamedTensor, align, collect
