@@ -31,12 +31,9 @@ _sbrk.argtypes, _sbrk.restype = (ctypes.c_ssize_t,), ctypes.c_void_p
 
 
 class _HeapFigures(ctypes.Structure):
-    """struct mallinfo2 (mallinfo(3)): `fordblks` is all that is free, `keepcost` what of that is the heap's end."""
+    """struct mallinfo2 (mallinfo(3)): `free` is all that is free, `free_end` what of that is the heap's end."""
 
-    _fields_ = tuple(
-        (name, ctypes.c_size_t)
-        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
-    )
+    _fields_ = (("_sizes_and_counts", ctypes.c_size_t * 8), ("free", ctypes.c_size_t), ("free_end", ctypes.c_size_t))
 
 
 class Plugs:
@@ -59,8 +56,8 @@ class Plugs:
             return
         figures.restype = _HeapFigures
         heap = figures()
-        end = _sbrk(0) - heap.keepcost
-        holes_bytes = heap.fordblks - heap.keepcost
+        end = _sbrk(0) - heap.free_end
+        holes_bytes = heap.free - heap.free_end
         n_bytes = LARGEST_PLUG_BYTES
         while n_bytes >= SMALLEST_PLUG_BYTES:
             piece = _malloc(n_bytes) if n_bytes <= holes_bytes else None
