@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from autosp.devices.memory import memory_at, trim_heap
+from autosp.devices.heap import trim_heap
+from autosp.devices.memory import memory_at
 from autosp.errors import NotPicklableError, ReadError
 from autosp.files import cache_error
 from autosp.partition.mapped import Source, locate

@@ -194,8 +194,11 @@ class Memory:
     On an accelerator: what torch's allocator reserved at most, beyond what it held before the system was applied.
     """
 
-    def __init__(self, device: Device, model: nn.Module, folder: Path, *, mapped: bool = False) -> None:
-        """When the model's weights are in host memory, or `mapped` from files, before the system is applied."""
+    def __init__(self, device: Device, model: nn.Module, folder: Path | None, *, mapped: bool = False) -> None:
+        """When the model's weights are in host memory, or `mapped` from files, before the system is applied.
+
+        `folder`: whose files' mapped pages count too. None: no file's do, as for a plan's budget.
+        """
         self.weight_bytes = weight_bytes(model)
         anonymous_bytes = 0 if mapped else self.weight_bytes
         self._folder = folder
@@ -215,11 +218,13 @@ class Memory:
             self._device.restart_peak()
 
     def peak_bytes(self) -> int:
-        """Since `begin_peak`. Pages of other files than weights (the libraries) do not count."""
+        """Since `begin_peak`. Pages of other files (the libraries) do not count."""
         if not self._on_cpu:
             return self._device.peak_bytes()
-        libraries = _status_bytes("RssFile") + _status_bytes("RssShmem") - mapped_bytes(self._folder)
-        return max(0, _status_bytes("VmHWM") - libraries - self._baseline)
+        peak_bytes = _status_bytes("VmHWM")  # before the maps are read: their text takes some MB itself
+        files_bytes = _status_bytes("RssFile") + _status_bytes("RssShmem")
+        counted_bytes = 0 if self._folder is None else mapped_bytes(self._folder)
+        return max(0, peak_bytes - (files_bytes - counted_bytes) - self._baseline)
 
 
 def mapped_bytes(folder: Path) -> int:

@@ -31,8 +31,9 @@ PREFACE = (
     "Each draw: `tune` in a fresh process, then its plan in another one, for "
     f"{PASSES} passes. A budget that is refused is asked again, between the least that the error names and more than "
     "all of the weights; *too small* is where that was refused too. Over, tune: the peak that `tune` measured of its "
-    "plan was beyond the budget. Over, run: that of the other process was (on a CPU the kernel's figure), or it ran "
-    "out of memory. Infeasible trials: over the budget or out of memory, in studies that ended with a plan all the "
+    "plan was beyond the budget. Over, run: that of the other process was, or it ran out of memory. On a CPU that is "
+    "the kernel's figure beyond what the process had before the plan was applied, without the weights and without "
+    "pages of files. Infeasible trials: over the budget or out of memory, in studies that ended with a plan all the "
     "same. Failed: crashed, ran out of time or raised something else."
 )
 
@@ -82,7 +83,7 @@ def _run_plan(job: Job) -> dict[str, Any]:
         rehearse_family(drawn, job.case.scale)
         example = build(drawn, job.case.scale)
         workload = Workload.of(example.model, example.batch, example.step, "inference", device)
-        memory = Memory(device, example.model, folder)
+        memory = Memory(device, example.model, folder=None)
         try:
             with device.limit(plan.budget_bytes), system.apply(example.model, replace(setting, plan=plan)) as own_peak:
                 memory.begin_peak()

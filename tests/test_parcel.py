@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from autosp.batch import call, equal
-from autosp.devices.memory import anonymous_bytes, trim_heap
+from autosp.devices.heap import trim_heap
+from autosp.devices.memory import anonymous_bytes
 from autosp.errors import DiskFullError, NotPicklableError, ReadError, TierError
 from autosp.parcel import Parcel, open_parcel
 from autosp.partition.mapped import locate

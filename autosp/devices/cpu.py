@@ -15,16 +15,8 @@ import psutil
 import torch
 
 from autosp.devices.base import Piece, Region
-from autosp.devices.memory import (
-    anonymous,
-    copy_bytes,
-    free_kernel_buffers,
-    memory_of,
-    read_regions,
-    settle_heap,
-    status_bytes,
-    trim_heap,
-)
+from autosp.devices.heap import Plugs, free_kernel_buffers, settle_heap, trim_heap
+from autosp.devices.memory import anonymous, copy_bytes, memory_of, read_regions, status_bytes
 from autosp.devices.worker import CopyEvent, Worker
 from autosp.spec import DeviceInfo, Tier
 
@@ -47,6 +39,7 @@ class CpuDevice:
         self._copier = Worker("autosp-copier")
         self._reader = Worker("autosp-reader")
         self._sender = Worker("autosp-sender")
+        self._plugs = Plugs()
         self._baseline = 0
 
     def __reduce__(self) -> tuple[Callable[[], CpuDevice], tuple[()]]:
@@ -118,11 +111,16 @@ class CpuDevice:
         return end - start
 
     def start_measuring(self) -> None:
-        """Return freed heap to the kernel, so that what comes next is seen. Pages of files do not count."""
+        """Return freed heap to the kernel and close its holes, so that what comes next is seen.
+
+        Pages of files do not count. See [Note: holes].
+        """
         _start_thread_pools()
         settle_heap()
         free_kernel_buffers()
+        self._plugs.release()
         trim_heap()
+        self._plugs.fill()
         self.restart_peak()
         self._baseline = status_bytes("RssAnon")
 
@@ -160,6 +158,7 @@ class CpuDevice:
         self._sender.close()
         self._reader.close()
         self._copier.close()
+        self._plugs.release()
 
     def _fill(self, regions: Sequence[Region], target: torch.Tensor) -> None:
         """A copy from the slow tier, at its pace."""

@@ -17,10 +17,6 @@ from autosp.devices.base import Region
 
 HUGE_PAGE_BYTES = 2 * 2**20
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-HEAP_CHUNK_BYTES = 32 * 2**20
-"""glibc's most for its dynamic threshold: larger pieces always have pages of their own."""
-
 PORTABLE_AND_MAPPED = 3
 """cudaHostRegisterPortable | cudaHostRegisterMapped: for every context, and readable by kernels."""
 
@@ -173,35 +169,6 @@ def status_bytes(field: str) -> int:
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     raise OSError(f"/proc/self/status has no {field}")
-
-
-def settle_heap() -> None:
-    """Let the C library hold on to freed memory as it does in a process that has freed something large.
-
-    glibc raises these two thresholds to what is freed, up to these values (mallopt(3)), and takes more of the heap the
-    higher they are. Weights are freed when a plan is applied but not while plans are tried: at different thresholds the
-    two would have different peaks.
-    """
-    mallopt = getattr(_LIBC, "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, HEAP_CHUNK_BYTES)
-        mallopt(M_TRIM_THRESHOLD, 2 * HEAP_CHUNK_BYTES)
-
-
-def trim_heap() -> None:
-    """Return freed heap to the kernel, where the C library can."""
-    trim = getattr(_LIBC, "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-def free_kernel_buffers() -> None:
-    """Free what MKL keeps between its calls, where torch has MKL: tens of MB that a pass in a new process takes anew.
-
-    The name is what MKL's own `mkl_free_buffers` calls; the build of torch exports no other.
-    """
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).mkl_serv_free_buffers()
 
 
 def _clear_error(device: torch.device) -> None:

@@ -10,7 +10,8 @@ import psutil
 import torch
 
 from autosp.devices import Device
-from autosp.devices.memory import anonymous, anonymous_bytes, copy_bytes, part, trim_heap, unpin
+from autosp.devices.heap import trim_heap
+from autosp.devices.memory import anonymous, anonymous_bytes, copy_bytes, part, unpin
 from autosp.errors import HostMemoryError
 from autosp.partition import BoundLayer, Resting, at_rest
 from autosp.partition.placed import copy_to, move_out, settle

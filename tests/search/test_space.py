@@ -188,13 +188,15 @@ def test_of_equally_fast_plans_the_smaller_one_comes_first() -> None:
 
 
 def test_heap_noise_is_left_free_on_a_cpu() -> None:
-    # 0.45 of the workspace and a hundredth of the budget: of 10,000 bytes 10,000 - 360 - 100 may be planned with.
-    on_cpu = profile((8740,), workspace_bytes=800, kind="cpu")
-    assert [p.peak_bytes for p in rank(on_cpu, 10_000)] == [9540, 9540]
+    # 0.45 of the workspace, a hundredth of the budget, 0.25 MB, and 0.02 MB for the layer.
+    mb = 10**6
+    on_cpu = profile((870 * mb,), workspace_bytes=80 * mb, kind="cpu")
+    usable = 1000 * mb - 36 * mb - 10 * mb - 270_000
+    assert usable_bytes(on_cpu, 1000 * mb) == usable
+    assert acceptable_bytes(on_cpu, 1000 * mb) == usable + 12 * mb
+    assert [p.peak_bytes for p in rank(on_cpu, 1000 * mb)] == [950 * mb, 950 * mb]
     with pytest.raises(BudgetTooSmallError):
-        rank(on_cpu, 9_990)
-    assert usable_bytes(on_cpu, 10_000) == 9_540
-    assert acceptable_bytes(on_cpu, 10_000) == 10_000 - 240 - 100
+        rank(on_cpu, 996 * mb)
 
 
 def test_nothing_is_left_free_on_an_accelerator() -> None:
