@@ -26,9 +26,10 @@ def apply(model: M, plan: Plan) -> StreamedModel[M]:
     CPU and where the plan says so, to a packed file. Outside a pass the model is an ordinary CPU model whose streamed
     parameters are views of that memory. `remove()`, or leaving the context, makes it an ordinary model in RAM again.
 
-    On a CPU, weights that are mapped from a file, as `from_pretrained` and `safetensors` load them, are read from that
-    file: nothing is packed, and their parameters stay the maps that they are. The file must stay as it is meanwhile;
-    one that is written or truncated makes the next pass raise ReadError.
+    Weights on disk that are mapped from a file, as `from_pretrained` and `safetensors` load them, are read from that
+    file: nothing is packed, and their parameters stay the maps that they are. Those that leave their maps are read from
+    the file too, and are maps again at the end unless they were written to. The file must stay as it is meanwhile: the
+    pass after one that layers are read from was written or truncated raises ReadError.
 
     Passes run without autograd, and calls from other threads wait for the running pass. Under a plan of mode
     "training" a pass may go on with `backward()`: gradients are in host memory when that returns (a resident's: on the

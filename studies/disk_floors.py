@@ -157,9 +157,7 @@ def picture(rows: list[Row], path: Path) -> None:
                 shape = "o" if phase == "cold" else "s"
                 panel.plot([point.percent], [point.over_floor], marker=shape, color=f"C{index}", mfc=fill, ls="")
     panel.axhline(1, color="grey", lw=0.8)
-    panel.axhline(WANTED, color="grey", lw=0.8, ls=":")
-    at: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom", "size": 8}
-    panel.annotate(f"wanted: {WANTED:.2f}", (0.99, WANTED), **at)
+    panel.axhline(WANTED, color="grey", lw=1.2, ls=":", label=f"wanted: at most {WANTED:.2f}")
     panel.set_xticks(sorted({point.percent for point in found}))
     panel.set_xlabel("budget, % of the weights")
     panel.set_ylabel("time ÷ floor")

@@ -121,7 +121,7 @@ def picture(rows: list[Row], path: Path) -> None:
             style = {"color": f"C{index + 2}", "ls": "-" if readers == 1 else "--", "marker": "o", "ms": 4}
             label = f"{who}, places of {place // MIB} MiB"
             right.plot(blocks, [_rate_of(some, place) / 1e9 for _, some in mine], **style, label=label)
-    left.axhline(WANTED_SLOWDOWN, color="grey", lw=0.8, ls=":")
+    left.axhline(WANTED_SLOWDOWN, color="grey", lw=1.2, ls=":", label=f"wanted: at most {WANTED_SLOWDOWN:.2f}")
     left.set_ylabel("pass beside reads ÷ pass alone")
     right.set_ylabel("disk, GB/s")
     right.set_ylim(bottom=0)

@@ -38,10 +38,17 @@ ONE_BY_ONE = "window of so many layers, one per transfer"
 BY_HALVES = "window of so many layers, half of them per transfer"
 
 SERIES: dict[str, dict[str, Any]] = {
-    ONE_BY_ONE: {"marker": "o", "ls": "-", "color": "C0"},
-    BY_HALVES: {"marker": "o", "ls": "--", "color": "C2"},
-    SEARCHED: {"marker": "s", "ls": "", "color": "C1"},
+    ONE_BY_ONE: {"marker": "o", "color": "C0"},
+    BY_HALVES: {"marker": "^", "color": "C2"},
+    SEARCHED: {"marker": "s", "color": "C1"},
 }
+
+BESIDE: dict[str, dict[str, Any]] = {
+    ONE_BY_ONE: {"xytext": (4, 3), "ha": "left"},
+    BY_HALVES: {"xytext": (-4, -9), "ha": "right"},
+    SEARCHED: {"xytext": (4, -9), "ha": "left"},
+}
+"""Where a series' labels are, so that those of points in one place are not."""
 
 
 class Point(NamedTuple):
@@ -138,7 +145,7 @@ def table(rows: list[Row]) -> str:
     for tokens in dict.fromkeys(point.tokens for point in found):
         mine = [point for point in found if point.tokens == tokens]
         columns = ["setting", "cache", "pass", "delay", "memory GB", "reserved GB", "reduction", "÷ floor", "output"]
-        parts += [_heading(rows, mine), markdown(columns, [_cells(point) for point in mine])]
+        parts += [_heading(rows, mine), markdown(columns, [*map(_cells, mine), *_cells_of_theirs()])]
     failed = [f"- {row.case}: {row.outcome}: {row.note}" for row in rows if not row.ok and row.case.repeat == 0]
     return "\n\n".join([*parts, "\n".join(failed)] if failed else parts)
 
@@ -180,6 +187,15 @@ def _cells(point: Point) -> list[str]:
     ]
 
 
+def _cells_of_theirs() -> list[list[str]]:
+    """Demand Layering's two rows, as their paper has them."""
+    delays = (f"{THEIRS[0][1]:+.1%}", "about none")
+    return [
+        ["Demand Layering's paper", "", "", delay, "", "", f"{reduction:.1%}", "", ""]
+        for (reduction, _), delay in zip(THEIRS, delays, strict=True)
+    ]
+
+
 def picture(rows: list[Row], path: Path) -> None:
     """Delay over memory with a cold page cache, a panel per length; Demand Layering's two rows in each."""
     from panels import figure, finish
@@ -191,10 +207,12 @@ def picture(rows: list[Row], path: Path) -> None:
         for name, style in SERIES.items():
             mine = [point for point in found if point.tokens == tokens and _series(point) == name]
             shares, delays = [100 * (1 - p.reduction) for p in mine], [100 * p.delay for p in mine]
-            panel.plot(shares, delays, ms=5, label=name, **style)
+            if mine:
+                panel.plot(shares, delays, ms=5, ls="", label=name, **style)
             for point, x, y in zip(mine, shares, delays, strict=True):
                 text = point.setting.split("searched for ")[-1] if point.searched else f"{point.candidate.k}"
-                panel.annotate(text, (x, y), (3, 3), textcoords="offset points", fontsize=7, color=style["color"])
+                near: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7, "color": style["color"]}
+                panel.annotate(text, (x, y), **near, **BESIDE[name])
         theirs: dict[str, Any] = {"marker": "*", "ls": "", "ms": 10, "color": "C3", "label": "Demand Layering's paper"}
         panel.plot([100 * (1 - reduction) for reduction, _ in THEIRS], [14.8, 0.0], **theirs)
         panel.axhline(0, color="grey", lw=0.8)

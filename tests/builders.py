@@ -57,21 +57,24 @@ def partition(
     repeats: int = 1,
     resident_bytes: int = 0,
     head: range | None = None,
+    read_bytes: Sequence[int] | None = None,
 ) -> Partition:
     """Layers of these sizes; visited once each, in order, unless `visits` says otherwise.
 
-    Those in `head` are runs of one weight's rows, 256 each.
+    Those in `head` are runs of one weight's rows, 256 each. `read_bytes`: of each from disk, default: its size.
     """
 
-    def layer(index: int, n_bytes: int) -> Layer:
+    def layer(index: int, n_bytes: int, disk_bytes: int | None) -> Layer:
+        sizes = {"index": index, "n_bytes": n_bytes, "disk_bytes": disk_bytes}
         if head is None or index not in head:
-            return Layer(index=index, name=f"blocks.{index}", tensors=(f"blocks.{index}.weight",), n_bytes=n_bytes)
+            return Layer(name=f"blocks.{index}", tensors=(f"blocks.{index}.weight",), **sizes)
         begin = 256 * (index - head[0])
         name = f"head[{begin}:{begin + 256}]"
-        return Layer(index=index, name=name, tensors=("head.weight",), n_bytes=n_bytes, rows=(begin, begin + 256))
+        return Layer(name=name, tensors=("head.weight",), rows=(begin, begin + 256), **sizes)
 
+    of_disk = [None] * len(layer_bytes) if read_bytes is None else read_bytes
     return Partition(
-        layers=tuple(layer(index, n_bytes) for index, n_bytes in enumerate(layer_bytes)),
+        layers=tuple(map(layer, range(len(layer_bytes)), layer_bytes, of_disk)),
         leaves=(Leaf(path="head", inputs=("float32[1,8]",)),) if head else (),
         resident_tensors=("embedding.weight",) if resident_bytes else (),
         resident_bytes=resident_bytes,
@@ -118,12 +121,13 @@ def profile(
     wake_s: float = 0.0,
     kind: str = "cuda",
     disk: LinkProfile | None = None,
+    read_bytes: Sequence[int] | None = None,
 ) -> Profile:
     """A profile whose least-memory plan was observed to take exactly what the memory formula says.
 
     Unless `least_compute_s` says so, no visit was ever faster than its median.
     """
-    parts = partition(layer_bytes, visits, repeats=repeats, resident_bytes=resident_bytes)
+    parts = partition(layer_bytes, visits, repeats=repeats, resident_bytes=resident_bytes, read_bytes=read_bytes)
     count = len(parts.visits)
     forwards = [forward_s] * count if isinstance(forward_s, float) else forward_s
     befores = [before_s] * count if isinstance(before_s, float) else before_s
@@ -269,6 +273,7 @@ class Case:
     candidate: Candidate
     layer_bytes: tuple[int, ...]
     visits: tuple[int, ...]
+    read_bytes: tuple[int, ...] | None = None
 
     @property
     def streamed(self) -> tuple[int, ...]:
@@ -320,12 +325,18 @@ sizes = st.integers(1, 40)
 """Bytes of a layer."""
 
 
+def over_read(layer_bytes: Sequence[int]) -> st.SearchStrategy[tuple[int, ...]]:
+    """What is read of layers of these sizes: themselves, and what is beside them in their files."""
+    return st.tuples(*(st.integers(0, 8).map(n_bytes.__add__) for n_bytes in layer_bytes))
+
+
 @st.composite
 def cases(draw: st.DrawFn, *, once: bool = False, disk: bool = False) -> Case:
     """Any candidate on any small model; with `disk`, of three tiers."""
     layer_bytes = tuple(draw(st.lists(sizes, min_size=1, max_size=8)))
     visits = draw(orders(len(layer_bytes), once=once))
-    return Case(draw(candidates(visits, disk_of=len(layer_bytes) if disk else 0)), layer_bytes, visits)
+    read_bytes = draw(over_read(layer_bytes)) if disk else None
+    return Case(draw(candidates(visits, disk_of=len(layer_bytes) if disk else 0)), layer_bytes, visits, read_bytes)
 
 
 seconds = st.integers(1, 50).map(lambda tenths: tenths / 10)
@@ -365,6 +376,7 @@ def profiles(draw: st.DrawFn, *, contention: bool = False, max_layers: int = 7, 
         compute_slowdown=draw(slowdowns),
         wake_s=draw(st.sampled_from([0.0, 0.2])) if contention else 0.0,
         disk=behind if disk else None,
+        read_bytes=draw(over_read(layer_bytes)) if disk else None,
     )
 
 

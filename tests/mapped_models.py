@@ -32,6 +32,22 @@ def map_weights(model: nn.Module, path: Path) -> None:
             parameter.data = file.get_tensor(name)
 
 
+def sharded_stack(folder: Path) -> tuple[nn.Module, torch.Tensor]:
+    """The stack of `models.make`, each of its layers in two files, and its batch. Needs safetensors."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    model, batch = make("stack")
+    folder.mkdir()
+    names = [name for name, _ in model.named_parameters()]
+    for number, path in enumerate((folder / "one.safetensors", folder / "two.safetensors")):
+        save_file({name: model.get_parameter(name).detach() for name in names[number::2]}, path)
+        with safe_open(path, "pt") as file, torch.no_grad():
+            for name in names[number::2]:
+                model.get_parameter(name).data = file.get_tensor(name)
+    return model, batch
+
+
 def mapped_stack(path: Path) -> tuple[nn.Module, torch.Tensor]:
     """The stack of `models.make` with its weights in a file, and its batch."""
     model, batch = make("stack")

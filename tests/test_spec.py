@@ -73,7 +73,7 @@ def test_file_is_readable_json(tmp_path: Path) -> None:
     text = (tmp_path / "plan.json").read_text(encoding="utf-8")
     assert text.endswith("}\n")
     data = json.loads(text)
-    assert data["schema_version"] == PLAN_SCHEMA_VERSION == 5
+    assert data["schema_version"] == PLAN_SCHEMA_VERSION == 6
     assert data["candidate"] == {
         "k": 3,
         "k_prime": 1,
@@ -350,8 +350,24 @@ def test_a_plan_of_before_the_disk_tier_is_read(tmp_path: Path) -> None:
     assert Plan.load(path) == PLAN.model_copy(update={"schema_version": 2})
 
 
+def before_disk_bytes(data: dict[str, Any]) -> None:
+    """As schema 5 had it."""
+    data["schema_version"] = 5
+    for layer in data["partition"]["layers"]:
+        del layer["disk_bytes"]
+
+
+def test_a_plan_of_before_disk_bytes_reads_what_it_moves(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(changed(before_disk_bytes), encoding="utf-8")
+    loaded = Plan.load(path)
+    assert loaded == PLAN.model_copy(update={"schema_version": 5})
+    assert [layer.read_bytes for layer in loaded.partition.layers] == [layer.n_bytes for layer in PLAN.partition.layers]
+
+
 def before_training(data: dict[str, Any]) -> None:
     """As schema 4 had it."""
+    before_disk_bytes(data)
     data["schema_version"] = 4
     del data["partition"]["backward"], data["candidate"]["recompute"]
     for layer in data["partition"]["layers"]:

@@ -25,17 +25,17 @@ def exceeds(partition: Partition, host_budget_bytes: int | None) -> bool:
 def least_host_bytes(partition: Partition) -> int:
     """What a plan takes of the host that has one layer at a time there: that layer's staging, and the lookup tables."""
     tables = partition.lookups.n_bytes if partition.lookups else 0
-    return tables + max((layer.n_bytes for layer in partition.layers), default=0)
+    return tables + max((layer.read_bytes for layer in partition.layers), default=0)
 
 
 def host_too_small(partition: Partition, host_budget_bytes: int) -> BudgetTooSmallError:
     """The error for a host budget below the least that works, with the layer that sets it."""
-    layer = max(partition.layers, key=lambda layer: layer.n_bytes)
+    layer = max(partition.layers, key=lambda layer: layer.read_bytes)
     least = least_host_bytes(partition)
     tables = least - layer.n_bytes
     return BudgetTooSmallError(
         f"no setting fits {host_budget_bytes / 1e9:.4g} GB of host memory: the least that works is {least / 1e9:.4g} "
-        f"GB. It is set by layer {layer.index} ({layer.name}), {layer.n_bytes / 1e9:.4g} GB at once, beside "
+        f"GB. It is set by layer {layer.index} ({layer.name}), {layer.read_bytes / 1e9:.4g} GB at once, beside "
         f"{tables / 1e9:.4g} GB of lookup tables; try max_cpu_gb={least * 1.05 / 1e9:.4g}",
         budget_bytes=host_budget_bytes,
         least_bytes=least,
@@ -61,12 +61,18 @@ class Placing:
         self._candidate = candidate
         self._partition = partition
         self._layer_bytes = [layer.n_bytes for layer in partition.layers]
+        self._read_bytes = [layer.read_bytes for layer in partition.layers]
         self._free_bytes = host_budget_bytes - resting_bytes(partition, candidate)
         self.ring = build_ring(candidate, self._layer_bytes, partition.visits)
         """Of the candidate with nothing on disk."""
         self._order = {group.layers: position for position, group in enumerate(self.ring.groups)}
         self._pools = self._by_times_moved() if self._free_bytes < 0 else []
-        self._bytes = {group: self._sum(group) for pool in self._pools for bundle in pool for group in bundle}
+        self._staged_bytes = {
+            group: sum(map(self._read_bytes.__getitem__, group))
+            for pool in self._pools
+            for bundle in pool
+            for group in bundle
+        }
 
     def with_read_ahead(self, groups: int) -> tuple[Candidate, Ring] | None:
         """The candidate with a staging ring of so many groups; itself if it needs none; None if that does not fit."""
@@ -90,8 +96,9 @@ class Placing:
 
     def _may_fit(self, chosen: set[Group], read_ahead: int) -> bool:
         """Whether the largest neighbours fit: where groups are of unlike sizes the staging ring may be larger."""
-        moving = [self._bytes[group] for group in sorted(chosen.intersection(self._order), key=self._order.__getitem__)]
-        still = max((self._bytes[group] for group in chosen.difference(self._order)), default=0)
+        in_order = sorted(chosen.intersection(self._order), key=self._order.__getitem__)
+        moving = [self._staged_bytes[group] for group in in_order]
+        still = max((self._staged_bytes[group] for group in chosen.difference(self._order)), default=0)
         freed = self._freed_bytes(chosen)
         return max(arena_bytes(moving, read_ahead), still) <= self._free_bytes + freed
 
@@ -100,7 +107,7 @@ class Placing:
             return None
         on_disk = tuple(sorted(layer for group in chosen for layer in group))
         found = self._candidate.model_copy(update={"on_disk": on_disk, "read_ahead": read_ahead})
-        staging = stage(self.ring, found, self._layer_bytes, self._partition.visits)
+        staging = stage(self.ring, found, self._read_bytes, self._partition.visits)
         if staging.n_bytes > self._free_bytes + self._freed_bytes(chosen):
             return None
         return found, replace(self.ring, staging=staging)
@@ -136,10 +143,8 @@ class Placing:
 
     def _freed_bytes(self, chosen: set[Group]) -> int:
         """Of the host, if these rest on disk, and with them all rows of their weights."""
-        return self._sum(tuple(self._partition.whole([layer for group in chosen for layer in group])))
-
-    def _sum(self, layers: Group) -> int:
-        return sum(self._layer_bytes[layer] for layer in layers)
+        freed = self._partition.whole([layer for group in chosen for layer in group])
+        return sum(map(self._layer_bytes.__getitem__, freed))
 
 
 def _spread(pool: Sequence[Bundle], count: int) -> list[Group]:

@@ -39,9 +39,9 @@ def predict(profile: Profile, candidates: Sequence[Candidate]) -> list[Predictio
 
 def with_rings(profile: Profile, candidates: Iterable[Candidate]) -> Iterator[tuple[Candidate, Ring]]:
     """Each candidate with its ring, built when it is asked for."""
-    layer_bytes = [layer.n_bytes for layer in profile.partition.layers]
-    visits = profile.partition.visits
-    return ((candidate, build_ring(candidate, layer_bytes, visits)) for candidate in candidates)
+    layers, visits = profile.partition.layers, profile.partition.visits
+    layer_bytes, read_bytes = [layer.n_bytes for layer in layers], [layer.read_bytes for layer in layers]
+    return ((candidate, build_ring(candidate, layer_bytes, visits, read_bytes)) for candidate in candidates)
 
 
 def predict_rings(profile: Profile, pairs: Iterable[tuple[Candidate, Ring]]) -> list[Prediction]:
@@ -63,7 +63,7 @@ class Predictor:
         def rings() -> Iterator[Ring]:
             for candidate, ring in pairs:
                 moved = sum(ring.groups[transfer.group].n_bytes for transfer in ring.transfers)
-                read = sum(ring.groups[read.group].n_bytes for read in ring.staging.reads)
+                read = sum(ring.staging.group_bytes[read.group] for read in ring.staging.reads)
                 self._figures.append(
                     {
                         "candidate": candidate,
@@ -191,7 +191,7 @@ def _traffic(rings: Iterable[Ring], n_visits: int) -> _Traffic:
             after[transfer.before] = transfer.after
         for read in ring.staging.reads:
             visit = ring.transfers[read.transfer].before
-            read_bytes[visit] = ring.groups[read.group].n_bytes
+            read_bytes[visit] = ring.staging.group_bytes[read.group]
             waits = (ring.transfers[transfer].before - n_visits * before for transfer, before in read.waits)
             emptied[visit] = max(waits, default=-n_visits)  # none: reads before it waited for them
         loads.append(load_bytes)

@@ -19,6 +19,8 @@ class Costs:
     forward_s: Sequence[float]
     tail_s: float
     layer_bytes: Sequence[int]
+    read_bytes: Sequence[int] | None = None
+    """Of layers on disk; None: `layer_bytes`."""
     link_latency_s: float
     link_bytes_per_s: float
     disk_latency_s: float = 0.0
@@ -32,7 +34,8 @@ class Costs:
 
     def read_s(self, layers: Sequence[int]) -> float:
         """One read of `layers` from disk."""
-        return self.disk_latency_s + sum(self.layer_bytes[layer] for layer in layers) / self.disk_bytes_per_s
+        n_bytes = self.layer_bytes if self.read_bytes is None else self.read_bytes
+        return self.disk_latency_s + sum(n_bytes[layer] for layer in layers) / self.disk_bytes_per_s
 
     def contended(self, compute_factor: float, link_factor: float, disk_factor: float = 1.0) -> Costs:
         """The same work while compute, link and disk slow each other down by these factors."""
@@ -56,6 +59,7 @@ def costs_of(profile: Profile) -> Costs:
         forward_s=[visit.forward_s for visit in profile.visits],
         tail_s=profile.tail_s / profile.partition.repeats,
         layer_bytes=[layer.n_bytes for layer in profile.partition.layers],
+        read_bytes=[layer.read_bytes for layer in profile.partition.layers],
         link_latency_s=profile.link.latency_s,
         link_bytes_per_s=profile.link.bytes_per_s,
         disk_latency_s=disk.latency_s if disk else 0.0,

@@ -9,8 +9,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from autosp.partition.bound import BoundLayer, BoundLeaf, BoundModel, Resting, at_rest, bind, collect_for
-from autosp.partition.placed import Placed, lay_out, packed_bytes
+from autosp.partition.bound import (
+    BoundLayer,
+    BoundLeaf,
+    BoundModel,
+    Resting,
+    at_rest,
+    bind,
+    collect_located,
+    layouts,
+)
+from autosp.partition.placed import Placed, packed_bytes
 from autosp.partition.rows import Runs, find_runs
 from autosp.partition.split import Unit, choose_units
 from autosp.partition.tensors import Extent, NamedTensor, model_fingerprint
@@ -54,7 +63,7 @@ def partition(
 
     Raises: EmptyModelError, MetaModelError, ReadError if a file that weights are mapped from was truncated.
     """
-    tensors = collect_for(model, slow_tier)
+    tensors = collect_located(model)
     runs = find_runs(model, tensors) if mode == "inference" else {}
     seen = trace(model, tensors, run, device, runs)
     tables = [extent for extent in tensors.extents if lookups and _is_table(extent, seen)]
@@ -73,12 +82,12 @@ def partition(
     elsewhere = {*tables, *(extent for piece in pieces for extent in piece.holds)}
     staying = [extent for extent in tensors.extents if extent not in elsewhere]
     return Partition(
-        layers=tuple(_layer(position, piece.name, piece.extents) for position, piece in enumerate(pieces)),
+        layers=tuple(_layer(position, piece.name, piece.extents, slow_tier) for position, piece in enumerate(pieces)),
         resident_tensors=tuple(item.name for extent in staying for item in extent.tensors),
         resident_bytes=packed_bytes(staying),
         visits=tuple(number for index in period for number in numbers[index]),
         repeats=repeats,
-        lookups=_layer(len(pieces), "lookup tables", tables) if tables else None,
+        lookups=_layer(len(pieces), "lookup tables", tables, slow_tier) if tables else None,
         leaves=tuple(
             Leaf(path=by_index[index].name, inputs=seen.same_in_runs[index])
             for index, cut in numbers.items()
@@ -105,12 +114,14 @@ def _pieces(unit: Unit, module: nn.Module, runs: Mapping[nn.Module, Runs]) -> li
     return [_Piece(f"{unit.name}[{begin}:{end}]", (weight.rows(begin, end),), (weight,)) for begin, end in runs[module]]
 
 
-def _layer(index: int, name: str, extents: Sequence[Extent]) -> Layer:
+def _layer(index: int, name: str, extents: Sequence[Extent], slow_tier: Tier) -> Layer:
+    layout, disk_layout = layouts(extents, slow_tier)
     return Layer(
         index=index,
         name=name,
         tensors=tuple(item.name for extent in extents for item in extent.tensors),
-        n_bytes=lay_out(extents).n_bytes,
+        n_bytes=layout.n_bytes,
+        disk_bytes=disk_layout.n_bytes,
         weight_bytes=sum(extent.weight_bytes for extent in extents),
         rows=extents[0].tensors[0].rows,
     )

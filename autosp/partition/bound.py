@@ -10,7 +10,7 @@ from torch import nn
 
 from autosp.errors import PlanMismatchError
 from autosp.partition.mapped import locate
-from autosp.partition.placed import Layout, Placed, lay_out, pack, packed_bytes
+from autosp.partition.placed import Layout, Placed, lay_out, lay_out_packed, pack, packed_bytes
 from autosp.partition.rows import is_cut, is_linear
 from autosp.partition.tensors import Extent, ModelTensors, NamedTensor, collect
 from autosp.spec import Layer, Leaf, Partition, Tier
@@ -34,6 +34,8 @@ class BoundLayer:
     layer: Layer
     module: nn.Module
     layout: Layout
+    disk_layout: Layout
+    """How they are read from disk; `layout` itself where that is the slow tier, or where none of them is in a file."""
     leaf: BoundLeaf | None = None
     """If it is a run of a weight's rows."""
 
@@ -90,7 +92,7 @@ class Resting:
     def packed(self) -> tuple[Placed, ...]:
         """Those that are in no file."""
         if self.leaf is None:
-            return self.layers[0].layout.packed
+            return self.layers[0].disk_layout.packed
         return self.placed if self.leaf.weight.source is None else ()
 
 
@@ -100,14 +102,14 @@ def at_rest(layers: Sequence[BoundLayer]) -> list[Resting]:
 
 
 def bind(model: nn.Module, plan: Partition, slow_tier: Tier = Tier.HOST) -> BoundModel:
-    """Find a partition's modules and tensors in `model`, and lay them out for the tier that they will rest on.
+    """Find a partition's modules and tensors in `model`, and lay them out for the tiers that they will rest on.
 
     A plan made from weights in RAM holds for the same weights mapped from a file, and the reverse.
 
     Raises: PlanMismatchError naming the first layer that is not there, or not of the planned size; ReadError if a file
     that weights are mapped from was truncated.
     """
-    tensors = collect_for(model, slow_tier)
+    tensors = collect_located(model)
     extent_of = {item.name: extent for extent in tensors.extents for item in extent.tensors}
 
     def extents(names: Sequence[str], owner: str) -> list[Extent]:
@@ -124,9 +126,9 @@ def bind(model: nn.Module, plan: Partition, slow_tier: Tier = Tier.HOST) -> Boun
         if leaf and layer.rows:
             parts = [leaf.weight.rows(*layer.rows)]
         _check_size(layer, parts)
-        layout = lay_out(parts)
-        found = layer.model_copy(update={"n_bytes": layout.n_bytes})
-        return BoundLayer(found, model.get_submodule(path), layout, leaf)
+        layout, disk_layout = layouts(parts, slow_tier)
+        found = layer.model_copy(update={"n_bytes": layout.n_bytes, "disk_bytes": disk_layout.n_bytes})
+        return BoundLayer(found, model.get_submodule(path), layout, disk_layout, leaf)
 
     layers = tuple(bound(layer, layer.path) for layer in plan.layers)
     lookups = bound(plan.lookups, "") if plan.lookups else None
@@ -172,14 +174,24 @@ def _check_size(layer: Layer, parts: Sequence[Extent]) -> None:
         raise PlanMismatchError(f"layer {layer.index} ({layer.name}) has {found} bytes, the plan says {planned}")
 
 
-def collect_for(model: nn.Module, slow_tier: Tier) -> ModelTensors:
-    """The model's tensors. A disk tier reads those mapped from a file in place; RAM takes all of them packed.
+def collect_located(model: nn.Module) -> ModelTensors:
+    """The model's tensors, and where in files those are that are mapped from one.
 
     Raises: ReadError if a file that they are mapped from was truncated, before anything touches them.
     """
     tensors = collect(model)
     locate(tensors.extents)
-    if slow_tier is not Tier.DISK:
-        for extent in tensors.extents:
-            extent.source = None
     return tensors
+
+
+def layouts(extents: Sequence[Extent], slow_tier: Tier) -> tuple[Layout, Layout]:
+    """How a layer's extents travel to the device, and how they are read from disk.
+
+    [Note: two layouts] From a disk tier they travel as they are read. Behind a host they are read as they lie in their
+    files, and the copy to the device leaves out what was read beside them: the link, the device and whatever rests on
+    the host have them packed, the same bytes wherever the layer rests.
+    """
+    as_read = lay_out(extents)
+    if slow_tier is Tier.DISK or not as_read.runs:
+        return as_read, as_read
+    return lay_out_packed(extents), as_read

@@ -30,6 +30,12 @@ class Placed:
             data.untyped_storage(), begin, (self.extent.n_bytes,), (1,)
         )
 
+    @property
+    def source(self) -> Source | None:
+        """Where a file has its bytes, as long as its tensors are in the map of that."""
+        source, named = self.extent.source, self.extent.tensors[0]
+        return source if source and named.tensor.data_ptr() - named.offset == source.address else None
+
     def is_in(self, base: torch.Tensor) -> bool:
         """Whether its tensors are views of that memory now."""
         return self.extent.tensors[0].tensor.data.untyped_storage().data_ptr() == base.untyped_storage().data_ptr()
@@ -75,6 +81,13 @@ class Layout:
     def n_bytes(self) -> int:
         """Bytes of the whole, a multiple of LAYER_ALIGNMENT."""
         return self.run_bytes + self.packed_bytes + self.padding_bytes
+
+
+def lay_out_packed(extents: Sequence[Extent]) -> Layout:
+    """All extents packed, those of files in the order of their bytes there: what is read as one run moves as one."""
+    located = [extent for members in _neighbours(extents) for extent, _ in members]
+    placed = pack([*located, *(extent for extent in extents if extent.source is None)])
+    return Layout(placed, (), placed, packed_bytes(extents), 0)
 
 
 def lay_out(extents: Sequence[Extent]) -> Layout:

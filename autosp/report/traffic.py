@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from autosp.cost_model.predict import contended_periods
+from autosp.cost_model.predict import contended_periods, with_rings
 from autosp.cost_model.simulate import Costs, costs_of, simulate
 from autosp.schedule.actions import Kind
-from autosp.schedule.streaming import build_ring, lower
+from autosp.schedule.streaming import lower
 from autosp.schedule.timeline import Span, Timeline
 from autosp.spec import Candidate, Partition, Profile
 
@@ -41,8 +41,8 @@ class Traffic:
 
 def expected_costs(profile: Profile, candidate: Candidate) -> Costs:
     """What each action takes while link and compute slow each other down as they do under this candidate."""
-    ring = build_ring(candidate, [layer.n_bytes for layer in profile.partition.layers], profile.partition.visits)
-    found = contended_periods(profile, [ring])
+    rings = (ring for _, ring in with_rings(profile, [candidate]))
+    found = contended_periods(profile, rings)
     factors = (float(factor[0]) for factor in (found.compute_factor, found.link_factor, found.disk_factor))
     return costs_of(profile).contended(*factors)
 
@@ -50,7 +50,8 @@ def expected_costs(profile: Profile, candidate: Candidate) -> Costs:
 def expected(profile: Profile, candidate: Candidate, periods: int) -> Timeline:
     """The timeline that the cost model expects: periods of the profiled pass, the first from empty buffers."""
     costs = expected_costs(profile, candidate)
-    return simulate(lower(candidate, costs.layer_bytes, profile.partition.visits), costs, periods)
+    schedule = lower(candidate, costs.layer_bytes, profile.partition.visits, costs.read_bytes)
+    return simulate(schedule, costs, periods)
 
 
 def calls_periods(timeline: Timeline, partition: Partition, candidate: Candidate) -> int:
@@ -89,9 +90,12 @@ def traffic(timeline: Timeline, partition: Partition, candidate: Candidate) -> T
         [span for span in timeline.of_kind(kind) if span.period >= first] for kind in (Kind.LOAD, Kind.READ)
     )
 
-    def moved(spans: Sequence[Span]) -> tuple[float, float]:
-        n_bytes = sum(partition.layers[layer].n_bytes for span in spans for layer in span.action.layers)
+    def moved(spans: Sequence[Span], layer_bytes: Sequence[int]) -> tuple[float, float]:
+        n_bytes = sum(layer_bytes[layer] for span in spans for layer in span.action.layers)
         return n_bytes * share, sum(span.end_s - span.start_s for span in spans) * share
+
+    moved_bytes, link_busy_s = moved(loads, [layer.n_bytes for layer in partition.layers])
+    read_bytes, disk_busy_s = moved(reads, [layer.read_bytes for layer in partition.layers])
 
     stalls = dict.fromkeys((layer for layer in partition.visits if layer not in candidate.residents), 0.0)
     for span in timeline.of_kind(Kind.FORWARD):
@@ -100,10 +104,10 @@ def traffic(timeline: Timeline, partition: Partition, candidate: Candidate) -> T
             stalls[layer] += span.stall_s * share
     return Traffic(
         pass_s=median(lengths) * partition.repeats / periods,
-        moved_bytes=moved(loads)[0],
-        link_busy_s=moved(loads)[1],
-        read_bytes=moved(reads)[0],
-        disk_busy_s=moved(reads)[1],
+        moved_bytes=moved_bytes,
+        link_busy_s=link_busy_s,
+        read_bytes=read_bytes,
+        disk_busy_s=disk_busy_s,
         stall_s=sum(stalls.values()),
         layer_stalls_s=stalls,
     )

@@ -236,9 +236,9 @@ class Loader:
         return self.staging.load(group, free)
 
     def _was_read(self, group: TransferGroup) -> None:
-        self.recorder.was_read(group.indices, group.staging_offset or 0, group.n_bytes, group.read)
+        self.recorder.was_read(group.indices, group.staging_offset or 0, group.read_bytes, group.read)
         self.counters.reads += 1
-        self.counters.read_bytes += group.n_bytes
+        self.counters.read_bytes += group.read_bytes
 
     def _load_temporarily(self, layer: StreamedLayer) -> torch.Tensor:
         """A layer whose place is taken by one that is running around it: right, at the price of memory."""

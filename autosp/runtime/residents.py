@@ -8,9 +8,10 @@ import torch
 
 from autosp.devices import Device
 from autosp.devices.memory import memory_of
-from autosp.partition.placed import Placed, move_out, settle
+from autosp.partition.placed import Placed, settle
 from autosp.partition.tensors import EXTENT_ALIGNMENT, Extent, align
-from autosp.tiers import read_extent, shows
+from autosp.spec import Tier
+from autosp.tiers import give_back, read_chunks, read_extent
 
 
 class Residents:
@@ -19,15 +20,15 @@ class Residents:
     def __init__(self, places: Sequence[Placed], device: Device) -> None:
         """Take the memory for them.
 
-        An extent of a file keeps its address modulo 64: kernels that ask for alignment then give bitwise the output
-        that they give on the map.
+        Where layers travel as they lie in a file an extent of it keeps its address modulo 64: kernels that ask for
+        alignment then give bitwise the output that they give on the map.
         """
-        self._moved: list[Placed] = []
-        self._mapped: list[tuple[Placed, list[torch.Tensor]]] = []
+        self._moved: list[tuple[Placed, list[torch.Tensor]]] = []
         self._targets: list[Placed] = []
+        as_in_files = device.info.slow_tier is Tier.DISK
         size = 0
         for place in places:
-            source = place.extent.source
+            source = place.extent.source if as_in_files else None
             offset = size + (source.address % EXTENT_ALIGNMENT if source else 0)
             self._targets.append(Placed(place.extent, offset))
             size = align(offset + place.extent.n_bytes, EXTENT_ALIGNMENT)
@@ -55,33 +56,27 @@ class Residents:
 
     def give_back(self) -> None:
         """Bring them to ordinary memory with their values of now, or to the map of the file that still has those."""
-        move_out(self._moved)
-        for place, originals in self._mapped:
-            source = place.extent.source
-            if source and place.is_in(self.memory) and shows(source, memory_of(place.current_bytes())):
-                for named, data in zip(place.extent.tensors, originals, strict=True):
-                    named.tensor.data = data
-            else:
-                move_out([place])
+        for place, originals in self._moved:
+            give_back(place, originals if place.is_in(self.memory) else ())
 
     def forget(self) -> None:
         """Let go of their memory, once nothing of the model is in it."""
-        self._moved, self._mapped, self._targets = [], [], []
+        self._moved, self._targets = [], []
         self.memory = torch.empty(0, dtype=torch.uint8)
 
     def _move_in(self, place: Placed, target: torch.Tensor) -> None:
-        if place.extent.source is None:
-            self._moved.append(place)
-        else:
-            self._mapped.append((place, [named.tensor.data for named in place.extent.tensors]))
+        mapped = [named.tensor.data for named in place.extent.tensors] if place.source else []
+        self._moved.append((place, mapped))
         settle([Placed(place.extent, 0)], target)
 
 
 def fill(target: torch.Tensor, place: Placed) -> None:
     """Write an extent's bytes, as they are now, to device memory. Raises: ReadError."""
-    source = place.extent.source
-    if source is None:
-        with torch.no_grad():
-            target.copy_(place.current_bytes())
-    else:
+    source = place.source
+    if source is not None and target.is_cpu:
         read_extent(source, memory_of(target), place.extent.name)
+        return
+    with torch.no_grad():
+        chunks = [(0, place.current_bytes())] if source is None else read_chunks(source, place.extent.name)
+        for begin, chunk in chunks:
+            target[begin : begin + len(chunk)].copy_(chunk)

@@ -69,7 +69,7 @@ class Staging:
 
     def _place(self, group: TransferGroup) -> slice:
         assert group.staging_offset is not None, "only what rests on disk is read"
-        return slice(group.staging_offset, group.staging_offset + group.n_bytes)
+        return slice(group.staging_offset, group.staging_offset + group.read_bytes)
 
 
 def _overlap(one: slice, other: slice) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from autosp.devices import Piece
 from autosp.devices.memory import memory_of
 from autosp.errors import ModelChangedError
 from autosp.partition import BoundLayer, NamedTensor
@@ -49,6 +50,8 @@ class StreamedLayer:
         """What its tensors are now is how they rest."""
         self.layer = bound.layer
         self.module = bound.module
+        self.pieces = _pieces(bound)
+        """What a load copies from where the layer was read to: see [Note: two layouts]."""
         self._placed = bound.placed
         self._tensors = tensors_of(bound.placed)
         self._rest = [named.tensor.data for named in self._tensors]
@@ -104,9 +107,17 @@ class StreamedLayer:
         return checksum
 
 
+def _pieces(bound: BoundLayer) -> tuple[Piece, ...]:
+    """In the order of their places on the device."""
+    if bound.disk_layout is bound.layout:
+        return (Piece(0, 0, bound.layout.n_bytes),)
+    read = {place.extent: place.offset for place in bound.disk_layout.placed}
+    return tuple(Piece(read[place.extent], place.offset, place.extent.n_bytes) for place in bound.placed)
+
+
 def sample(place: Placed, checksum: int = 0) -> int:
     """An extent's part of `StreamedLayer.sample`, which goes on from `checksum`."""
-    source = place.extent.source
+    source = place.source
     for begin, end in [(0, place.extent.n_bytes)] if source is None else source.written():
         checksum = zlib.crc32(b"%d %d" % (begin, end), checksum)
         data = memory_of(place.current_bytes())[begin:end]

@@ -53,19 +53,20 @@ class TransferGroup:
     """The load that took its bytes from their place in staging, if nothing was read there since."""
     indices: tuple[int, ...] = field(init=False)
     """Of its layers."""
+    read_bytes: int = field(init=False)
+    """Of one read."""
+    pieces: tuple[Piece, ...] = field(init=False)
+    """What a load from staging copies."""
 
     def __post_init__(self) -> None:
         self.indices = tuple(layer.layer.index for layer in self.layers)
+        self.read_bytes = sum(layer.layer.read_bytes for layer in self.layers)
+        self.pieces = _joined(self.layers)
 
     @property
     def n_bytes(self) -> int:
         """Bytes of one load."""
         return self.end - self.begin
-
-    @property
-    def pieces(self) -> tuple[Piece, ...]:
-        """How its bytes in staging lie on the device: as they are."""
-        return (Piece(0, 0, self.n_bytes),)
 
     def version(self) -> int:
         """Changes when its weights at rest are written to."""
@@ -86,6 +87,23 @@ class TransferGroup:
 
     def _checksum(self) -> int:
         return hash(tuple(layer.sample() for layer in self.layers))
+
+
+def _joined(layers: Sequence[StreamedLayer]) -> tuple[Piece, ...]:
+    """The pieces of all layers. Neighbours that lie as far apart at both ends are one, with what is between them."""
+    pieces: list[Piece] = []
+    source = target = 0
+    for layer in layers:
+        for piece in layer.pieces:
+            begin, at = source + piece.source, target + piece.target
+            last = pieces[-1] if pieces else None
+            if last is not None and last.source - last.target == begin - at:
+                pieces[-1] = Piece(last.source, last.target, at + piece.n_bytes - last.target)
+            else:
+                pieces.append(Piece(begin, at, piece.n_bytes))
+        source += layer.layer.read_bytes
+        target += layer.layer.n_bytes
+    return tuple(pieces)
 
 
 def build_groups(

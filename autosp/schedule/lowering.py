@@ -15,4 +15,6 @@ def lower_for(mode: Mode, candidate: Candidate, partition: Partition) -> Schedul
     """
     if mode == "training":
         return lower_training(candidate, partition)
-    return lower(candidate, [layer.n_bytes for layer in partition.layers], partition.visits)
+    layers = partition.layers
+    read_bytes = [layer.read_bytes for layer in layers]
+    return lower(candidate, [layer.n_bytes for layer in layers], partition.visits, read_bytes)

@@ -34,6 +34,8 @@ class Staging:
     """Where groups are read to and when, for one period; `cold` are the reads before the first one."""
 
     offsets: Mapping[int, int] = field(default_factory=dict)
+    group_bytes: Mapping[int, int] = field(default_factory=dict)
+    """Of one read of each."""
     n_bytes: int = 0
     reads: tuple[Read, ...] = ()
     cold: tuple[Read, ...] = ()
@@ -48,9 +50,9 @@ def build_staging(
 ) -> Staging:
     """Place and time the reads of the groups on disk.
 
-    `group_bytes`: their sizes; `loads`: the group of each transfer of a period; `cold`: the groups that are loaded
-    before the first one. Any `window` groups that follow each other within a period have places of their own; groups
-    that no period loads, and a layer of `unvisited_bytes` that is called after all, begin at 0.
+    `group_bytes`: what is read of each; `loads`: the group of each transfer of a period; `cold`: the groups that are
+    loaded before the first one. Any `window` groups that follow each other within a period have places of their own;
+    groups that no period loads, and a layer of `unvisited_bytes` that is called after all, begin at 0.
     """
     sequence = [(transfer, group) for transfer, group in enumerate(loads) if group in group_bytes]
     order = list(dict.fromkeys(group for _, group in sequence))
@@ -65,7 +67,7 @@ def build_staging(
     ]
     first = [walk.read(group, transfer, 1) for transfer, group in sequence]
     steady = [walk.read(group, transfer, 2) for transfer, group in sequence]
-    return Staging(offsets, n_bytes, tuple(_reads(sequence, first, steady)), tuple(cold_reads))
+    return Staging(offsets, group_bytes, n_bytes, tuple(_reads(sequence, first, steady)), tuple(cold_reads))
 
 
 _Emptied = list[tuple[int, tuple[int, int]]]

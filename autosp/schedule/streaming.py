@@ -53,8 +53,13 @@ class Ring:
     staging: Staging = EMPTY
 
 
-def build_ring(candidate: Candidate, layer_bytes: Sequence[int], visits: Sequence[int]) -> Ring:
-    """Group, place and time the transfers of a candidate.
+def build_ring(
+    candidate: Candidate,
+    layer_bytes: Sequence[int],
+    visits: Sequence[int],
+    read_bytes: Sequence[int] | None = None,
+) -> Ring:
+    """Group, place and time the transfers of a candidate. `read_bytes`: of layers on disk, default: `layer_bytes`.
 
     Groups of `k_prime` layers, in the order of their first visit, get places in which any `ring // k_prime` neighbours
     (at least one) do not overlap. The arena also has room for any one layer that was never visited, should it be called
@@ -70,10 +75,12 @@ def build_ring(candidate: Candidate, layer_bytes: Sequence[int], visits: Sequenc
     ends = [*(group.offset + group.n_bytes for group in groups), *(layer_bytes[layer] for layer in unvisited)]
     walks = 1 if len(set(visits)) == len(visits) else 2
     ring = Ring(tuple(groups), max(ends, default=0), time_transfers(groups, visits, walks))
-    return replace(ring, staging=stage(ring, candidate, layer_bytes, visits)) if candidate.on_disk else ring
+    if not candidate.on_disk:
+        return ring
+    return replace(ring, staging=stage(ring, candidate, layer_bytes if read_bytes is None else read_bytes, visits))
 
 
-def stage(ring: Ring, candidate: Candidate, layer_bytes: Sequence[int], visits: Sequence[int]) -> Staging:
+def stage(ring: Ring, candidate: Candidate, read_bytes: Sequence[int], visits: Sequence[int]) -> Staging:
     """The staging ring of a candidate's groups on disk, for a ring that is the same wherever its groups rest.
 
     Raises: ValueError if only some layers of a group rest on disk.
@@ -83,14 +90,16 @@ def stage(ring: Ring, candidate: Candidate, layer_bytes: Sequence[int], visits: 
         raise ValueError(f"layers {split[0]} travel together, and only some of them rest on disk")
     on_disk = frozenset(candidate.on_disk)
     group_bytes = {
-        index: group.n_bytes for index, group in enumerate(ring.groups) if not on_disk.isdisjoint(group.layers)
+        index: sum(map(read_bytes.__getitem__, group.layers))
+        for index, group in enumerate(ring.groups)
+        if not on_disk.isdisjoint(group.layers)
     }
     return build_staging(
         group_bytes,
         [transfer.group for transfer in ring.transfers],
         _cold_groups(ring, visits),
         candidate.read_ahead,
-        max((layer_bytes[layer] for layer in on_disk.difference(visits)), default=0),
+        max((read_bytes[layer] for layer in on_disk.difference(visits)), default=0),
     )
 
 
@@ -162,12 +171,19 @@ def _cold_groups(ring: Ring, visits: Sequence[int]) -> tuple[int, ...]:
     )
 
 
-def lower(candidate: Candidate, layer_bytes: Sequence[int], visits: Sequence[int]) -> Schedule:
+def lower(
+    candidate: Candidate,
+    layer_bytes: Sequence[int],
+    visits: Sequence[int],
+    read_bytes: Sequence[int] | None = None,
+) -> Schedule:
     """The action list of one steady period of `visits` (layer index per call) under `candidate`.
+
+    `read_bytes`: of layers on disk, default: `layer_bytes`.
 
     Raises: ValueError if only some layers of a group rest on disk.
     """
-    ring = build_ring(candidate, layer_bytes, visits)
+    ring = build_ring(candidate, layer_bytes, visits, read_bytes)
     lowering = _Lowering(ring, visits)
     cold = lowering.cold()
     actions = lowering.steady()

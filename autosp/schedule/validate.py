@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from autosp.schedule.actions import COMPUTES, Action, Kind, Ref, Schedule
 
 
-def validate(schedule: Schedule, layer_bytes: tuple[int, ...]) -> None:
-    """Check a schedule.
+def validate(schedule: Schedule, layer_bytes: tuple[int, ...], read_bytes: tuple[int, ...] | None = None) -> None:
+    """Check a schedule. `read_bytes`: of layers on disk, default: `layer_bytes`.
 
     Guarantees, for the cold actions and two passes in list order: every FORWARD, RECOMPUTE and BACKWARD finds its
     layer on the device, and waits for the load that brought it in this pass; a BACKWARD waits for the RECOMPUTE before
@@ -26,7 +26,10 @@ def validate(schedule: Schedule, layer_bytes: tuple[int, ...]) -> None:
         if twice is not None:
             raise ValueError(f"{twice} is in the schedule twice")
     names = {action.ref for action in (*schedule.cold, *schedule.actions)}
-    arena, staging = _Arena(schedule, layer_bytes), _Staging(schedule, layer_bytes)
+    arena, staging = (
+        _Arena(schedule, layer_bytes),
+        _Staging(schedule, layer_bytes if read_bytes is None else read_bytes),
+    )
     for number, actions in enumerate((schedule.cold, schedule.actions, schedule.actions)):
         done: set[Ref] = set()
         for action in actions:
@@ -127,9 +130,9 @@ class _Occupant:
 class _Staging:
     """What the staging ring holds, and whether it was loaded from it yet."""
 
-    def __init__(self, schedule: Schedule, layer_bytes: tuple[int, ...]) -> None:
+    def __init__(self, schedule: Schedule, read_bytes: tuple[int, ...]) -> None:
         self._schedule = schedule
-        self._layer_bytes = layer_bytes
+        self._read_bytes = read_bytes
         self._occupants: list[_Occupant] = []
 
     def apply(self, action: Action, number: int) -> None:
@@ -147,7 +150,7 @@ class _Staging:
             self._load(action, number)
 
     def _read(self, action: Action, number: int) -> None:
-        begin, end = _range(action, self._layer_bytes, self._schedule.staging_bytes, "staging ring")
+        begin, end = _range(action, self._read_bytes, self._schedule.staging_bytes, "staging ring")
         for one in [one for one in self._occupants if one.begin < end and begin < one.end]:
             if one.load is None:
                 raise ValueError(f"{action.ref} overwrites {one.read}, which was not loaded yet")

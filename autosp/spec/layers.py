@@ -16,9 +16,17 @@ class Layer(Record):
     name: str = Field(description="dotted path of the module, and its run of rows, such as `lm_head[0:8192]`")
     tensors: tuple[str, ...] = Field(description="canonical names of the parameters and buffers that travel")
     n_bytes: int = Field(description="bytes of one transfer, alignment included, where the plan was made")
+    disk_bytes: int | None = Field(
+        default=None, description="bytes of one read from disk, alignment included; None before schema 6"
+    )
     weight_bytes: int | None = Field(default=None, description="bytes of the tensors alone; None before schema 3")
     rows: tuple[int, int] | None = Field(default=None, description="from and to, if it is a run of a weight's rows")
     gradient_bytes: int = Field(default=0, description="bytes of the gradients that a training pass gives")
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of one read from disk."""
+        return self.n_bytes if self.disk_bytes is None else self.disk_bytes
 
     @property
     def path(self) -> str:

@@ -14,7 +14,7 @@ from autosp.partition import BoundLayer, at_rest
 from autosp.spec import Tier
 from autosp.tiers.disk import DiskStore, Originals
 from autosp.tiers.host import HostStore
-from autosp.tiers.inplace import forget_pages, read_extent, shows
+from autosp.tiers.inplace import forget_pages, give_back, read_chunks, read_extent
 from autosp.tiers.readers import Readers
 from autosp.tiers.tiered import TieredStore
 
@@ -26,9 +26,10 @@ __all__ = [
     "Store",
     "TieredStore",
     "forget_pages",
+    "give_back",
     "open_store",
+    "read_chunks",
     "read_extent",
-    "shows",
 ]
 
 
@@ -36,19 +37,25 @@ class Store(Protocol):
     """Layers on the slow tier. Neighbours in `layers` are neighbours in the store, but for what is read in place."""
 
     def regions(self, layers: Sequence[int]) -> tuple[Region, ...]:
-        """What to fetch, in order, to have these layers one after another; adjacent layers are one region."""
+        """What to fetch, in order, to have these layers one after another; adjacent layers are one region.
+
+        From disk they come as their `disk_layout` says, from the host as their `layout`.
+        """
 
     def window(self, offset: int, n_bytes: int) -> Region:
         """Any run of the store's bytes, for measuring the link. `offset` is rounded down to 4096 bytes."""
 
     def rest(self, layer: int) -> torch.Tensor:
-        """Where the bytes of `layout.packed` rest, as a uint8 CPU tensor: readable, writable, seen by later loads."""
+        """Where the bytes that are in no file rest, as a uint8 CPU tensor: readable, writable, seen by later loads."""
 
     def check(self) -> None:
         """Before a pass that may read weights where they rest. Raises: ReadError if they are not what they were."""
 
     def close(self) -> None:
-        """Give moved layers memory of their own again, then free the store's. Views from `rest` end with it."""
+        """Bring moved layers to the map that has their values, or to memory of their own; then free the store's.
+
+        Views from `rest` end with it.
+        """
 
 
 def open_store(
@@ -62,7 +69,7 @@ def open_store(
     """Put the layers' bytes on the device's slow tier, in this order, unless they can be read where they are; those
     `on_disk` on disk in any case.
 
-    In host memory they are moved whatever `originals` says: a second copy of the weights is what RAM has no room for.
+    To host memory they are moved whatever `originals` says: a second copy of the weights is what RAM has no room for.
     What goes to disk goes first, so that its memory is there for the others. `readers` read it; default: one.
 
     Raises: DiskFullError or HostMemoryError if there is no room for them, ReadError if a file that they are mapped from

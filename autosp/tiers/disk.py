@@ -80,8 +80,8 @@ class DiskStore:
         """`readers` stay the caller's, default: one. Raises: DiskFullError, TierError; ReadError if a mapped file was
         replaced."""
         readers = readers or Readers()
-        packed = [bound for bound in layers if bound.layout.packed]
-        self._originals = OriginalFiles((run for bound in layers for run in bound.layout.runs), readers)
+        packed = [bound for bound in layers if bound.disk_layout.packed]
+        self._originals = OriginalFiles((run for bound in layers for run in bound.disk_layout.runs), readers)
         self._packed: PackedFile | None = None
         if packed:
             try:
@@ -147,8 +147,9 @@ class DiskStore:
 
     def _regions_of(self, bound: BoundLayer) -> tuple[DiskRegion, ...]:
         """In the order of its layout."""
-        in_place = [self._originals.region(run, bound.layer.name) for run in bound.layout.runs]
-        padding = [Padding(bound.layout.padding_bytes)] if bound.layout.padding_bytes else []
-        if self._packed is None or not bound.layout.packed:
+        layout = bound.disk_layout
+        in_place = [self._originals.region(run, bound.layer.name) for run in layout.runs]
+        padding = [Padding(layout.padding_bytes)] if layout.padding_bytes else []
+        if self._packed is None or not layout.packed:
             return *in_place, *padding
         return *in_place, self._packed.region(bound.layer.index), *padding

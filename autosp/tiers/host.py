@@ -11,11 +11,12 @@ import torch
 
 from autosp.devices import Device
 from autosp.devices.heap import trim_heap
-from autosp.devices.memory import anonymous, anonymous_bytes, copy_bytes, part, unpin
+from autosp.devices.memory import anonymous, anonymous_bytes, copy_bytes, memory_of, part, unpin
 from autosp.errors import HostMemoryError
 from autosp.partition import BoundLayer, Resting, at_rest
-from autosp.partition.placed import copy_to, move_out, settle
+from autosp.partition.placed import Placed, copy_to, settle
 from autosp.partition.tensors import LAYER_ALIGNMENT
+from autosp.tiers.inplace import give_back, read_extent
 
 CGROUP_FILES = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -39,11 +40,13 @@ class HostRegion:
 class HostStore:
     """One flat buffer, no larger than the layers it holds, pinned where an accelerator copies from it.
 
-    The layers move into it, so that there is never a second copy of the weights in RAM, and out of it at the end.
+    The layers move into it, so that there is never a second copy of the weights in RAM, and out of it at the end. What
+    is mapped from a file is read from that, without touching the map, and unless written to is a map again at the end.
     """
 
     def __init__(self, layers: Sequence[BoundLayer], device: Device) -> None:
-        """Raises: HostMemoryError, before anything is moved, if RAM has no room for the largest layer twice."""
+        """Raises, before anything is moved: HostMemoryError if RAM has no room for the largest layer twice; ReadError
+        if a mapped file cannot be read, or was replaced."""
         self._resting = at_rest(layers)
         self._places: dict[int, tuple[int, int]] = {}
         offset = 0
@@ -54,12 +57,18 @@ class HostStore:
         self._buffer = anonymous(offset)
         self._rests: dict[int, torch.Tensor] = {}
         memories = [part(self._buffer, *self._place(resting)) for resting in self._resting]
+        moving = [place for resting in self._resting for place in resting.placed]
+        self._mapped = {
+            place: [named.tensor.data for named in place.extent.tensors] for place in moving if place.source is not None
+        }
+        for resting, memory in zip(self._resting, memories, strict=True):
+            _read(resting.placed, memory)
         for resting, memory in zip(self._resting, memories, strict=True):
             begin = 0
             for bound in resting.layers:
                 self._rests[bound.layer.index] = memory[begin : begin + bound.layer.n_bytes]
                 begin += bound.layer.n_bytes
-            copy_to(resting.placed, memory)
+            copy_to([place for place in resting.placed if place not in self._mapped], memory)
             settle(resting.placed, memory)
             trim_heap()
         device.pin(self._buffer)
@@ -88,20 +97,33 @@ class HostStore:
         """Nobody but the model changes it."""
 
     def close(self) -> None:
-        """Give every layer memory of its own again, one by one; the buffer's part goes with its last view."""
+        """Bring every layer back to its map or to memory of its own, one by one; the buffer's part goes with its last
+        view."""
         unpin(self._buffer)
         for resting in self._resting:
             rests = [self._rests.pop(bound.layer.index) for bound in resting.layers]
-            move_out([place for place in resting.placed if place.is_in(rests[0])])
+            for place in resting.placed:
+                if place.is_in(rests[0]):
+                    give_back(place, self._mapped.get(place, ()))
             del rests
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self._resting = []
         self._places = {}
+        self._mapped = {}
 
     def _place(self, resting: Resting) -> tuple[int, int]:
         """Offset and bytes of neighbours in the buffer."""
         places = [self._places[bound.layer.index] for bound in resting.layers]
         return places[0][0], sum(n_bytes for _, n_bytes in places)
+
+
+def _read(placed: Sequence[Placed], memory: torch.Tensor) -> None:
+    """What is in files. Raises: ReadError."""
+    for place in placed:
+        source = place.source
+        if source is not None:
+            target = memory[place.offset : place.offset + place.extent.n_bytes]
+            read_extent(source, memory_of(target), place.extent.name)
 
 
 def _check_room(moving: Sequence[Resting], n_bytes: int) -> None:

@@ -5,21 +5,21 @@ See [Note: private maps]: what was written to such a weight is in memory only, s
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
+import torch
 
-from autosp.devices.memory import drop_pages, memory_at
+from autosp.devices.memory import anonymous, drop_pages, memory_at, memory_of
 from autosp.errors import ReadError
 from autosp.partition.mapped import Source
-from autosp.partition.placed import FileRun
+from autosp.partition.placed import FileRun, Placed, move_out
 from autosp.tiers.reader import WeightFile
 from autosp.tiers.readers import Readers
 
-COMPARED_BYTES = 32 * 2**20
-"""Bytes that are read for comparison at a time."""
+CHUNK_BYTES = 32 * 2**20
+"""Bytes that are read at a time for what is not read to its place."""
 
 
 @dataclass(frozen=True)
@@ -93,26 +93,37 @@ def read_extent(source: Source, target: memoryview, name: str) -> None:
     _lay_over(source, target)
 
 
-def shows(source: Source, memory: memoryview) -> bool:
+def read_chunks(source: Source, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+    """The same, a chunk at a time with where it begins, in memory that the next one overwrites. Raises: ReadError."""
+    memory = anonymous(min(CHUNK_BYTES, source.n_bytes))
+    for begin in range(0, source.n_bytes, CHUNK_BYTES):
+        chunk = memory[: source.n_bytes - begin]
+        read_extent(source.part(begin, len(chunk)), memory_of(chunk), name)
+        yield begin, chunk
+
+
+def give_back(place: Placed, mapped: Sequence[torch.Tensor]) -> None:
+    """Bring an extent's tensors to the map of the file that still has their values of now, or to ordinary memory.
+
+    `mapped`: their data in the map; empty if they were in none.
+    """
+    source = place.extent.source
+    if source and mapped and _shows(source, place.current_bytes()):
+        for named, data in zip(place.extent.tensors, mapped, strict=True):
+            named.tensor.data = data
+    else:
+        move_out([place])
+
+
+def _shows(source: Source, memory: torch.Tensor) -> bool:
     """Whether the map has these very bytes. False where the file cannot be read as it was."""
-    buffer = bytearray(min(COMPARED_BYTES, len(memory)))
     try:
-        if source.written():
-            return False
-        file = _open(source, Readers(), direct=False)
+        return all(
+            torch.equal(chunk, memory[begin : begin + len(chunk)].cpu())
+            for begin, chunk in read_chunks(source, source.path.name)
+        )
     except ReadError:
         return False
-    try:
-        for begin in range(0, len(memory), COMPARED_BYTES):
-            piece = memory[begin : begin + COMPARED_BYTES]
-            file.read_into(memoryview(buffer)[: len(piece)], source.offset + begin, source.path.name)
-            if not np.array_equal(np.frombuffer(buffer, np.uint8, len(piece)), np.frombuffer(piece, np.uint8)):
-                return False
-    except ReadError:
-        return False
-    finally:
-        file.close()
-    return True
 
 
 def forget_pages(sources: Iterable[Source]) -> None:

@@ -92,7 +92,7 @@ class PackedFile:
         self._places: dict[int, PackedLayer] = {}
         size = 0
         for bound in layers:
-            index, n_bytes = bound.layer.index, bound.layout.packed_bytes
+            index, n_bytes = bound.layer.index, bound.disk_layout.packed_bytes
             self._places[index] = PackedLayer(bound.layer.name, size, n_bytes, None)
             size += n_bytes
         # One block more, to try on it whether the filesystem tells of writes through a map.
@@ -100,7 +100,7 @@ class PackedFile:
         try:
             for bound in layers:
                 place = self._places[bound.layer.index]
-                place.checksum = _write(descriptor, bound.layout.packed, place)
+                place.checksum = _write(descriptor, bound.disk_layout.packed, place)
             os.fsync(descriptor)
             # What was packed is not RAM any more.
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autosp.cost_model.calibrate import LEAST_SCALE, calibrated, fit, observations
-from autosp.cost_model.predict import contended_periods, predict
+from autosp.cost_model.predict import contended_periods, predict, with_rings
 from autosp.cost_model.simulate import costs_of, simulate
-from autosp.schedule.streaming import build_ring, lower
+from autosp.schedule.lowering import lower_for
 from autosp.schedule.timeline import SEEN_STALL_S
 from autosp.spec import Candidate, Measurement, Profile, Tier, Trial, Usage
 from builders import link, measurement, prediction, profile, thorough, trial
@@ -29,12 +29,10 @@ OTHERS = (
 
 def measured_as(truth: Profile, candidate: Candidate) -> Trial:
     """What a machine that is just as `truth` says would show of a candidate."""
-    layer_bytes = [layer.n_bytes for layer in truth.partition.layers]
-    ring = build_ring(candidate, layer_bytes, truth.partition.visits)
-    periods = contended_periods(truth, [ring])
+    periods = contended_periods(truth, [ring for _, ring in with_rings(truth, [candidate])])
     factors = (float(factor[0]) for factor in (periods.compute_factor, periods.link_factor, periods.disk_factor))
     costs = costs_of(truth).contended(*factors)
-    schedule = lower(candidate, layer_bytes, truth.partition.visits)
+    schedule = lower_for("inference", candidate, truth.partition)
     timeline = simulate(schedule, costs)
     repeats = truth.partition.repeats
     (predicted,) = predict(truth, [candidate])

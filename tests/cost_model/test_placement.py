@@ -119,6 +119,19 @@ def test_host_too_small_names_what_sets_the_least() -> None:
         assert part in str(error)
 
 
+def test_staging_has_room_for_what_is_read() -> None:
+    parts = partition((10,) * 8, read_bytes=(13,) * 8)
+    assert least_host_bytes(parts) == 13
+    assert Placing(Candidate(k=1, k_prime=1), parts, 12).with_read_ahead(1) is None
+    found = Placing(Candidate(k=1, k_prime=1), parts, 79).with_read_ahead(1)
+    assert found is not None
+    chosen, ring = found
+    assert chosen.on_disk == (2, 6)  # one would leave 70 B beside a staging of 13 B; two leave 60 B beside as much
+    assert (ring.staging.n_bytes, ring.arena_bytes) == (13, 10)
+    (predicted,) = predict(profile((10,) * 8, read_bytes=(13,) * 8), [chosen])
+    assert (predicted.moved_bytes, predicted.read_bytes) == (80, 26)
+
+
 def test_evenly_spread_keeps_the_pool() -> None:
     assert evenly_spread((9, 4, 7), 1) == (4,)
 
@@ -129,15 +142,16 @@ def test_what_is_placed_fits_and_is_valid(measured: Profile, data: st.DataObject
     parts = measured.partition
     candidate = data.draw(candidates(parts.visits))
     layer_bytes = tuple(layer.n_bytes for layer in parts.layers)
+    read_bytes = tuple(layer.read_bytes for layer in parts.layers)
     found = Placing(candidate, parts, budget).with_read_ahead(ahead)
     if found is None:
         return
     chosen, ring = found
-    assert ring == build_ring(chosen, layer_bytes, parts.visits)
+    assert ring == build_ring(chosen, layer_bytes, parts.visits, read_bytes)
     assert host_bytes(measured, chosen, ring.staging.n_bytes) <= budget
     assert bool(chosen.on_disk) == (resting_bytes(parts, candidate) > budget)
     assert chosen.model_copy(update={"on_disk": (), "read_ahead": 0}) == candidate
-    validate(lower(chosen, layer_bytes, parts.visits), layer_bytes)
+    validate(lower(chosen, layer_bytes, parts.visits, read_bytes), layer_bytes, read_bytes)
 
 
 @thorough

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autosp.cost_model.predict import contended_periods, predict
+from autosp.cost_model.predict import contended_periods, predict, with_rings
 from autosp.cost_model.simulate import costs_of, simulate
+from autosp.schedule.lowering import lower_for
 from autosp.schedule.streaming import build_ring, lower
 from autosp.spec import Candidate, Profile
 from builders import any_profiles, candidates_of, profile, profiles, thorough
@@ -25,17 +26,18 @@ def close(left: float, right: float) -> bool:
 def test_predict_is_simulate_on_the_lowered_list(profile: Profile, data: st.DataObject) -> None:
     candidate = data.draw(candidates_of(profile))
     layer_bytes = [layer.n_bytes for layer in profile.partition.layers]
+    read_bytes = [layer.read_bytes for layer in profile.partition.layers]
     visits = profile.partition.visits
     repeats = profile.partition.repeats
     (predicted,) = predict(profile, [candidate])
-    periods = contended_periods(profile, [build_ring(candidate, layer_bytes, visits)])
-    schedule = lower(candidate, layer_bytes, visits)
+    periods = contended_periods(profile, [build_ring(candidate, layer_bytes, visits, read_bytes)])
+    schedule = lower(candidate, layer_bytes, visits, read_bytes)
     factors = (float(factor[0]) for factor in (periods.compute_factor, periods.link_factor, periods.disk_factor))
     timeline = simulate(schedule, costs_of(profile).contended(*factors))
     last_two = (len(timeline.period_ends_s) - 2, len(timeline.period_ends_s) - 1)
     stall_s = sum(span.stall_s for span in timeline.spans if span.period in last_two) / 2
     moved = sum(layer_bytes[layer] for action in schedule.loads for layer in action.layers)
-    read = sum(layer_bytes[layer] for action in schedule.reads for layer in action.layers)
+    read = sum(read_bytes[layer] for action in schedule.reads for layer in action.layers)
     assert predicted.candidate == candidate
     assert close(predicted.latency_s, timeline.steady_s * repeats)
     assert close(predicted.stall_s, stall_s * repeats)
@@ -61,7 +63,7 @@ def test_many_at_once_are_each_by_itself(profile: Profile, data: st.DataObject) 
 def test_the_periods_are_enough(profile: Profile, data: st.DataObject) -> None:
     """Steady means steady: a hundred periods later it takes no more and no less."""
     candidate = data.draw(candidates_of(profile))
-    schedule = lower(candidate, [layer.n_bytes for layer in profile.partition.layers], profile.partition.visits)
+    schedule = lower_for("inference", candidate, profile.partition)
     costs = costs_of(profile)
     assert close(simulate(schedule, costs).steady_s, simulate(schedule, costs, periods=100).steady_s)
 
@@ -70,10 +72,9 @@ def test_the_periods_are_enough(profile: Profile, data: st.DataObject) -> None:
 @given(any_profiles, st.data())
 def test_a_pass_is_compute_and_stall(profile: Profile, data: st.DataObject) -> None:
     candidate = data.draw(candidates_of(profile))
-    layer_bytes = [layer.n_bytes for layer in profile.partition.layers]
     (predicted,) = predict(profile, [candidate])
-    ring = build_ring(candidate, layer_bytes, profile.partition.visits)
-    compute_factor = float(contended_periods(profile, [ring]).compute_factor[0])
+    rings = [ring for _, ring in with_rings(profile, [candidate])]
+    compute_factor = float(contended_periods(profile, rings).compute_factor[0])
     asleep = predicted.latency_s - profile.compute_s * compute_factor - predicted.stall_s
     visits = len(profile.visits) * profile.partition.repeats
     assert -1e-9 <= asleep <= profile.wake_s * visits + 1e-9

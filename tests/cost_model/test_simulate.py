@@ -12,8 +12,8 @@ from autosp.cost_model.simulate import Costs, costs_of, simulate
 from autosp.schedule.actions import Kind, parse
 from autosp.schedule.streaming import lower
 from autosp.schedule.timeline import Span, Timeline
-from autosp.spec import Candidate
-from builders import Case, cases, profile, thorough
+from autosp.spec import Candidate, Tier
+from builders import Case, cases, link, profile, thorough
 
 
 def costs(
@@ -270,9 +270,16 @@ def test_costs_of_a_profile() -> None:
         forward_s=[1.0, 2.0, 3.0],
         tail_s=1.5,  # spread over the periods
         layer_bytes=[10, 30],
+        read_bytes=[10, 30],
         link_latency_s=0.125,
         link_bytes_per_s=100.0,
     )
+
+
+def test_reads_take_the_time_of_what_is_read() -> None:
+    machine = link(bytes_per_s=4.0, latency_s=0.5, source=Tier.DISK)
+    found = costs_of(profile((10, 30), read_bytes=(14, 38), bytes_per_s=10.0, disk=machine))
+    assert (found.read_s((0,)), found.read_s((0, 1)), found.load_s((0, 1))) == (4.0, 13.5, 4.0)
 
 
 def test_steady_is_the_mean_of_the_last_two_periods() -> None:

@@ -182,7 +182,11 @@ def test_a_plan_holds_wherever_the_weights_are(tmp_path: Path) -> None:
     assert [layer.n_bytes for layer in packed.layers] != [layer.n_bytes for layer in in_place.layers]
     assert bind(mapped, packed, Tier.DISK).partition == in_place
     assert bind(ram, in_place, Tier.DISK).partition == packed
-    assert bind(mapped, in_place, Tier.HOST).partition == packed
+    behind = partition(mapped, lambda: call(mapped, batch), CPU)
+    assert bind(mapped, in_place, Tier.HOST).partition == bind(mapped, packed, Tier.HOST).partition == behind
+    assert bind(ram, behind, Tier.HOST).partition == packed
+    assert [layer.n_bytes for layer in behind.layers] == [layer.n_bytes for layer in packed.layers]
+    assert [layer.disk_bytes for layer in behind.layers] == [layer.n_bytes for layer in in_place.layers]
 
 
 def test_a_plan_of_an_older_schema_is_checked_by_its_packed_sizes(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from autosp.batch import call, equal
 from autosp.devices import CpuDevice, Device
 from autosp.partition import bind
 from autosp.runtime.streamed_model import StreamedModel
-from autosp.schedule.streaming import lower
+from autosp.schedule.lowering import lower_for
 from autosp.settings import settings
 from autosp.spec import Plan, Reading, Tier
 from autosp.store import Repository
@@ -46,7 +46,7 @@ def applied_with(readers: Readers, model: nn.Module, plan: Plan, device: Device)
     """As `autosp.apply`, but for the readers."""
     bound = bind(model, plan.partition, device.info.slow_tier)
     candidate = plan.candidate
-    schedule = lower(candidate, [layer.n_bytes for layer in bound.partition.layers], plan.partition.visits)
+    schedule = lower_for("inference", candidate, bound.partition)
     stored = bound.stored(candidate.residents)
     store = open_store(device, stored, settings().cache_dir, Originals.FREED, candidate.on_disk, readers)
     return StreamedModel(bound, schedule, device, store, Originals.FREED, store.close)

@@ -23,6 +23,7 @@ from autosp.intercept import Intercepted
 from autosp.partition import bind, partition
 from autosp.runtime.streamed_model import StreamedModel
 from autosp.schedule.actions import Kind
+from autosp.schedule.lowering import lower_for
 from autosp.schedule.streaming import lower
 from autosp.schedule.validate import validate
 from autosp.spec import Candidate, Partition, Tier
@@ -63,10 +64,10 @@ def streamed_on(
     folder: Path,
     originals: Originals = Originals.FREED,
 ) -> StreamedModel[nn.Module]:
-    bound = bind(model, parts)
-    layer_bytes = tuple(layer.n_bytes for layer in parts.layers)
-    schedule = lower(candidate, layer_bytes, parts.visits)
-    validate(schedule, layer_bytes)
+    bound = bind(model, parts, device.info.slow_tier)
+    layers = bound.partition.layers
+    schedule = lower_for("inference", candidate, bound.partition)
+    validate(schedule, tuple(layer.n_bytes for layer in layers), tuple(layer.read_bytes for layer in layers))
     store = open_store(device, bound.stored(), folder, originals, candidate.on_disk)
     return StreamedModel(bound, schedule, device, store, originals, store.close)
 
@@ -84,7 +85,12 @@ def apply(any_device: Device, tmp_path: Path) -> Any:
         read_ahead: int = 1,
         originals: Originals = Originals.FREED,
     ) -> StreamedModel[nn.Module]:
-        parts = partition(model, lambda: call(model, on(any_device, batch)), any_device.torch_device)
+        parts = partition(
+            model,
+            lambda: call(model, on(any_device, batch)),
+            any_device.torch_device,
+            slow_tier=any_device.info.slow_tier,
+        )
         placed = partly_on_disk(candidate, parts, every, read_ahead)
         applied.append(streamed_on(any_device, model, parts, placed, tmp_path, originals))
         return applied[-1]

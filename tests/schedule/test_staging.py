@@ -63,6 +63,17 @@ BY_HAND = {
         2+3R0@0[-2+3L0] 0+1L0@0[-4E0] 0F0[0+1L0] 1F0[0+1L0] 0+1E0[1F0] 2+3L0@0[0+1E0,2+3R0]
         2F0[2+3L0] 3F0[2+3L0] 2+3E0[3F0] 4L0@0[2+3E0] 4F0[4L0] 4E0[4F0]""",
     ),
+    "more is read than is loaded": (
+        # 11 B and 13 B at once; on the device a place of 10 B.
+        Case(
+            Candidate(k=1, k_prime=1, on_disk=(0, 1, 2), read_ahead=2), (10, 10, 10), (0, 1, 2), read_bytes=(12, 11, 13)
+        ),
+        """\
+        arena=10 staging=24 on_disk=0,1,2 residents=-
+
+        0R0@0[-2L0] 1R0@13[-1L0] 0L0@0[-2E0,0R0] 2R0@0[0L0] 0F0[0L0] 0E0[0F0] 1L0@0[0E0,1R0] 1F0[1L0] 1E0[1F0]
+        2L0@0[1E0,2R0] 2F0[2L0] 2E0[2F0]""",
+    ),
     "a layer that is never visited": (
         Case(Candidate(k=2, k_prime=1, on_disk=(1,), read_ahead=1), (10, 45, 15), (0, 2)),
         # Should 1 be called after all, there is room for it in both rings.
@@ -78,17 +89,17 @@ BY_HAND = {
 def test_lowered_as_by_hand(name: str) -> None:
     case, text = BY_HAND[name]
     head, cold, *body = (line.strip() for line in text.splitlines())
-    lowered = lower(case.candidate, case.layer_bytes, case.visits)
+    lowered = lower(case.candidate, case.layer_bytes, case.visits, case.read_bytes)
     assert str(lowered) == "\n".join([head, cold, " ".join(body)])
     assert parse(str(lowered)) == lowered
-    validate(lowered, case.layer_bytes)
+    validate(lowered, case.layer_bytes, case.read_bytes)
 
 
 @thorough
 @given(cases(disk=True))
 def test_lowered_is_valid_and_its_text_round_trips(case: Case) -> None:
-    lowered = lower(case.candidate, case.layer_bytes, case.visits)
-    validate(lowered, case.layer_bytes)
+    lowered = lower(case.candidate, case.layer_bytes, case.visits, case.read_bytes)
+    validate(lowered, case.layer_bytes, case.read_bytes)
     assert parse(str(lowered)) == lowered
 
 
@@ -97,7 +108,9 @@ def test_lowered_is_valid_and_its_text_round_trips(case: Case) -> None:
 def test_the_device_s_part_is_that_of_two_tiers(case: Case) -> None:
     """Where a layer rests changes what its load waits for, and nothing else."""
     two_tiers = case.candidate.model_copy(update={"on_disk": (), "read_ahead": 0})
-    lowered, without = (lower(candidate, case.layer_bytes, case.visits) for candidate in (case.candidate, two_tiers))
+    lowered, without = (
+        lower(candidate, case.layer_bytes, case.visits, case.read_bytes) for candidate in (case.candidate, two_tiers)
+    )
 
     def on_device(schedule: Schedule) -> list[str]:
         return [
@@ -114,7 +127,7 @@ def test_the_device_s_part_is_that_of_two_tiers(case: Case) -> None:
 @thorough
 @given(cases(disk=True))
 def test_every_load_from_disk_has_one_read_and_no_other_load_has_one(case: Case) -> None:
-    lowered = lower(case.candidate, case.layer_bytes, case.visits)
+    lowered = lower(case.candidate, case.layer_bytes, case.visits, case.read_bytes)
     for actions in (lowered.cold, lowered.actions):
         loads = [one for one in actions if one.kind is Kind.LOAD and set(one.layers) <= set(lowered.on_disk)]
         reads = [one for one in actions if one.kind is Kind.READ]
@@ -125,13 +138,12 @@ def test_every_load_from_disk_has_one_read_and_no_other_load_has_one(case: Case)
 @given(cases(disk=True))
 def test_reads_that_follow_each_other_have_places_of_their_own(case: Case) -> None:
     """As many as are read ahead, within a period, of groups that are loaded once in it."""
-    staging = build_ring(case.candidate, case.layer_bytes, case.visits).staging
-    groups = build_ring(case.candidate, case.layer_bytes, case.visits).groups
+    staging = build_ring(case.candidate, case.layer_bytes, case.visits, case.read_bytes).staging
     order = list(dict.fromkeys(one.group for one in staging.reads))
     for start, first in enumerate(order):
         for second in order[start + 1 : start + case.candidate.read_ahead]:
             low, high = sorted((first, second), key=lambda group: staging.offsets[group])
-            assert staging.offsets[low] + groups[low].n_bytes <= staging.offsets[high]
+            assert staging.offsets[low] + staging.group_bytes[low] <= staging.offsets[high]
 
 
 def test_a_group_lies_on_one_tier() -> None:
