@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import TypeVar
 
 from torch import nn
+from torch.optim import Optimizer
 
 from autosp.devices import device_for
 from autosp.errors import PlanMismatchError, SettingError
 from autosp.intercept import is_intercepted
 from autosp.partition import bind, model_fingerprint
 from autosp.runtime.streamed_model import StreamedModel
+from autosp.runtime.updates import check_optimizer
 from autosp.schedule.lowering import lower_for
+from autosp.schedule.updates import with_updates
 from autosp.settings import settings
 from autosp.spec import Plan
 from autosp.tiers import Originals, Readers, open_store
@@ -19,7 +22,7 @@ from autosp.tiers import Originals, Readers, open_store
 M = TypeVar("M", bound=nn.Module)
 
 
-def apply(model: M, plan: Plan) -> StreamedModel[M]:
+def apply(model: M, plan: Plan, *, optimizer: Optimizer | None = None) -> StreamedModel[M]:
     """Make `model` run under `plan`: inside its budget, with unchanged output.
 
     The weights leave the memory they are in: residents go to the device, streamed layers to pinned host memory or, on a
@@ -35,7 +38,14 @@ def apply(model: M, plan: Plan) -> StreamedModel[M]:
     "training" a pass may go on with `backward()`: gradients are in host memory when that returns (a resident's: on the
     device), and clipping, optimizers and schedulers work on parameters and gradients as they are. One thread trains.
 
-    Raises: PlanMismatchError if the plan was made for another model, SettingError if its device is not here,
+    With `optimizer`, the one that updates the model's weights, its `step()` returns early: streamed layers are updated
+    beside the next forward, each before it is needed, and whatever uses a parameter, its gradient or its state before
+    that waits. The loop stays as it is, with clipping, accumulation, schedulers and scalers, and so do all bits; only
+    a view of a parameter's data or gradient made before `step()` may show them half updated until the parameter is
+    used. Any optimizer of torch.optim will do that treats every parameter by itself; `step(closure)` is refused.
+
+    Raises: PlanMismatchError if the plan was made for another model, SettingError if its device is not here or the
+    optimizer cannot be stepped layer by layer,
     DiskFullError or HostMemoryError if there is no room for the streamed weights, ReadError if a file that weights are
     mapped from was truncated or replaced (the model is unchanged then).
     """
@@ -49,9 +59,15 @@ def apply(model: M, plan: Plan) -> StreamedModel[M]:
             f"the plan is for {plan.model_name} with fingerprint {plan.model_fingerprint}; this "
             f"{type(model).__name__} has {found}: other module classes, tensor names, shapes, dtypes or ties"
         )
+    if optimizer is not None:
+        if plan.mode != "training":
+            raise SettingError(f"the plan is for {plan.mode}: only training has an optimizer")
+        check_optimizer(optimizer, model)
     device = device_for(plan.device)
     bound = bind(model, plan.partition, device.info.slow_tier)
     schedule = lower_for(plan.mode, plan.candidate, bound.partition)
+    if optimizer is not None:
+        schedule = with_updates(schedule)
     stored = bound.stored(plan.candidate.residents)
     readers = Readers(plan.reading)
     store = open_store(device, stored, settings().cache_dir, Originals.FREED, plan.candidate.on_disk, readers)
@@ -62,4 +78,4 @@ def apply(model: M, plan: Plan) -> StreamedModel[M]:
         readers.close()
 
     pass_floor_s = plan.floor_s / plan.partition.repeats if plan.floor_s else None
-    return StreamedModel(bound, schedule, device, store, Originals.FREED, close, pass_floor_s, plan.mode)
+    return StreamedModel(bound, schedule, device, store, Originals.FREED, close, pass_floor_s, plan.mode, optimizer)

@@ -29,7 +29,9 @@ TARGET_US = 30.0
 class InstantDevice(CpuDevice):
     """Copies are over when they are issued, and moved nothing."""
 
-    def copy(self, regions: Sequence[Region], target: torch.Tensor, after: None = None) -> CopyEvent:
+    def copy(
+        self, regions: Sequence[Region], target: torch.Tensor, after: None = None, written: CopyEvent | None = None
+    ) -> CopyEvent:
         """A finished event."""
         event = CopyEvent()
         event.set()

@@ -17,21 +17,32 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from record import RESULTS, markdown, save
 
 from zoo_checks import Finding, examine
-from zoo_models import MODEL_TYPES, NotBuiltError, build
+from zoo_models import MODEL_TYPES, NotBuiltError, Specimen, build
 
 MEMORY_BYTES = 6 * 2**30
 SETTINGS = ("window of one", "residents", "two at a time", "all resident")
+
+
+class Found(Protocol):
+    """What an examination comes to."""
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Failures of autosp."""
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +51,15 @@ class Row:
 
     model_type: str
     seconds: float
-    finding: Finding | None = None
+    finding: Any = None
+    """A `Found`."""
     not_built: str = ""
     crashed: str = ""
 
     @property
     def failed(self) -> bool:
         """Whether autosp is to blame, or may be."""
-        return bool(self.crashed) or (self.finding is not None and not self.finding.passed)
+        return bool(self.crashed) or (self.finding is not None and bool(self.finding.problems))
 
     @property
     def why(self) -> str:
@@ -60,7 +72,11 @@ class Row:
         return {**vars(self), "finding": found, "failed": self.failed}
 
 
-def work(model_type: str, folder: str, pipe: Connection) -> None:
+Examine = Callable[[Specimen], Found]
+"""Raises: NotBuiltError if there is nothing to examine."""
+
+
+def work(examine: Examine, model_type: str, folder: str, pipe: Connection) -> None:
     """Build and examine one type, in a process of its own."""
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
     os.environ |= {"AUTOSP_CACHE_DIR": f"{folder}/{model_type}", "AUTOSP_STORAGE": f"{folder}/{model_type}.db"}
@@ -69,25 +85,28 @@ def work(model_type: str, folder: str, pipe: Connection) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     try:
-        specimen = build(model_type)
+        answer: Found | str = examine(build(model_type))
     except NotBuiltError as error:
-        pipe.send(str(error))
-    else:
-        pipe.send(examine(specimen))
+        answer = str(error)
+    pipe.send(answer)
 
 
-def run_all(model_types: Sequence[str], jobs: int, limit_s: float) -> Iterator[Row]:
+def run_all(model_types: Iterable[str], jobs: int, limit_s: float, examine: Examine = examine) -> Iterator[Row]:
     """A row per type, in the order in which they end."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", "zoo_checks", "transformers.modeling_utils"])
-    todo = list(reversed(model_types))
+    todo = iter(model_types)
+    more = True
     running: dict[Connection, tuple[str, BaseProcess, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        while todo or running:
-            while todo and len(running) < jobs:
-                model_type = todo.pop()
+        while more or running:
+            while more and len(running) < jobs:
+                model_type = next(todo, None)
+                if model_type is None:
+                    more = False
+                    break
                 ours, theirs = context.Pipe(duplex=False)
-                process: BaseProcess = context.Process(target=work, args=(model_type, folder, theirs))
+                process: BaseProcess = context.Process(target=work, args=(examine, model_type, folder, theirs))
                 process.start()
                 theirs.close()
                 running[ours] = model_type, process, time.monotonic()
@@ -113,9 +132,9 @@ def _row(model_type: str, process: BaseProcess, pipe: Connection | None, seconds
         process.join()
         return Row(model_type, seconds, crashed=f"the process died with {process.exitcode}")
     process.join()
-    if isinstance(answer, Finding):
-        return Row(model_type, seconds, finding=answer)
-    return Row(model_type, seconds, not_built=answer)
+    if isinstance(answer, str):
+        return Row(model_type, seconds, not_built=answer)
+    return Row(model_type, seconds, finding=answer)
 
 
 def report(rows: Sequence[Row]) -> str:

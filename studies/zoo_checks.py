@@ -152,7 +152,7 @@ class _Examination:
         try:
             action()
         except Exception as error:  # noqa: BLE001 - a failure of one model is a row of the table
-            self._problems.append(f"{what}: {_where(error)}")
+            self._problems.append(f"{what}: {where(error)}")
 
     def _learn(self) -> None:
         plan = autosp.plan(self._specimen.model, self._specimen.batch, k=1, k_prime=1, device="cpu")
@@ -267,7 +267,8 @@ def remarks_on(reference: Any) -> list[str]:
     return [] if finite else ["an output has no finite value"]
 
 
-def _where(error: Exception) -> str:
+def where(error: Exception) -> str:
+    """What was raised, and the line of autosp that it came through."""
     frames = traceback.extract_tb(error.__traceback__)
     place = next((frame for frame in reversed(frames) if "autosp" in frame.filename), frames[-1])
     text = " ".join(str(error).split())[:200]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -36,7 +36,8 @@ class _HostBytes:
 class AcceleratorDevice:
     """Host memory -> device memory. The host never blocks on a copy: `wait` orders streams, not the host.
 
-    Only for a copy whose bytes are still being read from disk the host waits, until it can be issued.
+    Only for a copy whose bytes are still being read from disk, or written by a job of the host's, the host waits, until
+    it can be issued.
     """
 
     def __init__(self, device: torch.device | str | None = None) -> None:
@@ -52,6 +53,7 @@ class AcceleratorDevice:
         self._event_options = {"blocking": True} if chosen.type == "cuda" else {}
         self._queue = CopyQueue(self._issue)
         self._reader = Worker("autosp-reader", self._queue.issue)
+        self._host = Worker("autosp-host", self._queue.issue)
         self._anchor: tuple[Any, float] | None = None
         self._baseline = 0
         self.is_host = False
@@ -84,7 +86,9 @@ class AcceleratorDevice:
                 "tables need pinned memory; raise the limit of locked memory (ulimit -l)"
             ) from error
 
-    def copy(self, regions: Sequence[Region], target: torch.Tensor, after: Any = None) -> StreamCopy:
+    def copy(
+        self, regions: Sequence[Region], target: torch.Tensor, after: Any = None, written: CopyEvent | None = None
+    ) -> StreamCopy:
         """One `cudaMemcpyAsync` (or its like) per region, on the copy stream."""
         runs = []
         done = 0
@@ -92,7 +96,7 @@ class AcceleratorDevice:
             assert region.host is not None, "an accelerator streams from host memory"
             runs.append((target[done : done + region.n_bytes], region.host))
             done += region.n_bytes
-        return self._queue.ask(AskedCopy(StreamCopy(), runs, after, None))
+        return self._queue.ask(AskedCopy(StreamCopy(), runs, after, written))
 
     def read(self, regions: Sequence[Region], staging: torch.Tensor, after: Sequence[StreamCopy]) -> CopyEvent:
         """On the reader's thread."""
@@ -113,6 +117,10 @@ class AcceleratorDevice:
         copied = StreamCopy()
         self._put(copied, self._sends, [(target, source)], after)
         return copied
+
+    def work(self, job: Callable[[], object]) -> CopyEvent:
+        """On a thread of its own, which issues the copies that waited for it."""
+        return self._host.start(job)
 
     def settle(self, copied: StreamCopy | None) -> None:
         """Wait for the event at its end."""
@@ -141,7 +149,8 @@ class AcceleratorDevice:
         self._module.current_stream(self.torch_device).synchronize()
 
     def synchronize(self) -> None:
-        """Wait for the reader, and for all streams of the device."""
+        """Wait for the host's jobs, for the reader, and for all streams of the device."""
+        self._host.settle()
         self._reader.settle()
         self._queue.issue()
         self._module.synchronize(self.torch_device)
@@ -201,13 +210,14 @@ class AcceleratorDevice:
         )
 
     def close(self) -> None:
-        """Wait for reads and copies in flight: their memory may be freed next."""
+        """Wait for jobs, reads and copies in flight: their memory may be freed next."""
+        self._host.close()
         self._reader.close()
         self.synchronize()
 
     def _issue(self, asked: AskedCopy) -> None:
-        """Put a copy on the copy stream once its source is read."""
-        self._put(asked.copied, self._copies, asked.runs, asked.after, asked.read)
+        """Put a copy on the copy stream once its source is there."""
+        self._put(asked.copied, self._copies, asked.runs, asked.after, asked.source)
 
     def _put(
         self,
@@ -215,12 +225,12 @@ class AcceleratorDevice:
         stream: Any,
         runs: Sequence[tuple[torch.Tensor, torch.Tensor]],
         after: Any,
-        read: CopyEvent | None = None,
+        once: CopyEvent | None = None,
     ) -> None:
         """Put a copy on a stream. What goes wrong is for its waiter to raise; Ctrl-C is raised here, too."""
         try:
-            if read is not None:
-                read.wait()  # it is over: raises its error
+            if once is not None:
+                once.wait()  # it is over: raises its error
             if after is not None:
                 stream.wait_event(after)
             with self._module.stream(stream):

@@ -7,7 +7,8 @@ relates the two but events: a copy starts after `after`, compute that follows `w
 the copies that empty its memory, a staged copy for its read, and both queues go in the order of the calls. Each job
 waits only for jobs asked for before it, in its own queue or in the other, or for compute launched before it: so the
 earliest job that is not over can always go on, and there is no deadlock, whatever is called when. The host may ask for
-more, raise, or wait for any of them at any time; a job that fails is over, and says so to who waits for it.
+more, raise, or wait for any of them at any time; a job that fails is over, and says so to who waits for it. Jobs of
+the host's own (`work`) wait for nothing.
 
 [Note: nothing small on the heap] A lock or another small piece of the C heap that is kept over passes pins the free
 memory below it, so that activations cannot be laid where earlier ones were: eight passes' events once doubled the peak
@@ -16,7 +17,7 @@ of a small model on a CPU. Python objects have arenas of their own and do no har
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -99,8 +100,11 @@ class Device(Protocol):
         Raises: TierError if the memory could not be pinned.
         """
 
-    def copy(self, regions: Sequence[Region], target: torch.Tensor, after: Event | None) -> Copied:
-        """Start filling `target` with the regions, one after another, once `after` is over. Does not block."""
+    def copy(self, regions: Sequence[Region], target: torch.Tensor, after: Event | None, written: Any = None) -> Copied:
+        """Start filling `target` with the regions, one after another, once `after` is over. Does not block.
+
+        Nor before its own job `written` is over, which writes to the regions; if that fails, so does the copy.
+        """
 
     def read(self, regions: Sequence[Region], staging: torch.Tensor, after: Sequence[Any]) -> Any:
         """Start filling host memory with the regions, one after another, once its own copies `after` are over.
@@ -121,6 +125,13 @@ class Device(Protocol):
         """Start copying device bytes to as many in host memory (both uint8), once `after` is over. Does not block.
 
         In an order of its own, beside that of `copy`. The caller keeps both alive until it is over.
+        """
+
+    def work(self, job: Callable[[], object]) -> Any:
+        """Start a job of the host's, on a thread of its own, after those asked for before it. Does not block.
+
+        What it gives is for `copy`; it has `times` as a copy has, and `settle()`, which blocks until the job is over,
+        however it ended. A job must neither wait for anything of the device's nor start it.
         """
 
     def settle(self, copied: Any) -> None:

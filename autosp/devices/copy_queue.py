@@ -65,16 +65,19 @@ class StreamCopy:
 
 @dataclass(frozen=True, slots=True)
 class AskedCopy:
-    """A copy with its (target, source) runs, the compute that it comes after, and the read that brings its source."""
+    """A copy with its (target, source) runs, the compute that it comes after, and the job that brings its source.
+
+    That is a read, or a job of the host's that writes there.
+    """
 
     copied: StreamCopy
     runs: Sequence[tuple[torch.Tensor, torch.Tensor]]
     after: Any
-    read: CopyEvent | None
+    source: CopyEvent | None
 
     def can_be_issued(self) -> bool:
         """Whether its source is there, or never will be."""
-        return self.read is None or self.read.over()
+        return self.source is None or self.source.over()
 
 
 class CopyQueue:

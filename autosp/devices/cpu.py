@@ -40,6 +40,7 @@ class CpuDevice:
         self._reader = Worker("autosp-reader")
         self._sender = Worker("autosp-sender")
         self._plugs = Plugs()
+        self._host = Worker("autosp-host")
         self._baseline = 0
 
     def __reduce__(self) -> tuple[Callable[[], CpuDevice], tuple[()]]:
@@ -59,9 +60,13 @@ class CpuDevice:
         """Itself."""
         return memory
 
-    def copy(self, regions: Sequence[Region], target: torch.Tensor, after: None = None) -> CopyEvent:
+    def copy(
+        self, regions: Sequence[Region], target: torch.Tensor, after: None = None, written: CopyEvent | None = None
+    ) -> CopyEvent:
         """Queue the job. The compute that `after` stands for is over already."""
-        return self._copier.start(partial(self._fill, regions, target))
+        if written is None:
+            return self._copier.start(partial(self._fill, regions, target))
+        return self._copier.start(partial(self._fill_written, written, regions, target), (written,))
 
     def read(self, regions: Sequence[Region], staging: torch.Tensor, after: Sequence[CopyEvent]) -> CopyEvent:
         """Queue the job for the other thread."""
@@ -76,6 +81,10 @@ class CpuDevice:
     def send(self, source: torch.Tensor, target: torch.Tensor, after: None = None) -> CopyEvent:
         """Queue the job for a third thread."""
         return self._sender.start(partial(self._return, source, target))
+
+    def work(self, job: Callable[[], object]) -> CopyEvent:
+        """Queue the job for a fourth thread."""
+        return self._host.start(job)
 
     def settle(self, copied: CopyEvent | None) -> None:
         """As `wait`: compute is synchronous with the host."""
@@ -98,6 +107,7 @@ class CpuDevice:
 
     def synchronize(self) -> None:
         """Block until all queued jobs are over; their errors, if any, are their waiters' to raise."""
+        self._host.settle()
         self._copier.settle()
         self._reader.settle()
         self._sender.settle()
@@ -154,7 +164,8 @@ class CpuDevice:
         return False
 
     def close(self) -> None:
-        """End the threads after their queued jobs: the reader before the copier, which it may wait for."""
+        """End the threads after their queued jobs: those that the copier may wait for before it."""
+        self._host.close()
         self._sender.close()
         self._reader.close()
         self._copier.close()
@@ -164,6 +175,11 @@ class CpuDevice:
         """A copy from the slow tier, at its pace."""
         start = time.perf_counter()
         self._pause(start, read_regions(regions, target))
+
+    def _fill_written(self, written: CopyEvent, regions: Sequence[Region], target: torch.Tensor) -> None:
+        """A copy of what a job wrote."""
+        written.wait()  # it is over: raises its error
+        self._fill(regions, target)
 
     def _return(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """A copy to the slow tier, at the link's pace."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,16 +17,19 @@ from autosp.spec import DeviceInfo, Tier
 
 @dataclass(frozen=True)
 class VirtualCopy:
-    """Start and end of a copy or a read on the virtual clock, and what it raised."""
+    """Start and end of a copy, a read or a job on the virtual clock, and what it raised."""
 
     began: float
     ended: float
-    error: AutospError | None = None
+    error: Exception | None = None
 
     @property
     def times(self) -> VirtualCopy:
         """Known as soon as it is issued."""
         return self
+
+    def settle(self) -> None:
+        """What it does was done when it was issued."""
 
 
 class VirtualDevice:
@@ -45,6 +48,7 @@ class VirtualDevice:
         latency_s: float = 0.0,
         disk_bytes_per_s: float = math.inf,
         disk_latency_s: float = 0.0,
+        job_s: float = 0.0,
     ) -> None:
         self.torch_device = torch.device("cpu")
         self.info = DeviceInfo(
@@ -69,6 +73,8 @@ class VirtualDevice:
         self._disk_latency_s = disk_latency_s
         self._disk_free_s = 0.0
         self._return_free_s = 0.0
+        self._job_s = job_s
+        self._host_free_s = 0.0
 
     def spend(self, seconds: float) -> None:
         """Compute for that long."""
@@ -85,9 +91,17 @@ class VirtualDevice:
         """Itself."""
         return memory
 
-    def copy(self, regions: Sequence[Region], target: torch.Tensor, after: float | None = None) -> VirtualCopy:
-        """After the copies before it, after `after`, and not before it is issued."""
-        return self._moved(read_regions(regions, target), after or 0.0)
+    def copy(
+        self,
+        regions: Sequence[Region],
+        target: torch.Tensor,
+        after: float | None = None,
+        written: VirtualCopy | None = None,
+    ) -> VirtualCopy:
+        """After the copies before it, after `after` and `written`, and not before it is issued."""
+        if written is not None and written.error is not None:
+            return written
+        return self._moved(read_regions(regions, target), max(after or 0.0, written.ended if written else 0.0))
 
     def read(self, regions: Sequence[Region], staging: torch.Tensor, after: Sequence[VirtualCopy]) -> VirtualCopy:
         """After the reads before it, after the copies `after`, and not before it is issued."""
@@ -123,6 +137,16 @@ class VirtualDevice:
         self._return_free_s = start + self._latency_s + target.numel() / self._bytes_per_s
         self.sends.append((start, self._return_free_s, target.numel()))
         return VirtualCopy(start, self._return_free_s)
+
+    def work(self, job: Callable[[], object]) -> VirtualCopy:
+        """After the jobs before it, and not before it is asked for; it takes `job_s`."""
+        start = max(self._host_free_s, self.now_s)
+        self._host_free_s = start + self._job_s
+        try:
+            job()
+        except Exception as error:  # noqa: BLE001 - for its waiter, as on another thread
+            return VirtualCopy(start, self._host_free_s, error)
+        return VirtualCopy(start, self._host_free_s)
 
     def settle(self, copied: VirtualCopy | None) -> None:
         """As `wait`: the clock of the host is the clock of compute."""

@@ -15,6 +15,7 @@ from autosp.runtime.recorder import Recorder
 from autosp.runtime.staging import Staging
 from autosp.runtime.streamed_layer import StreamedLayer
 from autosp.runtime.transfers import Prefetch, State, TransferGroup, build_groups
+from autosp.runtime.updates import Updates
 from autosp.schedule.actions import Kind, Schedule
 from autosp.tiers import Store
 
@@ -57,6 +58,7 @@ class Loader:
         self.device = device
         self.counters = Counters()
         self.recorder = Recorder(device)
+        self.updates = Updates(device, self.recorder)
         self._store = store
         self._by_index = {layer.layer.index: layer for layer in layers}
         self._present: list[TransferGroup] = []
@@ -88,8 +90,11 @@ class Loader:
 
     def take_samples(self) -> None:
         """Until the next pass anybody may write to the weights, also where no version counter sees it (`.data`)."""
-        for group in {*self._present, *self.staging.ahead()}:
-            group.take_sample()
+        with (
+            self.updates.inside()
+        ):  # of a layer whose update is under way: it is found to be written to, and loaded again
+            for group in {*self._present, *self.staging.ahead()}:
+                group.take_sample()
 
     # -- what is needed now ---------------------------------------------------------------------------------------
 
@@ -101,9 +106,11 @@ class Loader:
             return group
         if not self.fetch(group):
             layer.place(self._load_temporarily(layer))
+            self.updates.finish(layer.layer.index)
             layer.bind_device()
             layer.running = 1
             return None
+        self.updates.finish(layer.layer.index)
         layer.bind_device()
         layer.running = 1
         group.running += 1
@@ -219,7 +226,8 @@ class Loader:
             return False
         for rival in rivals:
             self._evict(rival)
-        group.loaded_version = group.version()
+        with self.updates.inside():
+            group.loaded_version = group.version()
         group.ready = self._copy(group)
         group.state = State.LOADING
         self._present.append(group)
@@ -232,7 +240,7 @@ class Loader:
         """To its target, once that is free: what can read the old bytes was launched before this point of compute."""
         free = self.device.record()
         if group.staging_offset is None:
-            return self.device.copy(group.regions, group.target, free)
+            return self.device.copy(group.regions, group.target, free, self.updates.due(group.indices))
         return self.staging.load(group, free)
 
     def _was_read(self, group: TransferGroup) -> None:

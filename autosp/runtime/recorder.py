@@ -47,6 +47,14 @@ class Read:
     times: CopyTimes
 
 
+@dataclass(frozen=True, slots=True)
+class Update:
+    """One layer's update on the host."""
+
+    layer: int
+    times: CopyTimes
+
+
 @dataclass(slots=True)
 class Pass:
     """One outermost call of the model."""
@@ -56,6 +64,8 @@ class Pass:
     visits: list[Visit] = field(default_factory=list)
     loads: list[Load] = field(default_factory=list)
     reads: list[Read] = field(default_factory=list)
+    updates: list[Update] = field(default_factory=list)
+    """By the step before it."""
 
 
 class Recorder:
@@ -110,6 +120,11 @@ class Recorder:
         """A read was issued."""
         if self._now is not None:
             self._now.reads.append(Read(layers, offset, n_bytes, read.times))
+
+    def updated(self, layer: int, updated: Copied) -> None:
+        """An update is over, which may have begun before the pass."""
+        if self._now is not None:
+            self._now.updates.append(Update(layer, updated.times))
 
     # -- what is read from it: waits for the device, so not for use within a pass ------------------------------------
 
@@ -178,6 +193,9 @@ class Recorder:
                 begin, end = at(load.times.began), at(load.times.ended)
                 spans += (Span(action(Kind.EVICT, gone), period, begin, begin) for gone in load.evicted)
                 spans.append(Span(action(Kind.LOAD, load.layers, load.offset), period, begin, end))
+            for update in one.updates:
+                begin, end = max(0.0, at(update.times.began)), max(0.0, at(update.times.ended))
+                spans.append(Span(action(Kind.STEP, (update.layer,)), period, begin, end))
             for visit in one.visits:
                 arrive, start, finish = at(visit.arrive), at(visit.start), at(visit.finish)
                 spans.append(Span(action(visit.kind, (visit.layer,)), period, start, finish, start - arrive))

@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from autosp.batch import call_on
 from autosp.devices import Device
@@ -75,8 +76,12 @@ class StreamedModel(Generic[M]):
         on_close: Callable[[], None] = lambda: None,
         floor_s: float | None = None,
         mode: Mode = "inference",
+        optimizer: Optimizer | None = None,
     ) -> None:
-        """`on_close` frees the store once the model is at rest. `floor_s`: the least that one pass can take."""
+        """`on_close` frees the store once the model is at rest. `floor_s`: the least that one pass can take.
+
+        `optimizer`: of which `schedule` has the steps, see [Note: updates under way].
+        """
         self.model = bound.model
         self._bound = bound
         self._device = device
@@ -134,6 +139,8 @@ class StreamedModel(Generic[M]):
             self._intercept(moving)
             if mode == "training":
                 follow(self.model.parameters())
+            if optimizer is not None:
+                loader.updates.watch(optimizer, self.model, [one for one, _ in streamed], schedule.steps)
             if device.torch_device.type != "cpu":
                 known = [named.tensor for named in _all_tensors(bound)]
                 self._guests = Guests(bound.model, known, lambda data: data.to(device.torch_device))
@@ -194,9 +201,19 @@ class StreamedModel(Generic[M]):
         return self._executor.recorder.timeline()
 
     def remove(self) -> None:
-        """Make the model an ordinary one in ordinary memory again, with the values it has now. Twice is harmless."""
+        """Make the model an ordinary one in ordinary memory again, with the values it has now. Twice is harmless.
+
+        Raises: what an update that runs beside passes raised, if nobody was told yet; the model is at rest then, too.
+        """
         if self._removed:
             return
+        try:
+            if hasattr(self, "_executor"):
+                self._executor.loader.updates.close()
+        finally:
+            self._remove()
+
+    def _remove(self) -> None:
         self._final_peak_bytes = self._device.peak_bytes()
         self._removed = True
         for wrapper in reversed(self._wrappers):

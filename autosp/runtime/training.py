@@ -75,12 +75,14 @@ class TrainingExecutor(Executor):
         if self._tasks:  # a backward pass raised
             self._gradients.abandon()
             self._close_backward()
-        self._gradients.watch()
-        if self._updated:
-            groups = self.loader.groups.values()
-            self.loader.evict(group for group in groups if self._gradients.trains(group.indices))
-        self._updated = False
-        super().begin_pass()
+        self.loader.updates.give_back()
+        with self.loader.updates.inside():
+            self._gradients.watch()
+            if self._updated:
+                groups = self.loader.groups.values()
+                self.loader.evict(group for group in groups if self._gradients.trains(group.indices))
+            self._updated = False
+            super().begin_pass()
 
     def prime(self) -> None:
         """In every pass: none finds in the arena what the one before prepared."""

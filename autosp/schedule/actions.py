@@ -8,6 +8,7 @@ Text form, one token per action: `<layers><kind><occurrence>[@<offset>][<waits>]
     7R0@4096[5L0]     read layer 7 from disk to offset 4096 of the host's staging ring, once layer 5 was loaded from it
     4B0[4+5L1,4C0]    backward of layer 4, whose activations were recomputed (4C0)
     4G0[4B0]          gradients of layer 4 to the host
+    4S0[3G0]          step of the optimizer over layer 4 on the host, once the last gradients (of layer 3) are there
 
 Actions of one resource run in list order; a wait names an action of any resource.
 """
@@ -29,6 +30,7 @@ class Kind(StrEnum):
     BACKWARD = "B"
     RECOMPUTE = "C"
     GRADIENTS = "G"
+    STEP = "S"
 
 
 COMPUTES = (Kind.FORWARD, Kind.RECOMPUTE, Kind.BACKWARD)
@@ -42,6 +44,7 @@ class Resource(StrEnum):
     LINK = "link"
     DISK = "disk"
     RETURN = "return link"
+    HOST = "host"
 
 
 RESOURCE = {
@@ -52,11 +55,12 @@ RESOURCE = {
     Kind.BACKWARD: Resource.COMPUTE,
     Kind.RECOMPUTE: Resource.COMPUTE,
     Kind.GRADIENTS: Resource.RETURN,
+    Kind.STEP: Resource.HOST,
 }
 
 _LAYERS = r"\d+(?:,\d+)*"
 _HEAD = re.compile(rf"arena=(\d+)(?: staging=(\d+) on_disk=({_LAYERS}))? residents=(-|{_LAYERS})")
-_REF = re.compile(r"(?P<before>-?)(?P<layers>\d+(?:\+\d+)*)(?P<kind>[RLFEBCG])(?P<occurrence>\d+)")
+_REF = re.compile(r"(?P<before>-?)(?P<layers>\d+(?:\+\d+)*)(?P<kind>[RLFEBCGS])(?P<occurrence>\d+)")
 _TOKEN = re.compile(rf"{_REF.pattern}(?:@(?P<offset>\d+))?(?:\[(?P<waits>[^\]]*)\])?")
 
 
@@ -134,6 +138,11 @@ class Schedule:
     def loads(self) -> tuple[Action, ...]:
         """The transfers of one steady pass, in order."""
         return tuple(action for action in self.actions if action.kind is Kind.LOAD)
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Layers that the host updates beside the next pass, in order."""
+        return tuple(action.layers[0] for action in self.actions if action.kind is Kind.STEP)
 
     @property
     def reads(self) -> tuple[Action, ...]:

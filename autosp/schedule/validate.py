@@ -13,10 +13,10 @@ def validate(schedule: Schedule, layer_bytes: tuple[int, ...], read_bytes: tuple
 
     Guarantees, for the cold actions and two passes in list order: every FORWARD, RECOMPUTE and BACKWARD finds its
     layer on the device, and waits for the load that brought it in this pass; a BACKWARD waits for the RECOMPUTE before
-    it, GRADIENTS for what computes them; a LOAD overwrites evicted layers only, and waits for their
-    evictions; a LOAD from disk waits for a READ of just its layers in this pass; a READ overwrites only what was
-    loaded from staging, and waits for those loads; waits name earlier actions; loads stay inside the arena, reads
-    inside the staging ring.
+    it, GRADIENTS for what computes them, a STEP for the last of these, and the next pass's first LOAD of a layer for
+    its STEP; a LOAD overwrites evicted layers only, and waits for their evictions; a LOAD from disk waits for a READ of
+    just its layers in this pass; a READ overwrites only what was loaded from staging, and waits for those loads; waits
+    name earlier actions; loads stay inside the arena, reads inside the staging ring.
 
     Raises: ValueError naming the action.
     """
@@ -35,6 +35,7 @@ def validate(schedule: Schedule, layer_bytes: tuple[int, ...], read_bytes: tuple
         for action in actions:
             _check_waits(action, done, names)
             _check_backward(action, done)
+            _check_update(action, done, schedule)
             staging.apply(action, number)
             arena.apply(action, number)
             done.add(action.ref)
@@ -56,6 +57,20 @@ def _check_backward(action: Action, done: set[Ref]) -> None:
         raise ValueError(f"{action.ref} does not wait for {again}, which brings its activations")
     if action.kind is Kind.GRADIENTS and not any(ref.kind in COMPUTES for ref in action.waits):
         raise ValueError(f"{action.ref} waits for nothing that computes them")
+
+
+def _check_update(action: Action, done: set[Ref], schedule: Schedule) -> None:
+    """An update follows all gradients, which may be clipped together; weights are loaded once they are updated."""
+    if action.kind is Kind.STEP:
+        last = next((one.ref for one in reversed(schedule.actions) if one.kind is Kind.GRADIENTS), None)
+        if last not in action.waits:
+            raise ValueError(f"{action.ref} does not wait for {last}, the last gradients")
+    if action.kind is Kind.LOAD:
+        for layer in {*action.layers} & {*schedule.steps}:
+            step = Ref(Kind.STEP, (layer,), 0, previous_pass=True)
+            first = not any(ref.kind is Kind.LOAD and layer in ref.layers for ref in done)
+            if first and step not in action.waits:
+                raise ValueError(f"{action.ref} does not wait for {step}, which updates its weights")
 
 
 def _range(action: Action, layer_bytes: tuple[int, ...], limit: int, place: str) -> tuple[int, int]:

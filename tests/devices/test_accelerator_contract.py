@@ -378,6 +378,27 @@ def test_a_copy_of_what_is_still_read_is_issued_when_it_is_there_and_in_its_turn
     device.close()
 
 
+def test_a_copy_of_what_a_job_still_writes_is_issued_when_it_is_over_and_in_its_turn(fake: Fake) -> None:
+    """By the job's own thread: nobody needs to wait for it."""
+    device, module = fake
+    target, other = torch.zeros(1, dtype=torch.uint8), torch.zeros(1, dtype=torch.uint8)
+    first, second = device.record(), device.record()
+    free = threading.Event()
+    module.log.clear()
+    job = device.work(free.wait)
+    copied = device.copy([Region(7)], target, first, job)
+    later = device.copy([Region(9)], other, second)
+    assert module.log == []  # neither may overtake
+    assert not device.finished(copied) and not device.finished(later)
+    free.set()
+    later.wait_issued()
+    waits = [(stream, event) for verb, stream, event in module.log if verb == "wait"]
+    assert waits == [("copies", first), ("copies", second)]
+    assert job.over()
+    assert (target.tolist(), other.tolist()) == ([7], [9])
+    device.close()
+
+
 def test_a_copy_of_what_was_read_is_issued_at_once(fake: Fake) -> None:
     device, module = fake
     target = torch.zeros(2, dtype=torch.uint8)

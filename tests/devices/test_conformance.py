@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -168,6 +169,45 @@ def test_what_compute_made_is_sent_to_the_host_in_order(any_device: Device) -> N
     assert torch.equal(target, expected)
     device.synchronize()
     assert device.seconds(sent[0].times.began, sent[-1].times.ended) > 0
+
+
+def test_a_copy_waits_for_the_job_that_writes_its_source(any_device: Device, tmp_path: Path) -> None:
+    device = any_device
+    store, parts, _ = _store(device, tmp_path)
+    done: list[int] = []
+
+    def write(value: int) -> None:
+        store.rest(0)[:8] = value
+        done.append(value)
+
+    target = device.allocate(parts.layers[0].n_bytes)
+    for value in range(20):
+        job = device.work(partial(write, value))
+        device.wait(device.copy(store.regions([0]), target, device.record(), job))
+        copied = target.clone()
+        assert torch.equal(copied[:8].cpu(), torch.full((8,), value, dtype=torch.uint8))
+    job.settle()
+    device.synchronize()
+    assert done == list(range(20))
+    assert device.seconds(job.times.began, job.times.ended) >= 0
+    store.close()
+
+
+def test_a_failed_job_reaches_who_waits_for_its_copy(any_device: Device, tmp_path: Path) -> None:
+    device = any_device
+    store, parts, _ = _store(device, tmp_path)
+
+    def fail() -> None:
+        raise KeyError("in a job")
+
+    target = device.allocate(parts.layers[0].n_bytes)
+    failed = device.copy(store.regions([0]), target, device.record(), device.work(fail))
+    with pytest.raises(KeyError, match="in a job"):
+        device.wait(failed)
+    device.wait(device.copy(store.regions([0]), target, device.record()))
+    device.synchronize()
+    assert torch.equal(target.cpu(), store.rest(0))
+    store.close()
 
 
 def test_only_tensors_of_a_host_device_can_be_added_to_the_host_s(any_device: Device) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 import autosp
@@ -16,6 +17,7 @@ from autosp.partition import bind
 from autosp.profiler.training import training_partition
 from autosp.runtime.streamed_model import StreamedModel
 from autosp.schedule.training import lower_training
+from autosp.schedule.updates import with_updates
 from autosp.spec import Candidate, Tier
 from autosp.tiers import Originals, open_store
 from autosp.workload import Workload
@@ -49,7 +51,12 @@ def apply(tmp_path: Path) -> Iterator[Apply]:
     applied: list[StreamedModel[nn.Module]] = []
 
     def make_it(
-        model: nn.Module, batch: Any, candidate: Candidate, step: Step = loss_step, device: Device | None = None
+        model: nn.Module,
+        batch: Any,
+        candidate: Candidate,
+        step: Step = loss_step,
+        device: Device | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
     ) -> StreamedModel[nn.Module]:
         device = device or CpuDevice(slow_tier=Tier.HOST)
         devices.append(device)
@@ -60,7 +67,11 @@ def apply(tmp_path: Path) -> Iterator[Apply]:
         bound = bind(model, parts)
         store = open_store(device, bound.layers, tmp_path, Originals.FREED)
         schedule = lower_training(candidate, bound.partition)
-        streamed = StreamedModel(bound, schedule, device, store, Originals.FREED, store.close, mode="training")
+        if optimizer is not None:
+            schedule = with_updates(schedule)
+        streamed = StreamedModel(
+            bound, schedule, device, store, Originals.FREED, store.close, mode="training", optimizer=optimizer
+        )
         applied.append(streamed)
         return streamed
 

@@ -158,6 +158,31 @@ def test_an_exception_in_the_update(plan: str, apply: Apply) -> None:
     assert_the_next_steps_are_right(model, plain, batch, optimizers)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("plan", SOME)
+def test_masters_in_the_user_s_loop(plan: str, dtype: torch.dtype, apply: Apply) -> None:
+    """Weights of half precision, updated in full: a step that overflows is left out, one that fails can be repeated."""
+    model, batch = make("stack")
+    model, plain = twins(model.to(dtype))
+    apply(model, batch, PLANS[plan])
+    masters = [[one.detach().float() for one in each.parameters()] for each in (model, plain)]
+    optimizers = [torch.optim.Adam(each, lr=1e-2) for each in masters]
+    for step in range(5):
+        before = [one.detach().clone() for one in model.parameters()]
+        for one, mine, optimizer in zip((model, plain), masters, optimizers, strict=True):
+            (loss_of(call(one, tokens(3, 7 + step))) * (torch.inf if step == 2 else 2.0**4)).backward()
+            for master, parameter in zip(mine, one.parameters(), strict=True):
+                master.grad = parameter.grad.float() / 2.0**4
+            if all(bool(master.grad.isfinite().all()) for master in mine):
+                optimizer.step()
+            one.zero_grad()
+            with torch.no_grad():
+                for master, parameter in zip(mine, one.parameters(), strict=True):
+                    parameter.copy_(master)
+        assert_same_weights(model, plain)
+        assert equal(before, [one.detach() for one in model.parameters()]) == (step == 2)
+
+
 class Faulty(VirtualDevice):
     """Fails when a call of the kind in `fails` is the one of that number."""
 
@@ -166,9 +191,15 @@ class Faulty(VirtualDevice):
         self.fails: tuple[str, int] | None = None
         self.calls: Counter[str] = Counter()
 
-    def copy(self, regions: Sequence[Region], target: torch.Tensor, after: float | None = None) -> VirtualCopy:
+    def copy(
+        self,
+        regions: Sequence[Region],
+        target: torch.Tensor,
+        after: float | None = None,
+        written: VirtualCopy | None = None,
+    ) -> VirtualCopy:
         self._count("copy")
-        return super().copy(regions, target, after)
+        return super().copy(regions, target, after, written)
 
     def send(self, source: torch.Tensor, target: torch.Tensor, after: float | None = None) -> VirtualCopy:
         self._count("send")

@@ -6,12 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autosp.cost_model.simulate import costs_of, simulate
 from autosp.schedule.actions import COMPUTES, Kind, Schedule, parse
 from autosp.schedule.lowering import lower_for
 from autosp.schedule.training import lower_training
+from autosp.schedule.updates import with_updates
 from autosp.schedule.validate import validate
 from autosp.spec import Candidate, Partition
-from builders import candidates, orders, partition, sizes, thorough
+from builders import candidates, orders, partition, profile, sizes, thorough
 
 
 def trained(layer_bytes: tuple[int, ...], visits: tuple[int, ...], backward: tuple[int, ...]) -> Partition:
@@ -155,3 +157,59 @@ def test_a_wrong_schedule_is_named(old: str, new: str, message: str) -> None:
     assert old in text
     with pytest.raises(ValueError, match=message):
         validate(parse(text.replace(old, new)), (10, 10, 10))
+
+
+def test_updates_by_hand() -> None:
+    """Two layers a load: it waits for both. Layer 0 stays, so step() itself updates it."""
+    schedule = with_updates(
+        lower_training(Candidate(k=3, k_prime=2, residents=(0,)), trained((10, 10, 10), (0, 1, 2), (2, 1)))
+    )
+    assert str(schedule) == "\n".join(
+        [
+            "arena=20 residents=0",
+            "",
+            "1+2L0@0[-1+2E0,-1S0,-2S0] 0F0 1F0[1+2L0] 2F0[1+2L0] 2B0[1+2L0] 2G0[2B0] 1B0[1+2L0] 1G0[1B0] 1+2E0[1B0]"
+            " 1S0[1B0,1G0] 2S0[1B0,1G0]",
+        ]
+    )
+    assert schedule.steps == (1, 2)
+    validate(schedule, (10, 10, 10))
+
+
+@thorough
+@given(cases())
+def test_every_schedule_with_updates_is_valid_and_round_trips(case: tuple[Candidate, Partition]) -> None:
+    candidate, parts = case
+    plain = lower_training(candidate, parts)
+    schedule = with_updates(plain)
+    validate(schedule, layer_bytes_of(parts))
+    assert parse(str(schedule)) == schedule
+    assert sorted(schedule.steps) == sorted(one.layers[0] for one in plain.actions if one.kind is Kind.GRADIENTS)
+    assert [str(one.ref) for one in plain.actions] == [str(one.ref) for one in schedule.actions[: len(plain.actions)]]
+
+
+def test_without_gradients_there_are_no_updates() -> None:
+    schedule = lower_training(Candidate(k=1, k_prime=1), partition((10, 10)))
+    assert with_updates(schedule) == schedule
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("0L0@0[-1E1,-0S0]", "0L0@0[-1E1]", "0L0 does not wait for -0S0, which updates its weights"),
+        ("1S0[1B0,1G0]", "1S0[1B0,2G0]", "1S0 does not wait for 1G0, the last gradients"),
+    ],
+)
+def test_a_wrong_update_is_named(old: str, new: str, message: str) -> None:
+    text = str(with_updates(lower_training(Candidate(k=1, k_prime=1), trained((10, 10, 10), (0, 1, 2), (2, 1)))))
+    assert old in text
+    with pytest.raises(ValueError, match=message):
+        validate(parse(text.replace(old, new)), (10, 10, 10))
+
+
+def test_updates_run_on_paper() -> None:
+    measured = profile((10, 10, 10), bytes_per_s=10.0)
+    schedule = with_updates(lower_training(Candidate(k=1, k_prime=1), trained((10, 10, 10), (0, 1, 2), (2, 1, 0))))
+    timeline = simulate(schedule, costs_of(measured))
+    spans = {(span.period, str(span.action.ref)): span for span in timeline.spans}
+    assert spans[1, "0L0"].start_s >= spans[0, "0S0"].end_s >= spans[0, "0G0"].end_s

@@ -1,0 +1,318 @@
+"""Updates of streamed weights that run beside the next forward pass.
+
+[Note: updates under way] `optimizer.step()` updates what stays on the device, and returns. Streamed layers are updated
+after that, on a thread of the host, one after another in the order in which the next forward needs them; a layer is
+loaded once its own update is over. An update is the user's own optimizer, with the options of that moment, over
+stand-ins that share memory with a layer's parameters, with their gradients, and with their entries in its state: the
+bits are those of a step over all at once, if the optimizer treats every parameter by itself.
+
+Until its update is over a parameter is guarded: whatever uses it, its gradient or its entry in the optimizer's state,
+waits for all updates first. Two things are not seen: a view that was made of its data or gradient before `step()`, and
+an iteration over the values of `optimizer.state`, for which there is `state_dict()`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import increment_version
+from torch.optim import Optimizer
+
+from autosp.devices import Device
+from autosp.errors import SettingError
+from autosp.partition import BoundLayer
+from autosp.partition.placed import tensors_of
+from autosp.runtime.guarded import guarded
+from autosp.runtime.recorder import Recorder
+
+INDEPENDENT = (
+    torch.optim.ASGD,
+    torch.optim.Adadelta,
+    torch.optim.Adafactor,
+    torch.optim.Adagrad,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.Adamax,
+    torch.optim.Muon,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+    torch.optim.Rprop,
+    torch.optim.SGD,
+    torch.optim.SparseAdam,
+)
+"""Optimizers whose step treats every parameter by itself."""
+
+
+def check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
+    """Raises: SettingError if a step cannot be taken layer by layer, or is none of this model's weights."""
+    name = type(optimizer).__name__
+    if not isinstance(optimizer, Optimizer):
+        raise SettingError(f"optimizer is a {name}; pass a torch.optim.Optimizer")
+    known = {inspect.unwrap(one.step) for one in INDEPENDENT}
+    if inspect.unwrap(type(optimizer).step) not in known:
+        names = ", ".join(one.__name__ for one in INDEPENDENT)
+        raise SettingError(
+            f"{name} cannot be stepped layer by layer: only {names} are known to treat every parameter by itself; "
+            "leave optimizer= out, and its step() works as it is"
+        )
+    if any(group.get("differentiable") for group in optimizer.param_groups):
+        raise SettingError(f"a differentiable {name} cannot be stepped layer by layer: leave optimizer= out")
+    weights = {id(parameter) for parameter in model.parameters()}
+    if not any(id(one) in weights for group in optimizer.param_groups for one in group["params"]):
+        raise SettingError(
+            f"the {name} holds no parameter of this {type(model).__name__}: optimizer= is for the one that updates the "
+            "weights that stream; where it updates copies of them, leave optimizer= out"
+        )
+
+
+@dataclass(eq=False)
+class _Failure:
+    """Of one step's updates: what follows the first that fails is not updated, as in a plain step."""
+
+    error: BaseException | None = None
+    told: bool = False
+
+
+@dataclass(eq=False)
+class _Update:
+    """One layer's: the user's optimizer with stand-ins for the layer's parameters."""
+
+    optimizer: Optimizer
+    failure: _Failure
+    parameters: list[tuple[nn.Parameter, nn.Parameter]] = field(default_factory=list)
+    """The user's, each with its stand-in."""
+    job: Any = None
+
+    def run(self, n_threads: int) -> None:
+        """On the host's thread, with as many threads as the user has: what they share may depend on their number."""
+        if self.failure.error is not None:
+            return
+        try:
+            if torch.get_num_threads() != n_threads:
+                torch.set_num_threads(n_threads)
+            inspect.unwrap(type(self.optimizer).step, stop=_is_unhooked)(self.optimizer)
+        except BaseException as error:  # noqa: BLE001 - raised where the layer is used next
+            self.failure.error = error
+
+
+def _is_unhooked(step: Any) -> bool:
+    """Hooks are called by the user's own call of `step()`."""
+    return not getattr(step, "hooked", False)
+
+
+class Updates:
+    """Those of one model. Nothing is ever under way unless an optimizer is watched."""
+
+    def __init__(self, device: Device, recorder: Recorder) -> None:
+        self._device = device
+        self._recorder = recorder
+        self._optimizer: Optimizer | None = None
+        self._layer_of: dict[int, int] = {}
+        self._order: dict[int, int] = {}
+        self._pending: dict[int, _Update] = {}
+        """Layer -> its update, in their order."""
+        self._aside: list[tuple[nn.Parameter, torch.Tensor]] = []
+        """Gradients that `step()` must not see."""
+        self._inside = False
+        self._class = guarded(self._before_use)
+        self._hooks: list[Any] = []
+        self._before: Any = None
+        self._methods: list[_ZeroGrad] = []
+
+    def watch(self, optimizer: Optimizer, model: nn.Module, layers: Sequence[BoundLayer], order: Sequence[int]) -> None:
+        """Update these streamed layers beside passes, in that order. `check_optimizer` has no objections."""
+        self._optimizer = optimizer
+        self._order = {layer: number for number, layer in enumerate(order)}
+        for layer in layers:
+            if layer.leaf is None and layer.layer.index in self._order:
+                plain = (one.tensor for one in tensors_of(layer.placed) if type(one.tensor) is nn.Parameter)
+                self._layer_of |= {id(parameter): layer.layer.index for parameter in plain}
+        after = optimizer.register_step_post_hook(self._start)
+        optimizer._optimizer_step_post_hooks.move_to_end(after.id, last=False)  # type: ignore[attr-defined]
+        saving = optimizer.register_state_dict_pre_hook(lambda _: self.settle())
+        loading = optimizer.register_load_state_dict_pre_hook(lambda *_: self.settle())
+        self._hooks = [after, saving, loading]
+        self._before = optimizer.register_step_pre_hook(self._take)
+        self._methods = [_ZeroGrad(one, self) for one in (optimizer, model)]
+
+    # -- what a pass asks -----------------------------------------------------------------------------------------
+
+    def due(self, layers: Collection[int]) -> Any:
+        """The job after which the weights of these layers are updated, if that is under way."""
+        jobs = [update.job for layer, update in self._pending.items() if layer in layers]
+        return jobs[-1] if jobs else None
+
+    def finish(self, layer: int) -> None:
+        """Wait for a layer's update. Raises: what an update before it, or its own, raised; once."""
+        update = self._pending.pop(layer, None)
+        if update is None:
+            return
+        update.job.settle()
+        self._recorder.updated(layer, update.job)
+        for parameter, stand_in in update.parameters:
+            parameter.__class__ = nn.Parameter
+            if stand_in in update.optimizer.state:
+                self._optimizer.state[parameter] = update.optimizer.state[stand_in]  # type: ignore[union-attr]
+        failure = update.failure
+        if failure.error is not None and not failure.told:
+            failure.told = True
+            raise failure.error
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """What is done to guarded parameters here does not touch their data, nor their gradients'."""
+        before, self._inside = self._inside, True
+        try:
+            yield
+        finally:
+            self._inside = before
+
+    # -- what the user asks ---------------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Wait for all updates. Raises: what the first that failed raised."""
+        failed: BaseException | None = None
+        for layer in list(self._pending):
+            try:
+                self.finish(layer)
+            except BaseException as error:  # noqa: BLE001 - there is one at most, and the others are to be waited for
+                failed = error
+        if failed is not None:
+            raise failed
+
+    def give_back(self) -> None:
+        """What a step put aside that raised before it came to its end."""
+        for parameter, gradient in self._aside:
+            if parameter.grad is None:
+                parameter.grad = gradient
+        self._aside = []
+
+    def forget_aside(self) -> None:
+        """Gradients are no longer wanted."""
+        self._aside = []
+
+    def close(self) -> None:
+        """Let the optimizer go. Raises: as `settle`."""
+        for hook in self._hooks:
+            hook.remove()
+        if self._before is not None:
+            self._before.remove()
+        for method in self._methods:
+            method.remove()
+        self._hooks, self._before, self._methods = [], None, []
+        try:
+            self.settle()
+        finally:
+            self.give_back()
+            self._layer_of, self._optimizer = {}, None
+
+    def _before_use(self) -> None:
+        if not self._inside:
+            self.settle()
+
+    # -- around the user's step -----------------------------------------------------------------------------------
+
+    def _take(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a step: parameters without gradients are left alone by it."""
+        if any(one is not None for one in (*args[1:], *kwargs.values())):
+            raise SettingError(
+                f"{type(optimizer).__name__}.step(closure) cannot be overlapped: call backward() before step(), or "
+                "apply the plan without optimizer="
+            )
+        self.settle()
+        self.give_back()
+        hooks = optimizer._optimizer_step_pre_hooks
+        if next(reversed(hooks)) != self._before.id:  # somebody registered a hook since, that may look at gradients
+            return
+        if any(getattr(optimizer, name, None) is not None for name in ("grad_scale", "found_inf")):
+            return  # a scaler's own tensors, which it changes as soon as step() returns
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if id(parameter) in self._layer_of and parameter.grad is not None:
+                    self._aside.append((parameter, parameter.grad))
+                    parameter.grad = None
+
+    def _start(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """After it, before anybody else looks: the updates begin."""
+        gradients = {id(parameter): gradient for parameter, gradient in self._aside}
+        self.give_back()
+        updates = self._prepare(optimizer, gradients)
+        n_threads = torch.get_num_threads()
+        for update in updates.values():
+            increment_version([parameter for parameter, _ in update.parameters])
+            update.job = self._device.work(partial(update.run, n_threads))
+        self._pending = updates
+        for update in updates.values():
+            for parameter, _ in update.parameters:
+                parameter.__class__ = self._class
+        self._before.remove()
+        self._before = optimizer.register_step_pre_hook(self._take)  # the last of all
+
+    def _prepare(self, optimizer: Optimizer, gradients: dict[int, torch.Tensor]) -> dict[int, _Update]:
+        """One update per layer, in their order. Options may change while they wait, those in tensors in place."""
+        failure = _Failure()
+        found: dict[int, _Update] = {}
+        for group in optimizer.param_groups:
+            options = {name: value for name, value in group.items() if name != "params"}
+            options = {key: one.clone() if isinstance(one, torch.Tensor) else one for key, one in options.items()}
+            groups: dict[int, dict[str, Any]] = {}
+            for parameter in group["params"]:
+                if id(parameter) not in gradients:
+                    continue
+                layer = self._layer_of[id(parameter)]
+                if layer not in found:
+                    found[layer] = _Update(_alone(optimizer), failure)
+                if layer not in groups:
+                    groups[layer] = {**options, "params": []}
+                    found[layer].optimizer.param_groups.append(groups[layer])
+                stand_in = nn.Parameter(parameter.data)
+                stand_in.grad = gradients[id(parameter)]
+                groups[layer]["params"].append(stand_in)
+                found[layer].parameters.append((parameter, stand_in))
+                if parameter in optimizer.state:
+                    found[layer].optimizer.state[stand_in] = optimizer.state[parameter]
+        return dict(sorted(found.items(), key=lambda item: self._order[item[0]]))
+
+
+def _alone(optimizer: Optimizer) -> Optimizer:
+    """One like it, without parameters."""
+    alone: Optimizer = object.__new__(type(optimizer))
+    alone.__dict__.update(optimizer.__dict__)
+    alone.param_groups, alone.state = [], defaultdict(dict)
+    return alone
+
+
+class _ZeroGrad:
+    """A model's or an optimizer's `zero_grad`, which waits for no update where it only lets gradients go."""
+
+    def __init__(self, owner: Any, updates: Updates) -> None:
+        self._owner = owner
+        self._own = owner.zero_grad
+        self._updates = updates
+        owner.__dict__["zero_grad"] = self
+
+    def __call__(self, set_to_none: bool = True) -> None:
+        self._updates.forget_aside()
+        if not set_to_none:
+            self._own(set_to_none=False)
+            return
+        with self._updates.inside():
+            self._own(set_to_none=True)
+
+    def remove(self) -> None:
+        """Give the owner its own back."""
+        if self._owner.__dict__.get("zero_grad") is self:
+            del self._owner.__dict__["zero_grad"]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of the model gets its class's."""
+        return getattr, (self._owner, "zero_grad")

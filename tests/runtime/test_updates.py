@@ -1,0 +1,417 @@
+"""Updates beside the next forward: the bits of an ordinary loop, and nobody sees a weight half updated."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import autosp
+from autosp.batch import call, equal
+from autosp.devices import CpuDevice, VirtualDevice
+from autosp.errors import SettingError
+from autosp.schedule.actions import Kind
+from autosp.spec import Candidate, Tier
+from models import make, tokens
+from trained import PLANS, Apply, assert_same_gradients, assert_same_weights, backward, loss_of, twins
+
+Make = Callable[[nn.Module], torch.optim.Optimizer]
+
+
+def two_groups(model: nn.Module) -> torch.optim.Optimizer:
+    """Weights that decay and biases that do not, in one layer."""
+    decayed = [one for one in model.parameters() if one.ndim > 1]
+    others = [one for one in model.parameters() if one.ndim <= 1]
+    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "lr": 0.02}]
+    return torch.optim.AdamW(groups, lr=torch.tensor(0.01), foreach=False)
+
+
+OPTIMIZERS: dict[str, Make] = {
+    "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
+    "sgd with momentum": lambda model: torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True),
+    "sgd over lists": lambda model: torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, foreach=True),
+    "sgd fused": lambda model: torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, fused=True),
+    "adam": lambda model: torch.optim.Adam(model.parameters(), lr=0.01, amsgrad=True),
+    "adam over lists": lambda model: torch.optim.Adam(model.parameters(), lr=0.01, foreach=True),
+    "adam fused": lambda model: torch.optim.AdamW(model.parameters(), lr=0.01, fused=True),
+    "two groups": two_groups,
+    "rmsprop": lambda model: torch.optim.RMSprop(model.parameters(), lr=0.01, momentum=0.5, centered=True),
+    "adagrad": lambda model: torch.optim.Adagrad(model.parameters(), lr=0.05),
+    "adagrad fused": lambda model: torch.optim.Adagrad(model.parameters(), lr=0.05, fused=True),
+    "adadelta": lambda model: torch.optim.Adadelta(model.parameters()),
+    "adamax": lambda model: torch.optim.Adamax(model.parameters(), lr=0.01),
+    "nadam": lambda model: torch.optim.NAdam(model.parameters(), lr=0.01),
+    "radam": lambda model: torch.optim.RAdam(model.parameters(), lr=0.01),
+    "asgd": lambda model: torch.optim.ASGD(model.parameters(), lr=0.05),
+    "rprop": lambda model: torch.optim.Rprop(model.parameters(), lr=0.01),
+    "adafactor": lambda model: torch.optim.Adafactor(model.parameters(), lr=0.01),
+    "muon": lambda model: torch.optim.Muon([one for one in model.parameters() if one.ndim == 2], lr=0.01),
+}
+PLAN_NAMES = list(PLANS)
+
+
+def loop(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any, steps: int = 5) -> None:
+    """Clipping, a schedule, accumulation, both ways to let gradients go, and passes without autograd."""
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
+    for step in range(steps):
+        backward(model, batch, step)
+        if step % 2:
+            backward(model, batch, 100 + step)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        scheduler.step()
+        (model if step % 3 else optimizer).zero_grad(set_to_none=step != 1)
+        if step == 2:
+            with torch.no_grad():
+                call(model, batch)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_bits_of_a_whole_step(name: str, apply: Apply) -> None:
+    model, batch = make("stack")
+    model, plain = twins(model)
+    optimizer, expected = OPTIMIZERS[name](model), OPTIMIZERS[name](plain)
+    plan = PLAN_NAMES[list(OPTIMIZERS).index(name) % len(PLANS)]
+    streamed = apply(model, batch, PLANS[plan], optimizer=optimizer)
+    loop(model, optimizer, batch)
+    loop(plain, expected, batch)
+    assert equal(optimizer.state_dict()["state"], expected.state_dict()["state"])
+    assert_same_weights(model, plain)
+    streamed.remove()
+    loop(model, optimizer, batch, 2)
+    loop(plain, expected, batch, 2)
+    assert_same_weights(model, plain)
+
+
+@pytest.mark.parametrize("name", ["tied", "shared", "borrowed", "fused_views", "fast_path", "convolutions"])
+def test_any_model(name: str, apply: Apply) -> None:
+    model, batch = make(name)
+    model, plain = twins(model)
+    optimizers = [OPTIMIZERS["adam"](one) for one in (model, plain)]
+    apply(model, batch, PLANS["k=3 k'=1"], optimizer=optimizers[0])
+    for one, optimizer in zip((model, plain), optimizers, strict=True):
+        loop(one, optimizer, batch)
+    assert_same_weights(model, plain)
+
+
+class Held(CpuDevice):
+    """Its jobs begin when a test wants."""
+
+    def __init__(self) -> None:
+        super().__init__(slow_tier=Tier.HOST)
+        self._free = threading.Event()
+
+    def hold(self) -> None:
+        """What is asked for from now on waits."""
+        self._free.clear()
+        self.work(self._free.wait)
+
+    def release_soon(self) -> None:
+        """From another thread, for this one may be waiting."""
+        threading.Timer(0.02, self._free.set).start()
+
+    def close(self) -> None:
+        self._free.set()
+        super().close()
+
+
+class Pair:
+    """A model whose updates have not begun though `step()` returned, and its plain twin after the same step."""
+
+    def __init__(self, apply: Apply, plan: str = "k=3 k'=1", optimizer: str = "adam") -> None:
+        model, self.batch = make("stack")
+        self.model, self.plain = twins(model)
+        self.device = Held()
+        self.optimizer, self.expected = OPTIMIZERS[optimizer](self.model), OPTIMIZERS[optimizer](self.plain)
+        self.streamed = apply(self.model, self.batch, PLANS[plan], device=self.device, optimizer=self.optimizer)
+
+    def step(self) -> None:
+        """Both; the updates of the streamed one are held."""
+        backward(self.plain, self.batch)
+        self.expected.step()
+        backward(self.model, self.batch)
+        self.device.hold()
+        self.optimizer.step()
+        assert self.under_way()
+
+    def under_way(self) -> bool:
+        held = (one for module in self.model.modules() for one in module._parameters.values())
+        return any(type(one) is not nn.Parameter for one in held if one is not None)
+
+
+@pytest.fixture
+def pair(apply: Apply) -> Pair:
+    made = Pair(apply)
+    made.step()
+    return made
+
+
+def averaged(model: Any, _: Any) -> Any:
+    average = torch.optim.swa_utils.AveragedModel(nn.Linear(64, 500))
+    average.n_averaged.fill_(1)
+    average.module.load_state_dict({"weight": torch.ones(500, 64), "bias": torch.ones(500)})
+    average.update_parameters(model.head)
+    return list(average.parameters())
+
+
+def written(model: Any, _: Any) -> None:
+    with torch.no_grad():
+        model.head.weight.mul_(2)
+
+
+Use = Callable[[Any, torch.optim.Optimizer], Any]
+USES: dict[str, Use] = {
+    "read": lambda model, _: model.head.weight.detach().clone(),
+    "data": lambda model, _: model.blocks[3].up.weight.data.clone(),
+    "as numpy": lambda model, _: torch.from_numpy(model.head.weight.detach().numpy().copy()),
+    "one element": lambda model, _: model.head.weight[3, 5].item(),
+    "norms": lambda model, _: torch._foreach_norm(list(model.parameters())),
+    "gradient": lambda model, _: model.head.weight.grad.clone(),
+    "clipping": lambda model, _: torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1),
+    "state dict": lambda model, _: {name: one.clone() for name, one in model.state_dict().items()},
+    "the optimizer's state dict": lambda _, optimizer: copy.deepcopy(optimizer.state_dict()),
+    "the state of one": lambda model, optimizer: copy.deepcopy(dict(optimizer.state[model.head.weight])),
+    "a copy of one": lambda model, _: copy.deepcopy(model.head.weight),
+    "a pickle of one": lambda model, _: pickle.loads(pickle.dumps(model.head.weight)),
+    "an average": averaged,
+    "a write": written,
+    "gradients to zero": lambda model, _: model.zero_grad(set_to_none=False),
+    "a load": lambda _, optimizer: optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict())),
+    "a sub-module's forward": lambda model, _: model.blocks[2](torch.ones(2, 64)),
+    "a whole pass": lambda model, _: model(tokens(2, 5)),
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_whatever_uses_a_weight_waits(name: str, pair: Pair) -> None:
+    use = USES[name]
+    pair.device.release_soon()
+    assert equal(use(pair.model, pair.optimizer), use(pair.plain, pair.expected))
+    assert_same_weights(pair.model, pair.plain)
+    for _ in range(2):
+        pair.device.release_soon()
+        pair.step()
+        pair.device.release_soon()
+        assert_same_gradients(pair.model, pair.plain)
+    assert_same_weights(pair.model, pair.plain)
+
+
+def test_letting_gradients_go_waits_for_nothing(pair: Pair) -> None:
+    pair.optimizer.zero_grad()
+    pair.model.zero_grad()
+    pair.model.head.weight.grad = None
+    assert pair.under_way()
+    pair.device.release_soon()
+    assert all(one.grad is None for one in pair.model.parameters())
+    assert not pair.under_way()
+    assert_same_weights(pair.model, pair.plain)
+
+
+def test_a_forward_waits_layer_by_layer(pair: Pair) -> None:
+    """Of a pass that leaves layers out, those are still under way at its end."""
+    pair.device.release_soon()
+    with torch.no_grad():
+        assert equal(pair.model.embed(pair.batch), pair.plain.embed(pair.batch))
+    assert type(pair.model.embed.__dict__["_parameters"]["weight"]) is nn.Parameter
+    assert pair.under_way()
+    assert_same_weights(pair.model, pair.plain)
+
+
+def test_removal_waits(pair: Pair) -> None:
+    pair.device.release_soon()
+    pair.streamed.remove()
+    assert not pair.under_way()
+    assert_same_weights(pair.model, pair.plain)
+    assert "zero_grad" not in pair.model.__dict__
+    assert "zero_grad" not in pair.optimizer.__dict__
+    assert not pair.optimizer._optimizer_step_pre_hooks
+    assert not pair.optimizer._optimizer_step_post_hooks
+
+
+def test_a_copy_of_the_model_is_a_model_of_its_own(pair: Pair) -> None:
+    pair.device.release_soon()
+    copied = copy.deepcopy(pair.model)
+    assert_same_weights(copied, pair.plain)
+    copied.zero_grad()
+    assert pair.model.head.weight.grad is not None
+    assert all(one.grad is None for one in copied.parameters())
+
+
+def test_a_graph_of_before_the_step_is_refused_as_torch_does(apply: Apply) -> None:
+    pair = Pair(apply)
+    loss = loss_of(pair.model(pair.batch))
+    loss.backward(retain_graph=True)
+    pair.optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_hooks_of_the_user_see_an_ordinary_step(apply: Apply) -> None:
+    """Whenever they were registered: gradients before it, updated weights after it."""
+    seen: list[list[Any]] = []
+    for streamed in (True, False):
+        model, batch = make("stack")
+        optimizer = OPTIMIZERS["sgd"](model.train())
+        log: list[Any] = []
+
+        def look(optimizer: Any, *_: Any, log: list[Any] = log) -> None:
+            for one in optimizer.param_groups[0]["params"]:
+                log.append((one.detach().clone(), one.grad.clone()))
+
+        optimizer.register_step_pre_hook(look)
+        optimizer.register_step_post_hook(look)
+        if streamed:
+            apply(model, batch, PLANS["residents"], optimizer=optimizer)
+        optimizer.register_step_pre_hook(look)
+        optimizer.register_step_post_hook(look)
+        for step in range(3):
+            backward(model, batch, step)
+            optimizer.step()
+        seen.append(log)
+    assert equal(*seen)
+    assert len(seen[0]) == 3 * 4 * len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("name", ["adam", "adam fused"])
+def test_a_scaler_s_steps(name: str, apply: Apply) -> None:
+    """One of them is skipped; a fused optimizer skips it by itself."""
+    pair = Pair(apply, "recompute some", name)
+    both = (pair.model, pair.optimizer), (pair.plain, pair.expected)
+    scalers = [torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=2) for _ in both]
+    for step in range(5):
+        for (model, optimizer), scaler in zip(both, scalers, strict=True):
+            loss = loss_of(model(tokens(3, 7 + step)))
+            scaler.scale(loss * torch.inf if step == 2 else loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    assert scalers[0].get_scale() == scalers[1].get_scale()
+    assert_same_weights(pair.model, pair.plain)
+    assert equal(pair.optimizer.state_dict()["state"], pair.expected.state_dict()["state"])
+
+
+def test_an_update_that_fails(apply: Apply) -> None:
+    """The next pass says so, once; what comes after it in its step is not updated, and the next step is right."""
+    pair = Pair(apply)
+    for one, optimizer in ((pair.model, pair.optimizer), (pair.plain, pair.expected)):
+        backward(one, pair.batch)
+        optimizer.step()
+    weight = pair.model.blocks[2].down.weight
+    before = [one.clone() for one in pair.model.blocks[2:].parameters() if one.ndim > 1]
+    right = pair.optimizer.state[weight]["exp_avg"]
+    saved = copy.deepcopy((pair.expected.state_dict(), pair.plain.state_dict()))
+    pair.optimizer.state[weight]["exp_avg"] = torch.zeros(3)
+    pair.optimizer.step()
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        pair.model(pair.batch)
+    after = [one.clone() for one in pair.model.blocks[2:].parameters() if one.ndim > 1]
+    assert equal(before[1:], after[1:])
+    assert not equal(before[0], after[0])
+    pair.optimizer.state[weight]["exp_avg"] = right
+    pair.optimizer.load_state_dict(saved[0])
+    pair.model.load_state_dict(saved[1])
+    for one, optimizer in ((pair.model, pair.optimizer), (pair.plain, pair.expected)):
+        loop(one, optimizer, pair.batch, 3)
+    assert_same_weights(pair.model, pair.plain)
+
+
+def test_a_failure_is_told_at_removal_at_the_latest(apply: Apply) -> None:
+    pair = Pair(apply)
+    backward(pair.model, pair.batch)
+    pair.optimizer.state[pair.model.head.weight].update(dict.fromkeys(("step", "exp_avg", "exp_avg_sq")))
+    pair.optimizer.step()
+    with pytest.raises((KeyError, TypeError)):
+        pair.streamed.remove()
+    assert equal(pair.model.head.weight, pair.plain.head.weight)
+    assert not equal(pair.model.blocks[5].down.weight, pair.plain.blocks[5].down.weight)
+    backward(pair.plain, pair.batch)
+    assert_same_gradients(pair.model, pair.plain)
+
+
+def test_a_step_that_raises_at_once_keeps_all_gradients(apply: Apply) -> None:
+    """What stays on the device is updated by `step()` itself; here that fails, so nothing else is updated."""
+    pair = Pair(apply)
+    for one, optimizer in ((pair.model, pair.optimizer), (pair.plain, pair.expected)):
+        backward(one, pair.batch)
+        betas = optimizer.param_groups[0]["betas"]
+        optimizer.param_groups[0]["betas"] = ("none", "none")
+        with pytest.raises(TypeError):
+            optimizer.step()
+        optimizer.param_groups[0]["betas"] = betas
+    assert_same_weights(pair.model, pair.plain)
+    for one in (pair.model, pair.plain):
+        backward(one, pair.batch)
+    assert_same_gradients(pair.model, pair.plain)
+    assert pair.model.head.weight.grad is not None
+
+
+def test_loads_wait_for_their_update_only(apply: Apply) -> None:
+    """By the clock of a device whose jobs take a second each."""
+    model, batch = make("stack")
+    device = VirtualDevice(bytes_per_s=1e9, job_s=1.0)
+    optimizer = OPTIMIZERS["adam"](model.train())
+    streamed = apply(model, batch, Candidate(k=2, k_prime=1), device=device, optimizer=optimizer)
+    backward(model, batch)
+    optimizer.step()
+    began_s = device.now_s
+    device.copies.clear()
+    with torch.no_grad():
+        model(batch)
+    starts = [start for start, _, _ in device.copies]
+    assert starts == pytest.approx([began_s + 1.0 + number for number in range(14)], abs=0.1)
+    steps = [span.action.layers[0] for span in streamed.timeline().of_kind(Kind.STEP)]
+    assert sorted(steps) == sorted(streamed._executor.loader.group_of)
+
+
+class Coupled(torch.optim.SGD):
+    """Not torch's own step."""
+
+    def step(self, closure: Any = None) -> None:
+        """Nothing."""
+
+
+REFUSED: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
+    "lbfgs": (lambda model: torch.optim.LBFGS(model.parameters()), "LBFGS cannot be stepped layer by layer"),
+    "a step of its own": (lambda model: Coupled(model.parameters(), lr=1.0), "Coupled cannot be stepped"),
+    "of another model": (lambda _: torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=1.0), "holds no parameter"),
+    "differentiable": (lambda model: torch.optim.SGD(model.parameters(), lr=1.0, differentiable=True), "differentia"),
+    "none": (lambda _: "adam", "optimizer is a str"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused(name: str) -> None:
+    model, batch = make("stack")
+    make_it, message = REFUSED[name]
+    plan = autosp.plan(model, batch, k=2, k_prime=1, mode="training", step=lambda m, b: loss_of(m(b)), device="cpu")
+    with pytest.raises(SettingError, match=message):
+        autosp.apply(model, plan, optimizer=make_it(model))
+    plan = autosp.plan(model, batch, k=2, k_prime=1, device="cpu")
+    with pytest.raises(SettingError, match="only training has an optimizer"):
+        autosp.apply(model, plan, optimizer=torch.optim.SGD(model.parameters(), lr=1.0))
+
+
+def test_a_closure_is_refused(apply: Apply) -> None:
+    pair = Pair(apply)
+    with pytest.raises(SettingError, match=r"step\(closure\) cannot be overlapped"):
+        pair.optimizer.step(lambda: 1.0)
+
+
+@pytest.mark.parametrize("setting", [{"k": 1}, {"k": 5, "residents": 3}, {"k": 14, "residents": 14}])
+def test_by_the_public_names(setting: dict[str, int]) -> None:
+    model, batch = make("stack")
+    model, plain = twins(model)
+    plan = autosp.plan(
+        model, batch, k_prime=1, mode="training", step=lambda m, b: loss_of(m(b)), device="cpu", **setting
+    )
+    optimizers = [OPTIMIZERS["adam"](one) for one in (model, plain)]
+    with autosp.apply(model, plan, optimizer=optimizers[0]):
+        loop(model, optimizers[0], batch)
+    loop(plain, optimizers[1], batch)
+    assert_same_weights(model, plain)
