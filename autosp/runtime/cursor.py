@@ -20,6 +20,8 @@ class Cursor:
         self._next = 0
         self._round = 0
         """Where the round began."""
+        self._made: list[int] = []
+        """Visits that each microbatch of the round moved past."""
         self._put_off: dict[int, None] | None = None
         """Positions that visits of the round ended at, in order; None outside rounds."""
 
@@ -55,15 +57,22 @@ class Cursor:
 
     def begin_round(self) -> None:
         """Several microbatches make the next visits, one after another. Until the round ends nothing is issued."""
-        self._round, self._put_off = self._next, {}
+        self._round, self._made, self._put_off = self._next, [], {}
 
     def begin_again(self) -> None:
         """The next microbatch makes the round's visits."""
+        if self._next != self._round:
+            self._made.append((self._next - self._round) % len(self._visits))
         self._next = self._round
 
     def end_round(self) -> None:
-        """Issue what is due after its visits."""
-        positions, self._put_off = self._put_off or {}, None
+        """If one is under way, issue what is due after its visits, and go on from the fewest that a microbatch made."""
+        if self._put_off is None:
+            return
+        self.begin_again()
+        if self._made:
+            self._next = (self._round + min(self._made)) % len(self._visits)
+        positions, self._put_off = self._put_off, None
         for position in positions:
             self.issue_after(position)
 

@@ -125,6 +125,7 @@ class Executor:
                 self.abort()
                 raise
             finally:
+                self.begin_turn(None, others_follow=False)
                 self.loader.take_samples()
                 self._group = None
 
@@ -177,17 +178,17 @@ class Executor:
         if self._group is not None:
             self._group.take_turn(visit)
 
-    def suspend(self) -> Any:
+    def suspend(self) -> int | None:
         """Another microbatch of the group is next; what it gives is for `resume`."""
         owner, self._owner = self._owner, None
         return owner
 
-    def resume(self, standing: Any) -> None:
-        """A microbatch goes on."""
-        self._owner = standing
+    def resume(self, owner: int | None) -> None:
+        """A microbatch goes on, inside the model or not."""
+        self._owner = owner
 
-    def begin_turn(self, microbatch: int, others_follow: bool) -> None:
-        """Which one is next, and whether others visit the same layers after it."""
+    def begin_turn(self, microbatch: int | None, others_follow: bool) -> None:
+        """Which one is next, None outside a group; and whether others visit the same layers after it."""
 
     def end_round(self) -> None:
         """All microbatches of the group have visited these layers."""

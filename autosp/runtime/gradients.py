@@ -132,7 +132,6 @@ class Gradients:
 
     def finish(self) -> None:
         """The backward pass is over: every gradient is where its user looks for it."""
-        self.begin_turn(None, False)
         self.let_go()
         for gradient in self._known.values():
             while gradient.sums:
@@ -144,7 +143,6 @@ class Gradients:
 
     def abandon(self) -> None:
         """The backward pass raised some time ago: what it had put aside is as lost as what it would have added."""
-        self.begin_turn(None, False)
         self.settle()
         self._waiting = []
         for gradient in self._known.values():

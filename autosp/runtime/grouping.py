@@ -5,10 +5,10 @@ waits until the others have come to theirs; then those that want what comes firs
 So a pass moves the weights that one microbatch needs, however many there are. That is Harmony's grouping (arXiv
 2202.01306, layer packs over microbatches), and the block schedule of FlexGen.
 
-[Note: order within a group] Every layer sees the microbatches in their order, forward and backward, as long as they
-visit the layers in the schedule's order: then running statistics and sums of gradients have the bits of plain
-accumulation. One that leaves layers out keeps that order; one that goes another way is right, by [Note: prefetch is a
-hint], but its gradients may be added in another order.
+[Note: order within a group] Microbatches that visit the same layers in the same order come to each of them in the
+order of the microbatches, forward and backward: running statistics and sums of gradients have the bits of plain
+accumulation. One that goes another way (an early exit, experts of its own) is right, by [Note: prefetch is a hint], but
+gradients of layers that it does not share with all others may be added up in another order.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ from torch import nn
 from autosp.runtime.executor import Executor
 from autosp.runtime.relay import Relay
 from autosp.runtime.thread_state import Generators, ThreadState
-from autosp.runtime.transfers import TransferGroup, Visit
+from autosp.runtime.transfers import Visit
+from autosp.schedule.actions import Kind
+
+Stop = tuple[Kind, tuple[int, ...]]
+"""Visits of one kind to the layers of one transfer."""
 
 
 class Group:
@@ -39,8 +43,8 @@ class Group:
         self._seeds = torch.randint(2**63 - 1, (len(calls),), device="cpu").tolist()
         self._wanted: list[Visit | None] = [None] * len(calls)
         """The visit that each of them waits for; None before its first."""
-        self._visited: TransferGroup | None = None
-        """What brought the layers whose turn it is; None until all microbatches began."""
+        self._visited: Stop | None = None
+        """Where the schedule is; None until all microbatches began."""
         self._relay = Relay([partial(self._run, *one) for one in zip(calls, self._seeds, strict=True)], self._following)
 
     def run(self) -> list[Any]:
@@ -64,17 +68,17 @@ class Group:
         Raises: StoppedError if another microbatch failed.
         """
         self._relay.check()
-        if self._brought(visit) is self._visited or self._executor.loader.running:
+        if self._stop_of(visit) == self._visited or self._turns_at(visit) or self._executor.loader.running:
             return
         number = self._relay.running
         self._wanted[number] = visit
         following = self._following()
         if following != number:
-            states, standing = self._generators.states(), self._executor.suspend()
+            states, owner = self._generators.states(), self._executor.suspend()
             try:
                 self._relay.hand_over(following)
             finally:
-                self._executor.resume(standing)
+                self._executor.resume(owner)
                 self._generators.restore(states)
         self._executor.cursor.begin_again()
 
@@ -91,17 +95,24 @@ class Group:
         if not ready:
             self._executor.end_round()
             wanted = [visit for number in self._relay.left if (visit := self._wanted[number]) is not None]
-            self._visited = self._brought(min(wanted, key=self._executor.cursor.distance))
+            self._visited = self._stop_of(min(wanted, key=self._executor.cursor.distance))
             self._executor.cursor.begin_round()
             ready = self._ready()
         self._executor.begin_turn(ready[0], len(ready) > 1)
         return ready[0]
 
     def _ready(self) -> list[int]:
-        return [number for number in self._relay.left if self._brought(self._wanted[number]) is self._visited]
+        return [number for number in self._relay.left if self._stop_of(self._wanted[number]) == self._visited]
 
-    def _brought(self, visit: Visit | None) -> TransferGroup | None:
-        return None if visit is None else self._executor.loader.group_of[visit[1]]
+    def _stop_of(self, visit: Visit | None) -> Stop | None:
+        return None if visit is None else (visit[0], self._executor.loader.group_of[visit[1]].indices)
+
+    def _turns_at(self, visit: Visit) -> bool:
+        """Whether a microbatch goes backward, or begins again, in the layers that it has just visited."""
+        stop = self._stop_of(visit)
+        if stop is None or self._visited is None or stop[1] != self._visited[1]:
+            return False
+        return self._executor.cursor.distance(visit) <= 2 * (len(stop[1]) - 1)  # some of them may be left out
 
 
 @contextmanager

@@ -58,7 +58,7 @@ class Stats:
     link_bytes: dict[str, int]
     """Bytes moved over each link, such as "host->device"."""
     pass_s: tuple[float, ...]
-    """The last passes, oldest first."""
+    """The last passes, oldest first; a group of batches is one."""
     stall_s: dict[str, float]
     """Layer -> how long compute waited for its weights: mean per pass of the last passes. Zeros are left out."""
     over_floor: float | None
@@ -176,10 +176,11 @@ class StreamedModel(Generic[M]):
     def backward_group(self, batches: Iterable[Any], step: Step) -> list[torch.Tensor]:
         """`run_group` of losses that `step` returns, with their backward passes: gradients are accumulated.
 
-        As `for batch in batches: step(model, batch).backward()`, bit for bit, but for random numbers: see `run_group`.
-        Nothing is divided by the number of batches. Returns the losses, detached. Where there were no gradients, the
-        sums leave the device, once. If this raises, gradients are what they were; to that end, those that there were
-        are kept twice meanwhile.
+        As `for batch in batches: step(model, batch).backward()`, bit for bit, but for random numbers, see `run_group`;
+        where batches choose their layers, sums may be made in another order: [Note: order within a group]. Nothing is
+        divided by the number of batches. Returns the losses, detached. Where there were no gradients, the sums leave
+        the device, once. If this raises, gradients are what they were; to that end those that there were are kept
+        twice meanwhile.
 
         Raises: SettingError inside a pass, after `remove()`, for a plan for inference, or if `step` returns no loss.
         """

@@ -103,12 +103,12 @@ class TrainingExecutor(Executor):
         if self._group is not None:
             self._abandon_backward()
 
-    def suspend(self) -> Any:
+    def suspend(self) -> int | None:
         """Its backward visit is over."""
         self._leave()
         return super().suspend()
 
-    def begin_turn(self, microbatch: int, others_follow: bool) -> None:
+    def begin_turn(self, microbatch: int | None, others_follow: bool) -> None:
         """See [Note: gradients of a group]."""
         self._gradients.begin_turn(microbatch, others_follow)
 
