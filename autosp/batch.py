@@ -36,6 +36,25 @@ def call(model: nn.Module, batch: Any) -> Any:
     )
 
 
+def backward(step: Step, model: nn.Module, batch: Any) -> torch.Tensor:
+    """A training step, without its update. Returns its loss, detached.
+
+    Raises: SettingError if the step's answer is no loss.
+    """
+    loss = step(model, batch)
+    if not isinstance(loss, torch.Tensor):
+        found = f"a {type(loss).__name__}"
+    else:
+        found = f"a tensor of shape {tuple(loss.shape)}" + ("" if loss.requires_grad else " that requires no gradient")
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        raise SettingError(
+            f"step returned {found}: with mode='training' it returns the loss, a tensor of one element that depends on "
+            "a parameter that requires a gradient"
+        )
+    loss.backward()
+    return loss.detach()
+
+
 def signature(batch: Any) -> str:
     """Names, dtypes and shapes: what a plan's timings depend on. Keys may be in any order."""
     if isinstance(batch, torch.Tensor):

@@ -15,7 +15,7 @@ from typing import Any, cast, get_args
 import torch
 from torch import nn
 
-from autosp.batch import Step, call, map_tensors, signature, step_name, tensors_in
+from autosp.batch import Step, backward, call, map_tensors, signature, step_name, tensors_in
 from autosp.devices import Device
 from autosp.errors import BudgetError, SettingError
 from autosp.intercept import is_intercepted
@@ -70,13 +70,7 @@ class Workload:
         """
         with torch.random.fork_rng(), torch.enable_grad():
             torch.manual_seed(self.seed)
-            loss = call(self.model, self.batch) if self.step is None else self.step(self.model, self.batch)
-            if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
-                raise SettingError(
-                    f"step returned {_described(loss)}: with mode='training' it returns the loss, a tensor of one "
-                    "element that depends on a parameter that requires a gradient"
-                )
-            loss.backward()
+            backward(self.step or call, self.model, self.batch)
 
     @contextmanager
     def leaving_no_trace(self) -> Iterator[None]:
@@ -147,12 +141,6 @@ class Workload:
             host_budget_bytes=host_budget_bytes,
             slack=slack,
         )
-
-
-def _described(loss: Any) -> str:
-    if not isinstance(loss, torch.Tensor):
-        return f"a {type(loss).__name__}"
-    return f"a tensor of shape {tuple(loss.shape)}" + ("" if loss.requires_grad else " that requires no gradient")
 
 
 def require_searched(mode: str) -> None:

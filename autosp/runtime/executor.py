@@ -14,10 +14,11 @@ from typing import Any, Protocol
 
 import torch
 
+from autosp.errors import SettingError
 from autosp.runtime.cursor import Cursor
 from autosp.runtime.loader import Loader
 from autosp.runtime.streamed_layer import StreamedLayer
-from autosp.runtime.transfers import Issue, prefetches
+from autosp.runtime.transfers import Issue, Visit, prefetches
 from autosp.schedule.actions import Kind, Schedule
 
 
@@ -32,6 +33,16 @@ class Observer(Protocol):
 
     def finish(self, layer: int, output: Any) -> None:
         """The layer's forward returned."""
+
+
+class Microbatches(Protocol):
+    """Those that share a pass: calls of the model in several threads, of which one runs at a time."""
+
+    def runs_here(self) -> bool:
+        """Whether the calling thread is the running one's."""
+
+    def take_turn(self, visit: Visit) -> None:
+        """Let others run until it is this visit's turn."""
 
 
 class Executor:
@@ -51,6 +62,7 @@ class Executor:
         self.cursor = Cursor(visits, after, self.loader.issue)
         self._lock = threading.RLock()
         self._owner: int | None = None
+        self._group: Microbatches | None = None
         self._primed = False
 
     def run_pass(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -60,6 +72,13 @@ class Executor:
         """
         if self.running_here():
             return forward(*args, **kwargs)
+        if self._group is not None and self._group.runs_here():
+            self._owner = threading.get_ident()
+            try:
+                with self.modes():
+                    return forward(*args, **kwargs)
+            finally:
+                self._owner = None
         with self._lock:
             self._owner = threading.get_ident()
             try:
@@ -86,6 +105,29 @@ class Executor:
     def running_here(self) -> bool:
         """Whether this thread is inside a pass."""
         return self._owner == threading.get_ident()
+
+    @contextmanager
+    def shared_pass(self, group: Microbatches) -> Iterator[None]:
+        """One pass, of which all calls of the model are a part that `group` makes meanwhile.
+
+        Raises: SettingError within a pass, or within another group.
+        """
+        if self.running_here() or (self._group is not None and self._group.runs_here()):
+            raise SettingError("a group of microbatches begins inside a pass: give a step that calls the model only")
+        with self._lock:
+            self._group = group
+            try:
+                with self.modes():
+                    self.begin_pass()
+                yield
+                self.end_shared_pass()
+            except BaseException:
+                self.abort()
+                raise
+            finally:
+                self.begin_turn(None, others_follow=False)
+                self.loader.take_samples()
+                self._group = None
 
     def close(self) -> None:
         """Bring every layer to rest and let go of the arena, so that its memory is free when this returns."""
@@ -127,12 +169,38 @@ class Executor:
         """The outermost call returned."""
         self.recorder.end_pass()
 
+    def end_shared_pass(self) -> None:
+        """All microbatches of a group are done."""
+        self.recorder.end_pass()
+
+    def take_turn(self, visit: Visit) -> None:
+        """In a group, wait until the others have come to this visit, too."""
+        if self._group is not None:
+            self._group.take_turn(visit)
+
+    def suspend(self) -> int | None:
+        """Another microbatch of the group is next; what it gives is for `resume`."""
+        owner, self._owner = self._owner, None
+        return owner
+
+    def resume(self, owner: int | None) -> None:
+        """A microbatch goes on, inside the model or not."""
+        self._owner = owner
+
+    def begin_turn(self, microbatch: int | None, others_follow: bool) -> None:
+        """Which one is next, None outside a group; and whether others visit the same layers after it."""
+
+    def end_round(self) -> None:
+        """All microbatches of the group have visited these layers."""
+        self.cursor.end_round()
+
     def visit(
         self, layer: StreamedLayer, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """One call of a layer within a pass."""
         observer, recorder = self.observer, self.recorder
         index = layer.layer.index
+        self.take_turn((Kind.FORWARD, index))
         if observer is not None:
             observer.arrive(index)
         recorder.arrive(index)

@@ -4,6 +4,10 @@
 user had there is put aside. After that it goes to host memory: as it is where the user had nothing, else by way of
 staging memory into what was put aside, as plain torch adds to it. `grad` is complete when `backward()` returns. Where
 the device's tensors are host tensors, torch adds to what is there, and only what is new goes to its place.
+
+[Note: gradients of a group] Where the user had nothing, what the first microbatch of a group gives stays on the device
+until the others, which visit the same layers next, have added theirs, and leaves once. Where the user had something
+each leaves by itself: sums are made in the order of plain accumulation, for their bits.
 """
 
 from __future__ import annotations
@@ -39,8 +43,10 @@ class _Gradient:
     """What the user had in `grad`, while autograd adds up a new one."""
     adding: bool = False
     """Whether torch adds to what the user had: nothing will be new."""
-    held: bool = False
-    """On the device until the backward pass ends."""
+    waits: bool = False
+    """On the device, for what other microbatches add."""
+    sums: dict[int | None, torch.Tensor] = field(default_factory=dict)
+    """By microbatch, what its calls of the layer gave so far: on the device until the backward pass ends."""
     hooks: list[Any] = field(default_factory=list)
 
     @property
@@ -76,8 +82,11 @@ class Gradients:
         self._counters = Counters()
         self._on_gradient: Callable[[], None] = lambda: None
         self._known: dict[int, _Gradient] = {}
-        self._calls: Counter[int] = Counter()
-        self._held: list[_Gradient] = []
+        self._calls: Counter[tuple[int | None, int]] = Counter()
+        """By microbatch, and by None for all of them, and layer."""
+        self._microbatch: int | None = None
+        self._others_follow = False
+        self._waiting: list[_Gradient] = []
         self._leaving: deque[_Leaving] = deque()
         self._most_in_flight = 0
         self._staging: list[torch.Tensor] = []
@@ -102,7 +111,19 @@ class Gradients:
         Gradients of a layer that ran twice before its backward stay on the device until that ends: where parameters
         change devices, autograd gives one gradient per call, and their sum must not depend on that.
         """
-        self._calls[layer] += 1
+        for microbatch in {None, self._microbatch}:
+            self._calls[microbatch, layer] += 1
+
+    def begin_turn(self, microbatch: int | None, others_follow: bool) -> None:
+        """Whose gradients come next, and whether others give theirs of the same layers after it."""
+        self._microbatch, self._others_follow = microbatch, others_follow
+
+    def let_go(self) -> None:
+        """Nobody adds to what waits on the device."""
+        for gradient in self._waiting:
+            gradient.waits = False
+            self._leave(gradient, gradient.parameter.grad, None)
+        self._waiting = []
 
     def trains(self, layers: Iterable[int]) -> bool:
         """Whether a parameter of these layers requires a gradient."""
@@ -111,10 +132,10 @@ class Gradients:
 
     def finish(self) -> None:
         """The backward pass is over: every gradient is where its user looks for it."""
-        for gradient in self._held:
-            gradient.held = False
-            self._leave(gradient)
-        self._held = []
+        self.let_go()
+        for gradient in self._known.values():
+            while gradient.sums:
+                self._leave(gradient, gradient.sums.pop(next(iter(gradient.sums))), gradient.parameter.grad)
         self.settle()
         for gradient in self._known.values():
             if gradient.aside is not None:  # asked for by autograd.grad, which leaves `grad` alone
@@ -123,9 +144,9 @@ class Gradients:
     def abandon(self) -> None:
         """The backward pass raised some time ago: what it had put aside is as lost as what it would have added."""
         self.settle()
-        self._held = []
+        self._waiting = []
         for gradient in self._known.values():
-            gradient.aside, gradient.held = None, False
+            gradient.aside, gradient.waits, gradient.sums = None, False, {}
         follow(gradient.parameter for gradient in self._known.values())
 
     def settle(self) -> None:
@@ -169,33 +190,46 @@ class Gradients:
         self._on_gradient()
         parameter = gradient.parameter
         if self._device.is_host:
-            gradient.adding = parameter.grad is not None
-        elif not gradient.held:
+            gradient.adding = parameter.grad is not None and not gradient.waits
+            self._settle_to(parameter.grad)
+        elif not gradient.waits:
             parameter.grad, gradient.aside = None, parameter.grad
 
     def _after(self, gradient: _Gradient, parameter: torch.Tensor) -> None:
         """Autograd has added it."""
         if self._device.is_host:
             if not gradient.adding and not torch.is_grad_enabled():
-                self._leave(gradient)
+                self._leave_or_wait(gradient)
         elif torch.is_grad_enabled():  # create_graph: what can be differentiated again is not copied to a place
             aside, gradient.aside = gradient.aside, None
             assert parameter.grad is not None
             value = parameter.grad.to("cpu")
             parameter.grad = value if aside is None else aside + value
-        elif self._calls[gradient.layer] > 1:
-            if not gradient.held:
-                gradient.held = True
-                self._held.append(gradient)
+        elif self._calls[self._microbatch, gradient.layer] > 1 and not gradient.waits:
+            assert parameter.grad is not None
+            sums, value = gradient.sums, parameter.grad
+            parameter.grad, gradient.aside = gradient.aside, None
+            sums[self._microbatch] = _added(sums.get(self._microbatch), value)
         else:
-            self._leave(gradient)
+            self._leave_or_wait(gradient)
 
-    def _leave(self, gradient: _Gradient) -> None:
-        """From the device to where the user looks for it."""
-        parameter, aside = gradient.parameter, gradient.aside
-        value = parameter.grad
+    def _leave_or_wait(self, gradient: _Gradient) -> None:
+        """See [Note: gradients of a group]."""
+        aside, gradient.aside = gradient.aside, None
+        if self._others_follow and aside is None:
+            if not gradient.waits:
+                gradient.waits = True
+                self._waiting.append(gradient)
+            return
+        if gradient.waits:
+            gradient.waits = False
+            self._waiting.remove(gradient)
+        self._leave(gradient, gradient.parameter.grad, aside)
+
+    def _leave(self, gradient: _Gradient, value: torch.Tensor | None, aside: torch.Tensor | None) -> None:
+        """From the device to where the user looks for it, beside what the user had."""
+        parameter = gradient.parameter
         assert value is not None
-        gradient.aside = None
         if not _is_plain(value, parameter) or not (aside is None or _is_plain(aside, parameter)):
             parameter.grad = None
             parameter.grad = _added(aside, value.to("cpu"))
@@ -225,6 +259,11 @@ class Gradients:
         while any(one.target.untyped_storage().data_ptr() == free.data_ptr() for one in self._leaving):
             self._settle_oldest()
         return _like(value, free)
+
+    def _settle_to(self, target: torch.Tensor | None) -> None:
+        """Wait for a copy to that memory, and for those before it."""
+        while any(one.target is target for one in self._leaving):
+            self._settle_oldest()
 
     def _settle_oldest(self) -> None:
         one = self._leaving.popleft()

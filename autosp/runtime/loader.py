@@ -57,6 +57,8 @@ class Loader:
         self.staging = Staging(staging, device, self._was_read)
         self.device = device
         self.counters = Counters()
+        self.running = 0
+        """Calls of layers that are under way."""
         self.recorder = Recorder(device)
         self.updates = Updates(device, self.recorder)
         self._store = store
@@ -103,22 +105,24 @@ class Loader:
         group = self.group_of[layer.layer.index]
         if layer.running:  # a call inside a call of the same layer
             layer.running += 1
+            self.running += 1
             return group
-        if not self.fetch(group):
+        fetched = self.fetch(group)
+        if not fetched:
             layer.place(self._load_temporarily(layer))
-            self.updates.finish(layer.layer.index)
-            layer.bind_device()
-            layer.running = 1
-            return None
         self.updates.finish(layer.layer.index)
         layer.bind_device()
         layer.running = 1
+        self.running += 1
+        if not fetched:
+            return None
         group.running += 1
         return group
 
     def release(self, layer: StreamedLayer, group: TransferGroup | None) -> None:
         """Bring the layer's tensors to rest. `group` is what `acquire` gave."""
         layer.running -= 1
+        self.running -= 1
         if layer.running:
             return
         layer.bind_rest()
@@ -196,6 +200,7 @@ class Loader:
                 layer.place(self._place_of(layer))
         for group in set(self.group_of.values()):
             group.running = 0
+        self.running = 0
 
     def close(self) -> None:
         """Let go of the arena, so that its memory is free when this returns. Nothing may be under way."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import median
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -12,15 +13,17 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from autosp.batch import call_on
+from autosp.batch import Step, backward, call, call_on
 from autosp.devices import Device
 from autosp.devices.memory import anonymous
+from autosp.errors import SettingError
 from autosp.intercept import Around, Intercepted, hide_from_compiler
 from autosp.partition import BoundModel, NamedTensor, Resting, at_rest
 from autosp.partition.placed import Placed, tensors_of
 from autosp.runtime.cut_leaf import CutLeaf, ResidentRun, StreamedRun
 from autosp.runtime.executor import Executor, Observer
 from autosp.runtime.gradients import Gradients, follow
+from autosp.runtime.grouping import Group, gradients_kept
 from autosp.runtime.guests import Guests
 from autosp.runtime.loader import Loader
 from autosp.runtime.lookups import Lookups
@@ -56,7 +59,7 @@ class Stats:
     link_bytes: dict[str, int]
     """Bytes moved over each link, such as "host->device"."""
     pass_s: tuple[float, ...]
-    """The last passes, oldest first."""
+    """The last passes, oldest first; a group of batches is one."""
     stall_s: dict[str, float]
     """Layer -> how long compute waited for its weights: mean per pass of the last passes. Zeros are left out."""
     over_floor: float | None
@@ -159,6 +162,40 @@ class StreamedModel(Generic[M]):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """`self.model(*args, **kwargs)`."""
         return self.model(*args, **kwargs)
+
+    def run_group(self, batches: Iterable[Any], step: Step = call) -> list[Any]:
+        """`[step(model, batch) for batch in batches]`, in one pass: what a transfer brings serves all of the batches.
+
+        So weights move as often as for one batch, however many there are; activations of all of them are in memory at
+        the same time, beyond what the plan counted. Outputs are those of the loop, bit for bit, and so are running
+        statistics. But random numbers are drawn per batch: `step` finds torch's generators as after
+        `torch.manual_seed(seed)`, with that batch's number of `torch.randint(2**63 - 1, (len(batches),))`, which is all
+        that is drawn from the caller's generators.
+
+        Each batch is in a thread of its own; one runs at a time, until the model comes to the next layers. If one
+        raises, or Ctrl-C comes, all of them end, and this raises it.
+
+        Raises: SettingError inside a pass, or after `remove()`.
+        """
+        if self._removed:
+            raise SettingError("the plan was removed: apply it again, or run the batches one after another")
+        return Group(self._executor, [partial(step, self.model, batch) for batch in batches]).run()
+
+    def backward_group(self, batches: Iterable[Any], step: Step) -> list[torch.Tensor]:
+        """`run_group` of losses that `step` returns, with their backward passes: gradients are accumulated.
+
+        As `for batch in batches: step(model, batch).backward()`, bit for bit, but for random numbers, see `run_group`;
+        where batches choose their layers, sums may be made in another order: [Note: order within a group]. Nothing is
+        divided by the number of batches. Returns the losses, detached. Where there were no gradients, the sums leave
+        the device, once. If this raises, gradients are what they were; to that end those that there were are kept
+        twice meanwhile.
+
+        Raises: SettingError inside a pass, after `remove()`, for a plan for inference, or if `step` returns no loss.
+        """
+        if not isinstance(self._executor, TrainingExecutor):
+            raise SettingError("the plan is for inference: make one with mode='training'")
+        with gradients_kept(self.model.parameters()), torch.enable_grad():
+            return self.run_group(batches, partial(backward, step))
 
     def observe(self, observer: Observer | None) -> None:
         """Tell `observer` of every visit of a streamed layer from now on."""

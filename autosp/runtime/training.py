@@ -72,9 +72,7 @@ class TrainingExecutor(Executor):
 
     def begin_pass(self) -> None:
         """From the schedule's beginning, whatever came before."""
-        if self._tasks:  # a backward pass raised
-            self._gradients.abandon()
-            self._close_backward()
+        self._abandon_backward()
         self.loader.updates.give_back()
         with self.loader.updates.inside():
             self._gradients.watch()
@@ -94,11 +92,40 @@ class TrainingExecutor(Executor):
         if not torch.is_grad_enabled():
             super().end_forward()
 
+    def end_shared_pass(self) -> None:
+        """With all backward passes that there were."""
+        if self._tasks:
+            self._gradients.finish()
+            self._close_backward()
+        super().end_shared_pass()
+
+    def abort(self) -> None:
+        """As for inference; of a group, microbatches may have been in their backward passes."""
+        super().abort()
+        if self._group is not None:
+            self._abandon_backward()
+
+    def suspend(self) -> int | None:
+        """Its backward visit is over."""
+        self._leave()
+        return super().suspend()
+
+    def begin_turn(self, microbatch: int | None, others_follow: bool) -> None:
+        """See [Note: gradients of a group]."""
+        self._gradients.begin_turn(microbatch, others_follow)
+
+    def end_round(self) -> None:
+        """Gradients that waited for others leave."""
+        self._gradients.let_go()
+        super().end_round()
+
     def visit(
         self, layer: StreamedLayer, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """One call of a layer: in a forward, or where a checkpoint around it computes its activations again."""
         index = layer.layer.index
+        if _task() is None:
+            self._leave()  # of a group's microbatch that went backward before
         if not torch.is_grad_enabled():
             return super().visit(layer, forward, args, kwargs)
         if _task() is None:
@@ -156,6 +183,7 @@ class TrainingExecutor(Executor):
         if index == self._visiting:
             return False
         self._leave()
+        self.take_turn((Kind.BACKWARD, index))
         self.recorder.arrive(index, Kind.BACKWARD)
         self.counters.visits += 1
         self.backward_visits.append(index)
@@ -179,7 +207,8 @@ class TrainingExecutor(Executor):
         if not self._tasks:
             self.backward_visits = []
         self._tasks.add(task)
-        Variable._execution_engine.queue_callback(partial(self._end_backward, task))
+        if self._group is None:  # else it ends with the group
+            Variable._execution_engine.queue_callback(partial(self._end_backward, task))
 
     def _end_backward(self, task: int) -> None:
         """Autograd is done, or raised: gradients are at rest when its caller goes on.
@@ -195,6 +224,12 @@ class TrainingExecutor(Executor):
             self._leave()
             self.recorder.end_pass()
             self.loader.take_samples()
+            self._close_backward()
+
+    def _abandon_backward(self) -> None:
+        """If one raised."""
+        if self._tasks:
+            self._gradients.abandon()
             self._close_backward()
 
     def _close_backward(self) -> None:

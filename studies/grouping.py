@@ -1,0 +1,190 @@
+"""Microbatches that share a pass, beside the same microbatches one after another under the same plan.
+
+python studies/grouping.py training        a training step over a paced link: gradients of m microbatches, one update
+python studies/grouping.py inference       m batches of one token each, weights from disk
+
+m is 1, 2, 4, 8 and 16. Every measurement is a process of its own; both ways are interleaved. Rows are appended to
+results/grouping_<study>_<scale>.jsonl one by one, and what is there already is not measured again, unless with --again.
+The table and the picture are made beside the rows; --report makes them without measuring.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, ClassVar
+
+import kept_rows
+from grouping_measure import ALONE, GROUPED, SCALES, SEPARATE, Job, run_job
+from kept_rows import Results, Study, add_arguments, having, write_report
+from record import markdown
+
+from autosp.devices import CpuDevice
+from autosp.report.units import rate, ratio, seconds, size
+from autosp.settings import settings
+
+COUNTS = (1, 2, 4, 8, 16)
+MOST_BYTES = 1.05
+"""Weight bytes of a group over those of one microbatch."""
+LEAST_GAIN = 5.0
+"""Throughput at the largest m of a training step that transfers bound, over one microbatch after another."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured."""
+
+    study: str
+    scale: str
+    way: str
+    microbatches: int
+    repeat: int
+
+    def __str__(self) -> str:
+        return f"{self.study}, {self.way}, {self.microbatches} microbatches, repeat {self.repeat}"
+
+
+@dataclass(frozen=True)
+class Row(kept_rows.Row):
+    """A row whose figures are those of steps."""
+
+    case_type: ClassVar[type] = Case
+
+    @property
+    def step_s(self) -> float:
+        """The median of its steps."""
+        return median(self.figures["samples_s"])
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the command line asks for."""
+
+    study: str
+    scale: str
+    scratch: Path
+    repeats: int
+    paced_bytes_per_s: float | None
+    results: Results[Row]
+
+
+def run(asked: Run) -> None:
+    """All weights in memory, then each m both ways."""
+    cells = [(ALONE, 1), *((way, count) for count in COUNTS for way in (GROUPED, SEPARATE))]
+    for repeat in range(asked.repeats):
+        for way, count in cells:
+            case = Case(asked.study, asked.scale, way, count, repeat)
+            asked.results.measured(Job(case, str(asked.scratch), asked.paced_bytes_per_s))
+
+
+def table(rows: list[Row]) -> str:
+    """Throughput, weight bytes and the floor by m; then whether the targets were met."""
+    alone_s = _step_s(rows, ALONE, 1)
+    first = having(rows, way=GROUPED, microbatches=1)[0].figures
+    counts = [count for count in COUNTS if having(rows, way=GROUPED, microbatches=count)]
+    lines = [_cells(rows, count, alone_s) for count in counts]
+    columns = ["m", "grouped", "÷ floor", "one after another", "gain", "weights moved", "÷ m = 1", "misses", "result"]
+    head = f"{first['title']}, {first['plan']}; link {rate(first['link_bytes_per_s'])}, all weights in memory: "
+    head += (
+        f"{seconds(alone_s)} a microbatch. The floor of a step is the larger of m times that, and of the bytes that "
+    )
+    head += (
+        "the plan moves for one microbatch over the link's rate. *Result*: losses and gradients, or outputs, beside "
+    )
+    head += "those of the unstreamed model, by their bits."
+    failed = [f"- {row.case}: {row.outcome}: {row.note}" for row in rows if not row.ok]
+    parts = [head, markdown(columns, lines), _targets(rows, counts)]
+    return "\n\n".join([*parts, "\n".join(failed)] if failed else parts)
+
+
+def _cells(rows: list[Row], count: int, alone_s: float | None) -> list[str]:
+    grouped, separate = _step_s(rows, GROUPED, count), _step_s(rows, SEPARATE, count)
+    mine = having(rows, way=GROUPED, microbatches=count)
+    figures = mine[0].figures
+    floor_s = max(count * (alone_s or 0.0), figures["least_bytes"] / figures["link_bytes_per_s"])
+    same = all(row.figures["equal"] for row in mine)
+    return [
+        str(count),
+        seconds(grouped),
+        ratio(grouped, floor_s),
+        seconds(separate),
+        ratio(separate, grouped),
+        size(figures["moved_bytes"]),
+        ratio(figures["moved_bytes"], _moved_bytes(rows)),
+        str(max(row.figures["misses"] for row in mine)),
+        "equal" if same else "differs",
+    ]
+
+
+def _targets(rows: list[Row], counts: list[int]) -> str:
+    moved = [row.figures["moved_bytes"] / _moved_bytes(rows) for row in having(rows, way=GROUPED)]
+    gain = (_step_s(rows, SEPARATE, counts[-1]) or 0.0) / (_step_s(rows, GROUPED, counts[-1]) or float("inf"))
+    said = f"Weight bytes of a group: at most {max(moved):.2f} times those of one (target {MOST_BYTES}). "
+    return said + f"Gain at m = {counts[-1]}: {gain:.1f} (target {LEAST_GAIN:g}, where transfers bound the step)."
+
+
+def _moved_bytes(rows: list[Row]) -> int:
+    return int(having(rows, way=GROUPED, microbatches=1)[0].figures["moved_bytes"])
+
+
+def _step_s(rows: list[Row], way: str, count: int) -> float | None:
+    found = [row.step_s for row in having(rows, way=way, microbatches=count)]
+    return median(found) if found else None
+
+
+def picture(rows: list[Row], path: Path) -> None:
+    """Microbatches a second over m, both ways, with the floor."""
+    from panels import figure, finish
+
+    canvas, (panel,) = figure(1, width=6.0)
+    for way, colour in ((GROUPED, "C0"), (SEPARATE, "C1")):
+        found = [(count, step_s) for count in COUNTS if (step_s := _step_s(rows, way, count))]
+        panel.plot([m for m, _ in found], [m / step_s for m, step_s in found], color=colour, marker="o", label=way)
+    alone_s = _step_s(rows, ALONE, 1)
+    if alone_s:
+        panel.axhline(1 / alone_s, color="grey", ls="--", label=ALONE)
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(COUNTS)
+    panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    panel.set_xlabel("microbatches of a step")
+    panel.set_ylabel("microbatches a second")
+    panel.set_ylim(bottom=0)
+    finish(canvas, path)
+
+
+STUDIES = {
+    "training": Study("A training step of several microbatches that share a pass", run, table, picture),
+    "inference": Study("Several batches that share a pass, weights from disk", run, table, picture),
+}
+
+
+def main(arguments: list[str] | None = None, answer: Callable[..., Any] | None = None) -> None:
+    """Measure what is missing, then write the table and the picture. `answer` runs a measurement otherwise."""
+    asked = _parser().parse_args(arguments)
+    raw = asked.output / f"grouping_{asked.study}_{asked.scale}.jsonl"
+    if not asked.report:
+        scratch = asked.scratch or settings().cache_dir
+        scratch.mkdir(parents=True, exist_ok=True)
+        paced = asked.paced * 1e9 if asked.study == "training" else None
+        made = partial(Results, answer=answer) if answer else Results
+        results = made(raw, Row, CpuDevice(), run_job, again=asked.again, timeout_s=asked.timeout_s)
+        run(Run(asked.study, asked.scale, scratch.resolve(), asked.repeats, paced, results))
+    write_report(STUDIES[asked.study], raw, Row)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--scale", choices=SCALES, default="cpu")
+    parser.add_argument("--paced", type=float, default=0.5, help="GB/s of the link of training; default: 0.5")
+    parser.add_argument("--repeats", type=int, default=2)
+    add_arguments(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    main()

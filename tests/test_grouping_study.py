@@ -1,0 +1,40 @@
+"""The study of grouping on a toy: both tables come out of one command each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grouping
+import pytest
+from kept_rows import rows_in
+
+
+def at_once(measure: Callable[[Any, str], None], job: Any, folder: Path, timeout_s: float) -> dict[str, Any]:
+    """A measurement in this process."""
+    measure(job, str(answer := folder / "answer.json"))
+    found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
+    return found
+
+
+@pytest.mark.parametrize("study", grouping.STUDIES)
+def test_tables(study: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setattr("grouping.COUNTS", (1, 3))
+    monkeypatch.setattr("grouping_measure.MOST_STEPS", 2)
+    words = [study, "--scale", "toy", "--repeats", "1", "--output", str(tmp_path), "--scratch", str(tmp_path)]
+    grouping.main(words, at_once)
+    raw = tmp_path / f"grouping_{study}_toy.jsonl"
+    rows = rows_in(raw, grouping.Row)
+    assert [row.outcome for row in rows] == ["ok"] * 5, [row.note for row in rows]
+    by_case = {(row.case.way, row.case.microbatches): row.figures for row in rows}
+    assert all(figures["equal"] for (way, _), figures in by_case.items() if way != grouping.ALONE)
+    one, grouped, separate = (
+        by_case[key] for key in ((grouping.GROUPED, 1), (grouping.GROUPED, 3), (grouping.SEPARATE, 3))
+    )
+    assert grouped["moved_bytes"] == one["moved_bytes"] > 0
+    assert separate["moved_bytes"] > 2 * one["moved_bytes"]
+    assert "at most 1.00 times those of one" in raw.with_suffix(".md").read_text()
+    assert raw.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
