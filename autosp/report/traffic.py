@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from autosp.cost_model.predict import contended_periods
+from autosp.cost_model.predict import contended_periods, with_rings
 from autosp.cost_model.simulate import Costs, costs_of, simulate
-from autosp.schedule.actions import Kind
-from autosp.schedule.streaming import build_ring, lower
+from autosp.schedule.actions import COMPUTES, Kind
+from autosp.schedule.lowering import lower_for
 from autosp.schedule.timeline import Span, Timeline
 from autosp.spec import Candidate, Partition, Profile
 
@@ -41,8 +41,7 @@ class Traffic:
 
 def expected_costs(profile: Profile, candidate: Candidate) -> Costs:
     """What each action takes while link and compute slow each other down as they do under this candidate."""
-    ring = build_ring(candidate, [layer.n_bytes for layer in profile.partition.layers], profile.partition.visits)
-    found = contended_periods(profile, [ring])
+    found = contended_periods(profile, with_rings(profile, [candidate]))
     factors = (float(factor[0]) for factor in (found.compute_factor, found.link_factor, found.disk_factor))
     return costs_of(profile).contended(*factors)
 
@@ -50,7 +49,7 @@ def expected_costs(profile: Profile, candidate: Candidate) -> Costs:
 def expected(profile: Profile, candidate: Candidate, periods: int) -> Timeline:
     """The timeline that the cost model expects: periods of the profiled pass, the first from empty buffers."""
     costs = expected_costs(profile, candidate)
-    return simulate(lower(candidate, costs.layer_bytes, profile.partition.visits), costs, periods)
+    return simulate(lower_for(profile.mode, candidate, profile.partition), costs, periods)
 
 
 def calls_periods(timeline: Timeline, partition: Partition, candidate: Candidate) -> int:
@@ -94,7 +93,7 @@ def traffic(timeline: Timeline, partition: Partition, candidate: Candidate) -> T
         return n_bytes * share, sum(span.end_s - span.start_s for span in spans) * share
 
     stalls = dict.fromkeys((layer for layer in partition.visits if layer not in candidate.residents), 0.0)
-    for span in timeline.of_kind(Kind.FORWARD):
+    for span in (span for kind in COMPUTES for span in timeline.of_kind(kind)):
         layer = span.action.layers[0]
         if span.period >= first and layer in stalls:
             stalls[layer] += span.stall_s * share

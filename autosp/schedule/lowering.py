@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from autosp.schedule.actions import Schedule
-from autosp.schedule.streaming import lower
-from autosp.schedule.training import lower_training
+from autosp.schedule.streaming import Ring, build_ring, lower
+from autosp.schedule.training import lower_training, training_ring
 from autosp.spec import Candidate, Mode, Partition
 
 
@@ -16,3 +16,13 @@ def lower_for(mode: Mode, candidate: Candidate, partition: Partition) -> Schedul
     if mode == "training":
         return lower_training(candidate, partition)
     return lower(candidate, [layer.n_bytes for layer in partition.layers], partition.visits)
+
+
+def ring_for(mode: Mode, candidate: Candidate, partition: Partition) -> Ring:
+    """The ring that the action list of `lower_for` loads into.
+
+    Raises: ValueError if only some layers of a group rest on disk.
+    """
+    if mode == "training":
+        return training_ring(candidate, partition)
+    return build_ring(candidate, [layer.n_bytes for layer in partition.layers], partition.visits)

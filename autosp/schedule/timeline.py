@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from autosp.schedule.actions import Action, Kind
+from autosp.schedule.actions import COMPUTES, Action, Kind
 
 SEEN_STALL_S = 1e-4
 """A wait longer than this lets threads go to sleep and caches go cold; a shorter one costs its own time only."""
@@ -19,7 +19,7 @@ class Span:
     start_s: float
     end_s: float
     stall_s: float = 0.0
-    """For a FORWARD: how long compute stood still before it, waiting for its weights."""
+    """For what computes: how long compute stood still before it, waiting for its weights."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Timeline:
         last = len(self.period_ends_s) - 1
         stalls: dict[int, float] = {}
         for span in self.spans:
-            if span.period == last and span.action.kind is Kind.FORWARD:
+            if span.period == last and span.action.kind in COMPUTES:
                 layer = span.action.layers[0]
                 stalls[layer] = stalls.get(layer, 0.0) + span.stall_s
         return stalls

@@ -25,12 +25,16 @@ def lower_training(candidate: Candidate, partition: Partition) -> Schedule:
         raise ValueError(f"layers {candidate.on_disk} rest on disk: in training, weights rest in host memory")
     if not {*candidate.recompute} <= {*partition.backward}:
         raise ValueError("a layer is recomputed whose backward needs no weights")
-    layer_bytes = [layer.n_bytes for layer in partition.layers]
-    ring = build_ring(candidate, layer_bytes, partition.visits)
-    visits = (*partition.visits, *partition.backward)
-    ring = Ring(ring.groups, ring.arena_bytes, time_transfers(ring.groups, visits, walks=0))
+    ring = training_ring(candidate, partition)
     actions = _Lowering(ring, candidate, partition).actions
     return Schedule(tuple(actions), (), candidate.residents, ring.arena_bytes)
+
+
+def training_ring(candidate: Candidate, partition: Partition) -> Ring:
+    """Where streamed layers live, and when they move in a pass: its visits are those forward, then those backward."""
+    ring = build_ring(candidate, [layer.n_bytes for layer in partition.layers], partition.visits)
+    visits = (*partition.visits, *partition.backward)
+    return Ring(ring.groups, ring.arena_bytes, time_transfers(ring.groups, visits, walks=0))
 
 
 class _Lowering:
@@ -46,7 +50,7 @@ class _Lowering:
         """Groups in the arena, and the loads that brought them."""
         self._last_use: dict[int, Ref] = {}
         visits = (*partition.visits, *partition.backward)
-        leaving = _leaving(candidate, partition)
+        leaving = leaving_after(candidate, partition)
         transfers = list(ring.transfers)
         for visit in range(-1, len(visits)):
             if visit >= 0:
@@ -98,7 +102,7 @@ class _Lowering:
             self.actions[position] = replace(action, waits=action.waits + waits)
 
 
-def _leaving(candidate: Candidate, partition: Partition) -> dict[int, list[int]]:
+def leaving_after(candidate: Candidate, partition: Partition) -> dict[int, list[int]]:
     """Visit -> the streamed layers whose gradients leave after it: their last one backward, or the last of all."""
     visits = (*partition.visits, *partition.backward)
     last = {layer: visit for visit, layer in enumerate(partition.backward, len(partition.visits))}

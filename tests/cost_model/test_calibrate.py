@@ -31,7 +31,7 @@ def measured_as(truth: Profile, candidate: Candidate) -> Trial:
     """What a machine that is just as `truth` says would show of a candidate."""
     layer_bytes = [layer.n_bytes for layer in truth.partition.layers]
     ring = build_ring(candidate, layer_bytes, truth.partition.visits)
-    periods = contended_periods(truth, [ring])
+    periods = contended_periods(truth, [(candidate, ring)])
     factors = (float(factor[0]) for factor in (periods.compute_factor, periods.link_factor, periods.disk_factor))
     costs = costs_of(truth).contended(*factors)
     schedule = lower(candidate, layer_bytes, truth.partition.visits)

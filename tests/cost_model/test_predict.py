@@ -28,7 +28,7 @@ def test_predict_is_simulate_on_the_lowered_list(profile: Profile, data: st.Data
     visits = profile.partition.visits
     repeats = profile.partition.repeats
     (predicted,) = predict(profile, [candidate])
-    periods = contended_periods(profile, [build_ring(candidate, layer_bytes, visits)])
+    periods = contended_periods(profile, [(candidate, build_ring(candidate, layer_bytes, visits))])
     schedule = lower(candidate, layer_bytes, visits)
     factors = (float(factor[0]) for factor in (periods.compute_factor, periods.link_factor, periods.disk_factor))
     timeline = simulate(schedule, costs_of(profile).contended(*factors))
@@ -73,7 +73,7 @@ def test_a_pass_is_compute_and_stall(profile: Profile, data: st.DataObject) -> N
     layer_bytes = [layer.n_bytes for layer in profile.partition.layers]
     (predicted,) = predict(profile, [candidate])
     ring = build_ring(candidate, layer_bytes, profile.partition.visits)
-    compute_factor = float(contended_periods(profile, [ring]).compute_factor[0])
+    compute_factor = float(contended_periods(profile, [(candidate, ring)]).compute_factor[0])
     asleep = predicted.latency_s - profile.compute_s * compute_factor - predicted.stall_s
     visits = len(profile.visits) * profile.partition.repeats
     assert -1e-9 <= asleep <= profile.wake_s * visits + 1e-9
@@ -155,7 +155,7 @@ def test_link_beside_compute_that_never_rests() -> None:
     (predicted,) = predict(measured, [candidate])
     assert (predicted.latency_s, predicted.stall_s) == (8, 0)
     ring = build_ring(candidate, (10,) * 4, range(4))
-    periods = contended_periods(measured, [ring])
+    periods = contended_periods(measured, [(candidate, ring)])
     assert (float(periods.compute_factor[0]), float(periods.link_factor[0])) == (1, 1.5)
 
 
