@@ -17,7 +17,7 @@ from autosp.cost_model.training_memory import memory_of
 from autosp.cost_model.training_pass import TrainingTraffic
 from autosp.schedule.lowering import ring_for
 from autosp.schedule.streaming import Ring
-from autosp.spec import Candidate, Partition, Prediction, Profile, Tier
+from autosp.spec import Candidate, Prediction, Profile, Tier
 
 CONTENTION_ROUNDS = 4
 """Rounds of the fixed point between overlap and slowdown; it moves less than 0.1 % after three."""
@@ -28,9 +28,13 @@ Pair = tuple[Candidate, Ring]
 class Timed(Protocol):
     """The transfers of C candidates, at the latencies and bandwidths of some costs."""
 
-    link_s: Array
-    """How long the link to the device is busy per pass if nothing slows it. [C]"""
-    disk_s: Array
+    @property
+    def link_s(self) -> Array:
+        """How long the link to the device is busy per pass if nothing slows it. [C]"""
+
+    @property
+    def disk_s(self) -> Array:
+        """The same of the disk. [C]"""
 
     def run(self, compute_factor: Array, link_factor: Array, disk_factor: Array) -> tuple[Array, Array]:
         """Length and stall of a pass while everything takes these times longer. Shapes: [C]."""
@@ -126,7 +130,7 @@ def contended_periods(profile: Profile, pairs: Iterable[Pair]) -> Periods:
 
 
 def _traffic(profile: Profile, pairs: Iterable[Pair]) -> Traffic:
-    partition: Partition = profile.partition
+    partition = profile.partition
     if profile.mode == "training":
         return TrainingTraffic(partition, pairs)
     return SteadyTraffic((ring for _, ring in pairs), len(partition.visits))

@@ -124,13 +124,16 @@ class TrainingExecutor(Executor):
 
         if _task() is None:
             return super().visit(layer, watched, args, kwargs)
-        begins = self._arrive(layer.layer.index)
+        index = layer.layer.index
+        begins = self._arrive(index)
         group = self.loader.acquire(layer)
         try:
             if begins:
                 self.recorder.start()
             return self.loader.own(watched(*args, **kwargs))
-        finally:
+        finally:  # a checkpoint stops its forward by an exception once it has what it needs
+            if index in self._recomputed:
+                self.recorder.recomputed()
             self.loader.release(layer, group)
 
     # -- backward -------------------------------------------------------------------------------------------------

@@ -30,6 +30,11 @@ def lower_training(candidate: Candidate, partition: Partition) -> Schedule:
     return Schedule(tuple(actions), (), candidate.residents, ring.arena_bytes)
 
 
+def least_training(partition: Partition) -> Candidate:
+    """The training plan of least memory: one layer at a time, and of each only its inputs kept."""
+    return Candidate(k=1, k_prime=1, recompute=tuple(sorted(set(partition.backward))))
+
+
 def training_ring(candidate: Candidate, partition: Partition) -> Ring:
     """Where streamed layers live, and when they move in a pass: its visits are those forward, then those backward."""
     ring = build_ring(candidate, [layer.n_bytes for layer in partition.layers], partition.visits)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from statistics import median
 from typing import Any
 
 import torch
 
 from autosp.batch import equal
+from autosp.devices import Device
 from autosp.runtime.bench import Bench
+from autosp.schedule.training import least_training
 from autosp.spec import Candidate, Measurement, Outcome
 from autosp.workload import Workload
 
@@ -22,7 +25,29 @@ ENOUGH_S = 0.5
 
 
 class Reference:
-    """The plain model's output, and a way to have it again."""
+    """The plain model's output, and a way to have it again. In training: loss and gradients."""
+
+    @classmethod
+    def of_inference(cls, device: Device, workload: Workload) -> Reference:
+        """The output of a pass of the unstreamed model."""
+        return cls(workload.observed_pass(device)[1], lambda: workload.observed_pass(device)[1])
+
+    @classmethod
+    def of_training(cls, bench: Bench, workload: Workload) -> Reference:
+        """The loss and the gradients of one pass: a plain one on a CPU.
+
+        On an accelerator plain training may not fit, and a CPU's kernels give other bits: there it is a pass of the
+        least-memory plan, which has each layer compute alone with freshly loaded weights. A plan that differs from
+        that, in what is loaded ahead, kept or computed again, is found; what all plans had in common would not be.
+        """
+
+        def run() -> Any:
+            with workload.leaving_no_trace(), ExitStack() as applied:
+                if bench.device.torch_device.type != "cpu":
+                    applied.callback(bench.apply(least_training(bench.partition)).remove)
+                return workload.run_seeded()
+
+        return cls(run(), run)
 
     def __init__(self, output: Any, plain_pass: Callable[[], Any]) -> None:
         self._output = output
@@ -60,7 +85,7 @@ def validate(
     """
     device = bench.device
     try:
-        with device.limit(budget_bytes):
+        with device.limit(budget_bytes), workload.trial():
             streamed = bench.apply(candidate)
             try:
                 progress("cold")
