@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 
 from autosp.schedule.actions import COMPUTES, RESOURCE, Action, Kind, Ref, Resource, Schedule
 from autosp.schedule.timeline import SEEN_STALL_S, Span, Timeline
@@ -46,6 +47,17 @@ class Costs:
     def return_s(self, layers: Sequence[int]) -> float:
         """The gradients of `layers` on their way to the host."""
         return self.return_latency_s + sum(self.gradient_bytes[layer] for layer in layers) / self.return_bytes_per_s
+
+    def before_computes(self, actions: Iterable[Action]) -> Iterator[float]:
+        """The compute before each FORWARD, RECOMPUTE and BACKWARD of passes in a row, which needs no weights."""
+        forwards, backwards = cycle(self.before_s), cycle(self.before_backward_s)
+        again = False
+        for action in actions:
+            if action.kind is Kind.FORWARD:
+                yield next(forwards)
+            else:
+                yield 0.0 if again else next(backwards)
+                again = action.kind is Kind.RECOMPUTE
 
     def contended(self, compute_factor: float, link_factor: float, disk_factor: float = 1.0) -> Costs:
         """The same work while compute, link and disk slow each other down by these factors."""

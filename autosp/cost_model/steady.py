@@ -71,7 +71,7 @@ class SteadyTraffic:
 
 def by_visit(columns: list[list[int]], n_visits: int) -> Indices:
     """Rows of visits from a list with one entry per candidate."""
-    return np.ascontiguousarray(np.array(columns, np.intp).reshape(-1, n_visits).T)
+    return np.ascontiguousarray(np.array(columns, np.intp).reshape(len(columns), n_visits).T)
 
 
 @dataclass(frozen=True)

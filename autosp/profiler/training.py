@@ -44,10 +44,10 @@ def training_partition(workload: Workload, device: Device, cache_dir: Path) -> P
     Raises: SettingError if the step gives no loss; and what `partition` and `Bench` raise.
     """
     model = workload.model
-    parts = workload.layers(device)
-    visits = parts.visits * parts.repeats
-    expected = parts.model_copy(update={"visits": visits, "repeats": 1, "backward": tuple(reversed(visits))})
     with workload.leaving_no_trace():
+        parts = workload.layers(device)
+        visits = parts.visits * parts.repeats
+        expected = parts.model_copy(update={"visits": visits, "repeats": 1, "backward": tuple(reversed(visits))})
         with Bench(model, expected, device, cache_dir, mode="training") as bench:
             streamed = bench.apply(LEAST_MEMORY)
             try:

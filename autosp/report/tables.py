@@ -282,12 +282,13 @@ def _setting(candidate: Candidate) -> tuple[str, str, str]:
 
 
 def _remarks(candidate: Candidate) -> str:
-    """The baseline that a candidate is, if it is one, and what of it rests on disk behind the host."""
+    """The baseline that a candidate is, if it is one; what of it rests on disk; what of it is computed again."""
+    baseline = "" if candidate.residents else "sliding window"
     if not candidate.ring:
-        return "everything resident"
-    window = "" if candidate.residents else "sliding window"
+        baseline = "everything resident"
     resting = f"{len(candidate.on_disk)} on disk, {candidate.read_ahead} ahead" if candidate.on_disk else ""
-    return ", ".join(filter(None, (window, resting)))
+    again = f"{len(candidate.recompute)} computed again" if candidate.recompute else ""
+    return ", ".join(filter(None, (baseline, resting, again)))
 
 
 def over_floor(latency_s: float | None, floor_s: float) -> str:

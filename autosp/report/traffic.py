@@ -8,7 +8,7 @@ from statistics import median
 
 from autosp.cost_model.predict import contended_periods, with_rings
 from autosp.cost_model.simulate import Costs, costs_of, simulate
-from autosp.schedule.actions import COMPUTES, Kind
+from autosp.schedule.actions import Kind
 from autosp.schedule.lowering import lower_for
 from autosp.schedule.timeline import Span, Timeline
 from autosp.spec import Candidate, Partition, Profile
@@ -93,7 +93,7 @@ def traffic(timeline: Timeline, partition: Partition, candidate: Candidate) -> T
         return n_bytes * share, sum(span.end_s - span.start_s for span in spans) * share
 
     stalls = dict.fromkeys((layer for layer in partition.visits if layer not in candidate.residents), 0.0)
-    for span in (span for kind in COMPUTES for span in timeline.of_kind(kind)):
+    for span in timeline.computes:
         layer = span.action.layers[0]
         if span.period >= first and layer in stalls:
             stalls[layer] += span.stall_s * share

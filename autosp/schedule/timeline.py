@@ -53,6 +53,11 @@ class Timeline:
                 stalls[layer] = stalls.get(layer, 0.0) + span.stall_s
         return stalls
 
+    @property
+    def computes(self) -> list[Span]:
+        """The spans of what needs weights, by their begin."""
+        return sorted((span for span in self.spans if span.action.kind in COMPUTES), key=lambda span: span.start_s)
+
     def of_kind(self, kind: Kind) -> list[Span]:
         """The spans of one kind, in their order."""
         return [span for span in self.spans if span.action.kind is kind]
