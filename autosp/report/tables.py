@@ -199,7 +199,7 @@ def plan_table(plan: Plan) -> Table:
 
 
 def layers_table(profile: Profile) -> Table:
-    """Every layer: its bytes, its compute over a period, and the time that its transfer takes alone."""
+    """Every layer: its bytes, its compute over a period, backward too, and the time that its transfer takes alone."""
     visits: defaultdict[int, list[LayerProfile]] = defaultdict(list)
     for visit in profile.visits:
         visits[visit.layer].append(visit)
@@ -208,6 +208,8 @@ def layers_table(profile: Profile) -> Table:
     table = new_table(f"Layers, in the order of their first visit{periods}", show_footer=True)
     transfers_s = [link.latency_s + layer.n_bytes / link.bytes_per_s for layer in partition.layers]
     compute_s = {index: sum(visit.forward_s for visit in mine) for index, mine in visits.items()}
+    for again in profile.backward:
+        compute_s[again.layer] += again.backward_s
     add_numbers(table, "layer")
     table.add_column("name", "all layers", overflow="fold")
     add_numbers(table, "visits", "tensors")
