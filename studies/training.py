@@ -26,6 +26,7 @@ from training_models import MODELS, SCALES, build
 import autosp
 from autosp.batch import equal
 from autosp.devices import CpuDevice
+from autosp.profiler.layers import timed_pass
 from autosp.runtime.bench import Bench
 from autosp.settings import settings
 from autosp.spec import Plan, Tier
@@ -120,8 +121,7 @@ def timed(workload: Workload, device: CpuDevice, plan: Plan, plain: Any = None) 
             same = plain is None or equal(workload.run_seeded(), plain)
             workload.run()
             while len(samples) < LEAST_PASSES or (sum(samples) < ENOUGH_S and len(samples) < MOST_PASSES):
-                workload.run()
-                samples.append(streamed.stats().pass_s[-1])
+                samples.append(timed_pass(device, workload.run)[0])
             peak_bytes = streamed.stats().peak_bytes
     return {"pass_s": median(samples), "samples_s": samples, "peak_bytes": peak_bytes, "same_gradients": same}
 

@@ -73,18 +73,17 @@ def observe_training(
     """Run training passes under a plan that recomputes: a cold one, one for memory, and some for time."""
     partition = bench.partition
     memory = _ActivationObserver(bench, candidate, workload)
-    passes: list[tuple[list[VisitTimes], float]] = []
+    passes: list[list[VisitTimes]] = []
 
     def time_pass(streamed: StreamedModel[nn.Module]) -> tuple[float, Any]:
         timed = timed_pass(bench.device, workload.run)
-        passes.extend(streamed.visit_times(1))
+        passes.extend(visits for visits, _ in streamed.visit_times(1))
         return timed
 
     with workload.leaving_no_trace():
         measurement = measured_passes(bench, candidate, workload.run, memory, time_pass, progress)
-    times = [visits for visits, _ in passes]
-    forward = _by_visit(times, Kind.FORWARD, partition.visits)
-    backward = _by_visit(times, Kind.BACKWARD, partition.backward)
+    forward = _by_visit(passes, Kind.FORWARD, partition.visits)
+    backward = _by_visit(passes, Kind.BACKWARD, partition.backward)
     kept, inputs = memory.kept_bytes(), memory.input_bytes()
     return Observation(
         visits=tuple(
@@ -108,8 +107,8 @@ def observe_training(
             )
             for layer, mine in zip(partition.backward, backward, strict=True)
         ),
-        tail_s=median(tail_s for _, tail_s in passes),
-        least_compute_s=_least_compute_s([*forward, *backward]) + min(tail_s for _, tail_s in passes),
+        tail_s=0.0,  # the last visit ends with autograd; what follows is the wait for its gradients
+        least_compute_s=_least_compute_s([*forward, *backward]),
         measurement=measurement,
     )
 

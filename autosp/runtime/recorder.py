@@ -171,7 +171,10 @@ class Recorder:
         return found
 
     def usage(self, last: int) -> Usage:
-        """What the last so many of the remembered passes spent their time on: the median of each figure."""
+        """What the last so many of the remembered passes spent their time on: the median of each figure.
+
+        Where nothing moves, the end of a training pass is not seen: none is remembered, and nothing was waited for.
+        """
         self._device.synchronize()
         seconds = self._device.seconds
         figures = []
@@ -182,6 +185,8 @@ class Recorder:
             read_bytes = sum(read.n_bytes for read in one.reads)
             waited = sum(stall > SEEN_STALL_S for stall in stalls)
             figures.append((sum(stalls), waited, link_s, len(one.loads), disk_s, len(one.reads), read_bytes))
+        if not figures:
+            return Usage(stall_s=0.0, stalls=0.0, link_s=0.0, loads=0.0)
         stall_s, waited, link_s, loads, disk_s, reads, read_bytes = map(median, zip(*figures, strict=True))
         return Usage(
             stall_s=stall_s,

@@ -190,10 +190,11 @@ class TrainingExecutor(Executor):
         if task not in self._tasks:
             return
         outermost = task == min(self._tasks)
+        if outermost:
+            self._leave()
         self._gradients.finish()
         self._tasks.discard(task)
         if outermost:
-            self._leave()
             self.recorder.end_pass()
             self.loader.take_samples()
             self._close_backward()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from operator import add
 
 from autosp.cost_model.placement import evenly_spread
 from autosp.cost_model.training_memory import TrainingMemory
@@ -40,17 +41,20 @@ def recompute_choices(profile: Profile, budget_bytes: int) -> list[tuple[int, ..
 
 
 def filled(profile: Profile, budget_bytes: int) -> Iterator[Candidate]:
-    """For each ring and choice, resident sets that use up the budget.
+    """For each ring and choice, resident sets that use up the budget. What is resident is never computed again.
 
     Activations are at their peak before residents have gradients, so each is filled twice: without these, which may
     be too much later in the pass, and with them, which always fits.
     """
     memory = TrainingMemory(profile)
-    with_gradients = Pass.of(profile)
-    without = replace(with_gradients, resident_bytes=with_gradients.layer_bytes)
+    of = Pass.of(profile)
+    freed = _freed_bytes(profile)
     fixed = profile.partition.resident_bytes + profile.workspace_bytes
-    count = len(with_gradients.layers)
+    count = len(of.layers)
     for recompute in recompute_choices(profile, budget_bytes):
+        kept = [freed[layer] if layer in recompute else 0 for layer in range(len(of.layer_bytes))]
+        without = replace(of, resident_bytes=tuple(map(add, of.layer_bytes, kept)))
+        with_gradients = replace(of, resident_bytes=tuple(map(add, of.resident_bytes, kept)))
         free = budget_bytes - fixed - memory.activation_bytes(recompute)
         for k_prime in K_PRIMES:
             for depth in DEPTHS:
@@ -63,26 +67,34 @@ def filled(profile: Profile, budget_bytes: int) -> Iterator[Candidate]:
                 for residents in dict.fromkeys(found for filling in fillings for found in filling.resident_sets()):
                     if count - len(residents) >= depth * k_prime:
                         k = len(residents) + depth * k_prime
-                        yield Candidate(k=k, k_prime=k_prime, residents=residents, recompute=recompute)
+                        streamed = tuple(layer for layer in recompute if layer not in residents)
+                        yield Candidate(k=k, k_prime=k_prime, residents=residents, recompute=streamed)
 
 
 def recomputing(profile: Profile, candidates: Sequence[Candidate], budget_bytes: int) -> Iterator[Candidate]:
     """Each candidate with every choice of what is computed again; and the least-memory plan."""
     for recompute in recompute_choices(profile, budget_bytes):
         for candidate in candidates:
-            yield candidate.model_copy(update={"recompute": recompute})
+            streamed = tuple(layer for layer in recompute if layer not in candidate.residents)
+            yield candidate.model_copy(update={"recompute": streamed})
     yield least_training(profile.partition)
 
 
 def _seconds_per_byte(profile: Profile) -> dict[int, float]:
     """Layer -> what each byte costs that is freed by computing its activations again; only layers that free some."""
-    freed: Counter[int] = Counter()
-    for visit in profile.visits:
-        freed[visit.layer] += visit.kept_bytes - visit.input_bytes
+    freed = _freed_bytes(profile)
     taken: dict[int, float] = {}
     for again in profile.backward:
         taken[again.layer] = taken.get(again.layer, 0.0) + again.recompute_s
     return {layer: seconds / freed[layer] for layer, seconds in taken.items() if freed[layer] > 0}
+
+
+def _freed_bytes(profile: Profile) -> Counter[int]:
+    """Layer -> what its activations take beyond its inputs."""
+    freed: Counter[int] = Counter()
+    for visit in profile.visits:
+        freed[visit.layer] += visit.kept_bytes - visit.input_bytes
+    return freed
 
 
 def _just_enough(memory: TrainingMemory, cheapest: Sequence[int], k: int, budget_bytes: int) -> int:
