@@ -46,6 +46,7 @@ def read_study(study: str, storage: str | None) -> Stored:
 
 def kept_study(
     subject: Subject,
+    mode: str,
     budget: float | str | None,
     host_budget: float | str | None,
     slack: float | None,
@@ -58,8 +59,8 @@ def kept_study(
     from autosp.store import Repository
     from autosp.workload import Workload, parse_budgets
 
-    chosen = choose_device(device)
-    workload = Workload.of(subject.model, subject.batch, subject.step, "inference", chosen)
+    chosen = choose_device(device, mode)
+    workload = Workload.of(subject.model, subject.batch, subject.step, mode, chosen)
     budgets = parse_budgets(whole_device(chosen) if budget is None else budget, host_budget, chosen.info.slow_tier)
     with Repository(storage) as repository:
         keys = workload.key(chosen, *budgets, slack), workload.key(chosen, *budgets)
@@ -190,7 +191,7 @@ def print_traffic(plan: Plan, predicted: Timeline | None, measured: Timeline) ->
 
 
 def timed_pass(workload: Workload, device: Device, streamed: StreamedModel[Any]) -> Pass:
-    """Run one pass, and wait for its end."""
+    """Run one pass, in training with its backward, and wait for its end."""
     from autosp.report.run_tables import Pass
 
     before = streamed.stats()

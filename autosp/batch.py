@@ -187,6 +187,23 @@ def equal(left: Any, right: Any) -> bool:
     return True
 
 
+DIGESTED_BYTES = 2**20
+"""What is copied at a time to be digested."""
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """Of a tensor's bits: tensors that are `equal` have the same one, sparse ones if their entries are in one order."""
+    tensor = tensor.detach()
+    found = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)} {tensor.layout}".encode(), digest_size=16)
+    for part in [tensor._indices(), tensor._values()] if tensor.layout is torch.sparse_coo else [tensor]:
+        rows = part.reshape(1) if part.dim() == 0 else part
+        row_bytes = rows[:1].numel() * rows.element_size()
+        for piece in rows.split(max(1, DIGESTED_BYTES // max(1, row_bytes))):
+            plain = piece.cpu().resolve_conj().resolve_neg().contiguous().view(-1)
+            found.update(plain.view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
 def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     if left.dtype != right.dtype or left.shape != right.shape or left.layout != right.layout:
         return False

@@ -93,7 +93,7 @@ def tune_batch(
 
     Raises: as `tune`; BudgetTooSmallError if the smallest size does not fit.
     """
-    chosen = choose_device(device)
+    chosen = choose_device(device, mode)
     budgets = parse_budgets(
         whole_device(chosen) if max_gpu_gb is None else max_gpu_gb, max_cpu_gb, chosen.info.slow_tier
     )
@@ -109,7 +109,7 @@ def tune_batch(
         try:
             with Repository(storage) as repository:
                 measured = _profile(repository, key, partial(profile, model, batch, **options))
-            host_bytes = binding_host_budget(measured.partition, chosen, key.host_budget_bytes)
+            host_bytes = binding_host_budget(measured.partition, chosen, key.host_budget_bytes, measured.mode)
             fastest_s = rank(measured, key.budget_bytes, host_bytes)[0].latency_s
         except BaseException as error:
             too_large = isinstance(error, BudgetTooSmallError) or chosen.is_out_of_memory(error)

@@ -26,6 +26,7 @@ try:
         HostBudget,
         Isolate,
         MaxTrials,
+        ModeName,
         Output,
         PlanFile,
         Plot,
@@ -83,6 +84,7 @@ def tune(
     slack: Annotated[
         float | None, typer.Option(help="0.05: the least memory that takes at most 5 % longer than the fastest.")
     ] = None,
+    mode: ModeName = "inference",
     storage: Storage = None,
     study_name: Annotated[str | None, typer.Option(help="Default: made from the model's name.")] = None,
     max_trials: MaxTrials = None,
@@ -101,7 +103,7 @@ def tune(
     began = _now()
     budget = None if max_gpu_gb is None else budget_of(max_gpu_gb)
     host_budget = None if max_cpu_gb is None else budget_of(max_cpu_gb)
-    kept = partial(answers.kept_study, subject, budget, host_budget, slack, device, storage)
+    kept = partial(answers.kept_study, subject, mode, budget, host_budget, slack, device, storage)
     with interruptible(factory, storage, device, kept):
         plan = autosp.tune(
             subject.model,
@@ -109,6 +111,7 @@ def tune(
             budget,
             max_cpu_gb=host_budget,
             slack=slack,
+            mode=mode,
             step=subject.step,
             device=device,
             storage=storage,

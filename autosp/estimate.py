@@ -11,12 +11,13 @@ from autosp.cost_model.floor import floor_s
 from autosp.devices import Device, choose_device
 from autosp.profiler import measure
 from autosp.profiler.host import binding_host_budget
+from autosp.profiler.training import layers_of
 from autosp.progress import progress_bar
 from autosp.runtime.bench import Bench
 from autosp.search.space import rank
 from autosp.settings import settings
 from autosp.spec import Prediction, Profile
-from autosp.workload import Workload, parse_budget, parse_budgets, require_searched
+from autosp.workload import Workload, parse_budget, parse_budgets, refuse_host_budget
 
 if TYPE_CHECKING:
     import torch
@@ -34,20 +35,21 @@ def profile(
 ) -> Profile:
     """Measure every layer and link, under the least-memory plan and under a ring that overlaps loads with compute.
 
-    The disk is measured, too, where the host has no room for all.
+    The disk is measured, too, where the host has no room for all. With mode="training", where `step` returns the loss,
+    passes are forward and backward.
 
     The model is as before when this returns or raises.
     """
-    require_searched(mode)
-    chosen = choose_device(device)
+    chosen = choose_device(device, mode)
     workload = Workload.of(model, sample_batch, step, mode, chosen)
+    refuse_host_budget(mode, max_cpu_gb)
     with progress_bar(progress) as show:
         show("order of the layers")
-        parts = workload.layers(chosen)
+        parts = layers_of(workload, chosen, settings().cache_dir)
         show("weights to the slow tier")
         host_bytes = None if max_cpu_gb is None else parse_budget(max_cpu_gb, "max_cpu_gb")
-        host_bytes = binding_host_budget(parts, chosen, host_bytes)
-        with Bench(model, parts, chosen, settings().cache_dir, host_bytes) as bench:
+        host_bytes = binding_host_budget(parts, chosen, host_bytes, workload.mode)
+        with Bench(model, parts, chosen, settings().cache_dir, host_bytes, workload.mode) as bench:
             return measure(bench, workload, show)
 
 

@@ -13,7 +13,18 @@ import typer
 from autosp import answers
 from autosp.errors import SettingError, StudyNotFoundError
 from autosp.factory import make_subject
-from autosp.options import Budget, BudgetOrAll, DeviceName, Factory, HostBudget, MaxTrials, Output, Plot, Storage
+from autosp.options import (
+    Budget,
+    BudgetOrAll,
+    DeviceName,
+    Factory,
+    HostBudget,
+    MaxTrials,
+    ModeName,
+    Output,
+    Plot,
+    Storage,
+)
 from autosp.spec import Plan, Trial
 from autosp.terminal import budget_of, check_folder, console, load_pictures, save, tell
 
@@ -23,6 +34,7 @@ def estimate(
     max_cpu_gb: HostBudget = None,
     factory: Annotated[str | None, typer.Argument(metavar="[MODULE:FACTORY]", help="Measured now.")] = None,
     study: Annotated[str | None, typer.Option(help="Take this study's stored profile: no model is needed.")] = None,
+    mode: ModeName = "inference",
     top: Annotated[int, typer.Option(min=1, help="How many predictions to print.")] = 10,
     storage: Storage = None,
     device: DeviceName = None,
@@ -47,6 +59,7 @@ def estimate(
             subject.model,
             subject.batch,
             max_cpu_gb=host_budget,
+            mode=mode,
             step=subject.step,
             device=device,
             progress=sys.stderr.isatty(),
@@ -80,6 +93,7 @@ def pareto(
     max_cpu_gb: HostBudget = None,
     points: Annotated[int, typer.Option(min=2, help="Budgets that are validated.")] = 4,
     max_trials: Annotated[int, typer.Option(min=1, help="Most validations under each of them.")] = 3,
+    mode: ModeName = "inference",
     storage: Storage = None,
     device: DeviceName = None,
     output: Annotated[
@@ -101,6 +115,7 @@ def pareto(
         None if max_gpu_gb is None else budget_of(max_gpu_gb),
         max_cpu_gb=None if max_cpu_gb is None else budget_of(max_cpu_gb),
         points=points,
+        mode=mode,
         step=subject.step,
         device=device,
         storage=storage,
@@ -127,6 +142,7 @@ def tune_batch(
         list[int] | None, typer.Option("--size", min=1, help="A batch size to try; again for more. Default: 1, 2, 4 …")
     ] = None,
     max_trials: MaxTrials = None,
+    mode: ModeName = "inference",
     storage: Storage = None,
     device: DeviceName = None,
     output: Output = None,
@@ -145,6 +161,7 @@ def tune_batch(
         None if max_gpu_gb is None else budget_of(max_gpu_gb),
         batch_sizes=size,
         max_cpu_gb=None if max_cpu_gb is None else budget_of(max_cpu_gb),
+        mode=mode,
         step=subject.step,
         device=device,
         storage=storage,

@@ -14,7 +14,7 @@ from autosp.profiler.host import binding_host_budget
 from autosp.profiler.training import training_partition
 from autosp.settings import settings
 from autosp.spec import Candidate, Plan
-from autosp.workload import Workload, parse_budget
+from autosp.workload import Workload, parse_budget, refuse_host_budget
 
 if TYPE_CHECKING:
     import torch
@@ -79,8 +79,7 @@ def _training_plan(
     max_cpu_gb: float | str | None,
 ) -> Plan:
     """`plan` for training: a training pass is observed too."""
-    if max_cpu_gb is not None:
-        raise SettingError("max_cpu_gb with mode='training': all weights rest in host memory; leave it out")
+    refuse_host_budget(workload.mode, max_cpu_gb)
     parts = training_partition(workload, device, settings().cache_dir)
     candidate = _candidate(k, k_prime, residents, list(dict.fromkeys(parts.visits)))
     backward = list(dict.fromkeys(parts.backward))

@@ -22,6 +22,9 @@ HostBudget = Annotated[
         "--max-cpu-gb", help="The same of host memory; beyond it weights rest on disk. Default: what there is."
     ),
 ]
+ModeName = Annotated[
+    str, typer.Option("--mode", help="inference, or training: forward and backward, where step returns the loss.")
+]
 MaxTrials = Annotated[int | None, typer.Option(help="Most validations of the study.")]
 Timeout = Annotated[float | None, typer.Option("--timeout-s", help="Seconds after which no validation begins.")]
 Isolate = Annotated[

@@ -58,7 +58,7 @@ def pareto(
     """
     if isinstance(points, bool) or not isinstance(points, int) or points < 2:
         raise SettingError(f"points={points!r}: pass a whole number of at least 2, the two ends")
-    chosen = choose_device(device)
+    chosen = choose_device(device, mode)
 
     def fastest_under(budget: float | str | None) -> Plan:
         return tune(

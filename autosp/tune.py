@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ from autosp.devices import Device, choose_device
 from autosp.devices.lock import device_lock
 from autosp.profiler import measure
 from autosp.profiler.host import binding_host_budget, whole_device
+from autosp.profiler.training import training_partition
 from autosp.progress import progress_bar
 from autosp.runtime.bench import Bench
 from autosp.search.evidence import known_measurements, known_profile, unless_known
@@ -26,14 +29,16 @@ from autosp.search.limits import Limits
 from autosp.search.space import rank
 from autosp.search.validate import Reference, validate
 from autosp.settings import settings
-from autosp.spec import PROFILE_SCHEMA_VERSION, Plan, StudyKey
+from autosp.spec import PROFILE_SCHEMA_VERSION, Partition, Plan, Prediction, Profile, StudyKey
 from autosp.store import Repository
-from autosp.workload import Workload, parse_budgets, require_searched
+from autosp.workload import Workload, parse_budgets, refuse_host_budget
 
 if TYPE_CHECKING:
     import os
 
     import torch
+
+    from autosp.search.study import Validate, Verdict
 
 
 def tune(
@@ -64,7 +69,9 @@ def tune(
         max_cpu_gb: the same of host memory for streamed weights; what it has no room for rests on disk behind it.
             Default: what the machine has. Without an accelerator the smaller of the two budgets holds.
         slack: 0.05 for the least memory that takes no more than 5 % longer than the fastest plan under the budget.
-        step: `step(model, batch)` instead of the plain call, for a `generate` or a loss.
+        mode: "training" for a plan that `backward()` runs under, too. Trials run forward and backward, no optimizer:
+            gradients and loss are those of plain training, and the plan's time is a pass's without its update.
+        step: `step(model, batch)` instead of the plain call, for a `generate`. In training it returns the loss.
         device: default: the accelerator if there is one.
         storage: database, a path or a SQLAlchemy URL; default `AUTOSP_STORAGE`, else the user's data directory.
         study_name: default: made from the model's name. An unfinished study of that name is continued.
@@ -82,8 +89,8 @@ def tune(
     Raises: BudgetError, BudgetTooSmallError, ModelError, SettingError, TierError, StoreError, StudyMismatchError,
     IsolationError; whatever the model itself raises passes through.
     """
-    require_searched(mode)
-    chosen = choose_device(device)
+    chosen = choose_device(device, mode)
+    refuse_host_budget(mode, max_cpu_gb)
     budget = whole_device(chosen) if max_gpu_gb is None else max_gpu_gb
     budgets = parse_budgets(budget, max_cpu_gb, chosen.info.slow_tier)
     workload = Workload.of(model, sample_batch, step, mode, chosen, seed)
@@ -96,7 +103,7 @@ def tune(
             return known
         base = f"{key.model_name}-{key.mode}" + (f"-slack-{slack:g}" if slack else "")
         name = study_name or repository.find_study(key) or repository.unique_name(base)
-        return _go_on(repository, name, key, workload, chosen, limits, isolation, progress)
+        return _answer(Search(repository, workload, chosen, limits, isolation, progress), name, key)
 
 
 def resume(
@@ -120,33 +127,37 @@ def resume(
 
     Raises: StudyNotFoundError naming the close names; StudyMismatchError naming what differs; and what `tune` raises.
     """
-    chosen = choose_device(device)
-    workload = Workload.of(model, sample_batch, step, "inference", chosen, seed)
     limits = Limits(max_trials, timeout_s)
     isolation = Isolation.of(isolate, trial_timeout_s)
     with Repository(storage) as repository:
         entered = repository.study_key(study_name)
+        chosen = choose_device(device, entered.mode)
+        workload = Workload.of(model, sample_batch, step, entered.mode, chosen, seed)
         key = workload.key(chosen, entered.budget_bytes, entered.host_budget_bytes, entered.slack)
         repository.has_study(study_name, key)
         known = repository.plan(study_name)
         if known is not None and limits == Limits():
             return known
-        return _go_on(repository, study_name, key, workload, chosen, limits, isolation, progress)
+        return _answer(Search(repository, workload, chosen, limits, isolation, progress), study_name, key)
 
 
-def _go_on(
-    repository: Repository,
-    name: str,
-    key: StudyKey,
-    workload: Workload,
-    device: Device,
-    limits: Limits,
-    isolation: Isolation | None,
-    progress: bool,
-) -> Plan:
+@dataclass(frozen=True)
+class Search:
+    """What a call of `tune` or `resume` works with, whatever the budget."""
+
+    repository: Repository
+    workload: Workload
+    device: Device
+    limits: Limits
+    isolation: Isolation | None
+    progress: bool
+
+
+def _answer(search: Search, name: str, key: StudyKey) -> Plan:
     """Where slower plans of less memory will do, each budget that is tried is a study of its own."""
     if key.slack is None:
-        return _continue(repository, name, key, workload, device, limits, isolation, progress)
+        return _fastest(search, name, key)
+    repository = search.repository
 
     def fastest_under(budget_bytes: int) -> Plan:
         under = key.model_copy(update={"budget_bytes": budget_bytes, "slack": None})
@@ -154,89 +165,138 @@ def _go_on(
         if known is not None:
             return known
         study = repository.find_study(under) or repository.unique_name(f"{name}-{budget_bytes / 1e9:.4g}GB")
-        return _continue(repository, study, under, workload, device, limits, isolation, progress)
+        return _fastest(search, study, under)
 
     repository.has_study(name, key)
     return least_memory(repository, name, key, fastest_under)
 
 
-def _continue(
-    repository: Repository,
-    name: str,
-    key: StudyKey,
-    workload: Workload,
-    device: Device,
-    limits: Limits,
-    isolation: Isolation | None,
-    progress: bool,
-) -> Plan:
+def _fastest(search: Search, name: str, key: StudyKey) -> Plan:
     """Profile unless that is stored, validate what may win, store and return the best.
 
     A new study is entered once there is something to validate: a wrong batch or budget leaves nothing in the database.
     """
-    import_apart("autosp.search.study")  # optuna, which an answer from the database does not need
-    from autosp.search.study import Validate, run_study
-
-    budget_bytes = key.budget_bytes
+    repository = search.repository
     repository.has_study(name, key)  # a wrong model or budget is known before the device is waited for
-    with progress_bar(progress) as show, ExitStack() as held, ExitStack() as opened:
-        hold_device = partial(device_lock, device, settings().cache_dir, show)
-        held.enter_context(hold_device())
-        show("order of the layers")
-        parts, output = workload.observed_pass(device)
-        show("weights to the slow tier")
-        reference = Reference(output, lambda: workload.observed_pass(device)[1])
-        measured = repository.profile(name) if repository.has_study(name, key) else None
-        if measured is not None and measured.schema_version != PROFILE_SCHEMA_VERSION:
-            measured = None
-        parts = measured.partition if measured else parts
-        host_bytes = binding_host_budget(parts, device, key.host_budget_bytes)
-        if measured is not None and measured.disk_link is None and host_bytes is not None:
-            measured = None  # the machine had more room when it was made
-        measured = measured or known_profile(repository, key, parts, host_bytes)
-        if measured is None or isolation is None:
-            bench = opened.enter_context(Bench(workload.model, parts, device, settings().cache_dir, host_bytes))
-            measured = measured or measure(bench, workload, show, budget_bytes)
-            bench.readers.use(measured_reading(measured))
-        ranked = rank(measured, budget_bytes, host_bytes)
+    with progress_bar(search.progress) as show, ExitStack() as held, ExitStack() as opened:
+        study = _Study(search, name, key, show, opened)
+        held.enter_context(study.hold_device())
+        found = study.found_or_measured()
+        ranked = rank(found.profile, *found.budgets)
         repository.create_study(name, key)
-        agreed = repository.agree_on_profile(name, measured)
-        if agreed != measured:
-            measured, ranked = agreed, rank(agreed, budget_bytes, host_bytes)
-        known = known_measurements(repository, name, measured, budget_bytes)
-        if isolation is None:
-            validated: Validate = partial(validate, bench, workload, reference, budget_bytes, progress=show)
-        else:
-            opened.close()  # the model is as it was, and can be sent
-            budgets = budget_bytes, host_bytes
-            trials = IsolatedTrials(workload, device, measured, settings().cache_dir, budgets, isolation, ranked, show)
-            validated = opened.enter_context(trials).validate
+        agreed = repository.agree_on_profile(name, found.profile)
+        if agreed != found.profile:
+            found = replace(found, profile=agreed)
+            ranked = rank(agreed, *found.budgets)
+        validated = study.validated(found, ranked)
         held.close()
-        verdict = run_study(
-            repository,
-            name,
-            measured,
-            ranked,
-            budget_bytes,
-            unless_known(known, validated),
-            limits=limits,
-            progress=show,
-            hold_device=hold_device,
-            repeat=validated,
-        )
+        verdict = study.verdict(found, ranked, validated)
     if verdict.best is None:
-        raise no_plan(measured, budget_bytes, repository.trials(name))
+        raise no_plan(found.profile, key.budget_bytes, repository.trials(name))
     answer = Plan(
-        **workload.identity(device),
+        **search.workload.identity(search.device),
         study_name=name,
-        budget_bytes=budget_bytes,
-        host_budget_bytes=host_bytes,
-        partition=measured.partition,
+        budget_bytes=found.budgets[0],
+        host_budget_bytes=found.budgets[1],
+        partition=found.profile.partition,
         candidate=verdict.best.prediction.candidate,
-        reading=planned_reading(measured, verdict.best.prediction),
+        reading=planned_reading(found.profile, verdict.best.prediction),
         prediction=verdict.best.prediction,
         measurement=verdict.best.measurement,
-        floor_s=floor_s(measured, budget_bytes, host_bytes),
+        floor_s=floor_s(found.profile, *found.budgets),
         why=verdict.why,
     )
     return repository.agree_on_plan(name, answer)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A profile, and what it holds for."""
+
+    profile: Profile
+    budgets: tuple[int, int | None]
+    """Bytes of the device, and of the host where that binds."""
+    bench: Bench | None
+    """Open, unless trials are isolated and the profile was stored: it would be in their way."""
+    output: Any
+    """Of the pass that showed the layers; None in training."""
+
+
+@dataclass(frozen=True)
+class _Study:
+    """The search under one budget. `opened` holds what stays open until its verdict."""
+
+    search: Search
+    name: str
+    key: StudyKey
+    show: Callable[[str], None]
+    opened: ExitStack
+
+    def hold_device(self) -> AbstractContextManager[None]:
+        """Wait for the device, and keep other processes from it."""
+        return device_lock(self.search.device, settings().cache_dir, self.show)
+
+    def found_or_measured(self) -> _Found:
+        """The study's profile, or another of the same work that still holds, or one measured now."""
+        repository, workload, device = self.search.repository, self.search.workload, self.search.device
+        self.show("order of the layers")
+        parts, output = _observed(workload, device)
+        self.show("weights to the slow tier")
+        stored = repository.profile(self.name) if repository.has_study(self.name, self.key) else None
+        if stored is not None and stored.schema_version != PROFILE_SCHEMA_VERSION:
+            stored = None
+        parts = stored.partition if stored else parts
+        host_bytes = binding_host_budget(parts, device, self.key.host_budget_bytes, workload.mode)
+        if stored is not None and stored.disk_link is None and host_bytes is not None:
+            stored = None  # the machine had more room when it was made
+        known = stored or known_profile(repository, self.key, parts, host_bytes)
+        budgets = self.key.budget_bytes, host_bytes
+        if known is not None and self.search.isolation is not None:
+            return _Found(known, budgets, None, output)
+        bench = Bench(workload.model, parts, device, settings().cache_dir, host_bytes, workload.mode)
+        self.opened.enter_context(bench)
+        profile = known or measure(bench, workload, self.show, self.key.budget_bytes)
+        bench.readers.use(measured_reading(profile))
+        return _Found(profile, budgets, bench, output)
+
+    def validated(self, found: _Found, ranked: Sequence[Prediction]) -> Validate:
+        """What measures a candidate: in this process, or, isolated, in another."""
+        workload, device, bench = self.search.workload, self.search.device, found.bench
+        if self.search.isolation is not None:
+            self.opened.close()  # the model is as it was, and can be sent
+            how = (settings().cache_dir, found.budgets, self.search.isolation, ranked, self.show)
+            return self.opened.enter_context(IsolatedTrials(workload, device, found.profile, *how)).validate
+        assert bench is not None, "only isolated trials go without"
+        if workload.mode == "training":
+            self.show("plain gradients")
+            reference = Reference.of_training(bench, workload)
+        else:
+            reference = Reference(found.output, lambda: workload.observed_pass(device)[1])
+        return partial(validate, bench, workload, reference, found.budgets[0], progress=self.show)
+
+    def verdict(self, found: _Found, ranked: Sequence[Prediction], validated: Validate) -> Verdict:
+        """Of the study, once it has run. What other studies of the same work measured is not measured again."""
+        import_apart("autosp.search.study")  # optuna, which an answer from the database does not need
+        from autosp.search.study import run_study
+
+        repository, budget_bytes = self.search.repository, found.budgets[0]
+        known = known_measurements(repository, self.name, found.profile, budget_bytes)
+        return run_study(
+            repository,
+            self.name,
+            found.profile,
+            ranked,
+            budget_bytes,
+            unless_known(known, validated),
+            limits=self.search.limits,
+            progress=self.show,
+            hold_device=self.hold_device,
+            repeat=validated,
+        )
+
+
+def _observed(workload: Workload, device: Device) -> tuple[Partition, Any]:
+    """The layers; and the output of the pass that showed them, where it is what a plan's is compared with."""
+    if workload.mode == "training":
+        return training_partition(workload, device, settings().cache_dir), None
+    return workload.observed_pass(device)

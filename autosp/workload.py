@@ -6,7 +6,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -15,7 +15,7 @@ from typing import Any, cast, get_args
 import torch
 from torch import nn
 
-from autosp.batch import Step, backward, call, map_tensors, signature, step_name, tensors_in
+from autosp.batch import Step, backward, call, digest, map_tensors, signature, step_name, tensors_in
 from autosp.devices import Device
 from autosp.errors import BudgetError, SettingError
 from autosp.intercept import is_intercepted
@@ -29,7 +29,7 @@ _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 @dataclass(frozen=True)
 class Workload:
-    """One pass: `step(model, batch)`, or the plain call of the model on the batch."""
+    """One pass: `step(model, batch)`, or the plain call of the model on the batch; in training, with its backward."""
 
     model: nn.Module
     batch: Any
@@ -58,30 +58,36 @@ class Workload:
         batch = map_tensors(lambda tensor: tensor.to(device.torch_device), batch)
         return cls(model, batch, step, cast("Mode", mode), seed)
 
-    def run(self) -> Any:
-        """One pass, without autograd: in training, its forward. What the model raises passes through."""
+    def run_forward(self) -> Any:
+        """One pass without autograd: in training, its forward. What the model raises passes through."""
         with torch.no_grad():
             return call(self.model, self.batch) if self.step is None else self.step(self.model, self.batch)
 
-    def run_backward(self) -> None:
-        """One training pass, without its update, from a fixed state of the random generators.
+    def run(self) -> Any:
+        """One pass. In training without its update: old gradients are dropped, the loss is returned.
 
-        Raises: SettingError if the step's answer is no loss.
+        Raises: SettingError if a training step's answer is no loss.
         """
-        with torch.random.fork_rng(), torch.enable_grad():
-            torch.manual_seed(self.seed)
-            backward(self.step or call, self.model, self.batch)
+        if self.mode == "inference":
+            return self.run_forward()
+        self.model.zero_grad()
+        with torch.enable_grad():
+            return backward(self.step or call, self.model, self.batch)
 
     @contextmanager
     def leaving_no_trace(self) -> Iterator[None]:
-        """Afterwards gradients, buffers and the modules' attributes are as before; meanwhile there are no gradients."""
+        """Afterwards gradients, buffers, attributes of modules and random generators are as before.
+
+        Meanwhile there are no gradients but those of the passes run.
+        """
         attributes = attributes_of(self.model)
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         gradients = [(parameter, parameter.grad) for parameter in self.model.parameters()]
         try:
             for parameter, _ in gradients:
                 parameter.grad = None
-            yield
+            with torch.random.fork_rng():
+                yield
         finally:
             restore_attributes(attributes)
             with torch.no_grad():
@@ -90,11 +96,22 @@ class Workload:
             for parameter, gradient in gradients:
                 parameter.grad = gradient
 
+    def trial(self) -> AbstractContextManager[None]:
+        """Around passes that nobody asked for: what training writes is as before."""
+        return self.leaving_no_trace() if self.mode == "training" else nullcontext()
+
     def run_seeded(self) -> Any:
-        """One pass from a fixed state of the random generators, which are left as they were."""
+        """What one pass gives from a fixed state of the random generators, which are left as they were.
+
+        In training: the loss, and a digest of each gradient, so that no second copy of them all is held.
+        """
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            return self.run()
+            output = self.run()
+        if self.mode == "inference":
+            return output
+        gradients = {name: parameter.grad for name, parameter in self.model.named_parameters()}
+        return output, {name: None if gradient is None else digest(gradient) for name, gradient in gradients.items()}
 
     def identity(self, device: Device) -> dict[str, Any]:
         """What a plan is for, and what made it."""
@@ -117,13 +134,17 @@ class Workload:
         return parts, outputs[0]
 
     def layers(self, device: Device, run: Callable[[], Any] | None = None) -> Partition:
-        """The layers, by one pass of the unstreamed model, which `run` makes (default: `self.run`)."""
+        """The layers, by one pass of the unstreamed model, which `run` makes (default: `self.run_forward`).
+
+        In training tables move as other layers do: they get gradients.
+        """
         return partition(
             self.model,
-            run or self.run,
+            run or self.run_forward,
             device.torch_device,
-            lookups=device.reads_host,
+            lookups=device.reads_host and self.mode == "inference",
             slow_tier=device.info.slow_tier,
+            mode=self.mode,
         )
 
     def key(
@@ -143,13 +164,10 @@ class Workload:
         )
 
 
-def require_searched(mode: str) -> None:
-    """Raises: SettingError for a mode whose plans are set by the user."""
-    if mode == "training":
-        raise SettingError(
-            "mode='training' has no search: set k and k' with autosp.plan(model, sample_batch, k=…, k_prime=…, "
-            "mode='training', step=…), which autosp.apply takes"
-        )
+def refuse_host_budget(mode: str, max_cpu_gb: float | str | None) -> None:
+    """Raises: SettingError for a host budget in training, where weights are updated at rest."""
+    if mode == "training" and max_cpu_gb is not None:
+        raise SettingError("max_cpu_gb with mode='training': all weights rest in host memory; leave it out")
 
 
 def parse_budgets(max_gpu_gb: float | str, max_cpu_gb: float | str | None, slow_tier: Tier) -> tuple[int, int | None]:

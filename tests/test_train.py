@@ -144,18 +144,6 @@ def test_what_cannot_be_planned(changes: dict[str, Any], message: str) -> None:
     assert gradients(model) == [None] * len(gradients(model))
 
 
-def test_training_is_not_searched() -> None:
-    model, batch = make("stack")
-    with pytest.raises(SettingError, match="autosp.plan"):
-        autosp.tune(model, batch, 1, mode="training", step=loss_step, device="cpu")
-    with pytest.raises(SettingError, match="autosp.plan"):
-        autosp.profile(model, batch, mode="training", step=loss_step, device="cpu")
-    with pytest.raises(SettingError, match="autosp.plan"):
-        autosp.pareto(model, batch, mode="training", step=loss_step, device="cpu")
-    with pytest.raises(SettingError, match="autosp.plan"):
-        autosp.tune_batch(model, lambda size: tokens(size, 11), 1, mode="training", step=loss_step, device="cpu")
-
-
 def test_an_oversized_weight_travels_as_a_whole() -> None:
     """Of a weight that is computed with run by run there would be no gradient."""
     torch.manual_seed(0)

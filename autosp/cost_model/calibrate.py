@@ -3,7 +3,8 @@
 Each figure is linear in what is sought, with u the share of compute beside which the link was busy, v the share of the
 link's time beside which compute was, and s the share of visits that had to wait:
 
-`compute = C (c + c a u + w s)`                      c scales every visit, a is the slowdown, w what waking up costs
+`compute = C (c + c a u + w s)`                      c scales every visit, a is the slowdown, w what waking up costs;
+                                                     C is the plan's own: with what it computes again
 `link = bytes / B (r + r b v) + transfers latency`    r scales the rate, b is the slowdown
 
 Least squares of relative errors, held near what the profile says by how sure that is: the more plans were measured, the
@@ -18,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from autosp.cost_model.predict import beside_compute_s
-from autosp.spec import LinkProfile, Measurement, Profile, Trial, Usage
+from autosp.spec import BackwardProfile, LinkProfile, Measurement, Profile, Trial, Usage
 
 Array = npt.NDArray[np.float64]
 
@@ -46,37 +47,43 @@ def observations(profile: Profile) -> list[Trial]:
 
 def calibrated(profile: Profile, trials: Sequence[Trial]) -> Profile:
     """The profile as these trials had it. Trials whose usage is not known count for nothing."""
-    known = [(trial.measurement, trial.measurement.usage) for trial in trials if trial.measurement.samples_s]
-    used = [(measured, usage) for measured, usage in known if usage is not None]
+    timed = [trial for trial in trials if trial.measurement.samples_s and trial.measurement.usage is not None]
+    used = [(trial.measurement, trial.measurement.usage) for trial in timed if trial.measurement.usage is not None]
     if not used:
         return profile
     link = _link(profile.link, used, lambda m, u: (u.link_s, m.moved_bytes, u.loads))
     disk = profile.disk_link
     if disk is not None:
         disk = _link(disk, used, lambda m, u: (u.disk_s, u.read_bytes, u.reads))
-    links = (link, *([disk] if disk else []))
-    return _compute(profile.model_copy(update={"links": links}), used)
+    links = _links(profile, link, disk)
+    computes_s = [profile.compute_of(trial.prediction.candidate) for trial in timed]
+    return _compute(profile.model_copy(update={"links": links}), used, computes_s)
+
+
+def _links(profile: Profile, link: LinkProfile, disk: LinkProfile | None) -> tuple[LinkProfile, ...]:
+    """A profile's links, with these in their places."""
+    return (link, *(one for one in (disk, profile.return_link) if one is not None))
 
 
 Used = Sequence[tuple[Measurement, Usage]]
 
 
-def _compute(profile: Profile, used: Used) -> Profile:
-    """Scale every visit; learn what loads, reads and waking up cost compute."""
+def _compute(profile: Profile, used: Used, computes_s: Sequence[float]) -> Profile:
+    """Scale every visit; learn what loads, reads and waking up cost compute. `computes_s`: the C of each trial."""
     link, disk = profile.link, profile.disk_link
-    visits = len(profile.visits) * profile.partition.repeats
+    visits = len(profile.visits) * profile.partition.repeats + len(profile.backward)
     rows, found = [], []
-    for measured, usage in used:
+    for (measured, usage), alone_s in zip(used, computes_s, strict=True):
         compute_s = measured.latency_s - usage.stall_s
-        if compute_s <= 0:
+        if compute_s <= 0 or alone_s <= 0:
             continue
         beside_link, beside_disk = (
             min(1.0, float(beside_compute_s(np.array(busy_s), np.array(usage.stall_s))) / compute_s)
             for busy_s in (usage.link_s, usage.disk_s)
         )
         rows.append([1.0, beside_link, beside_disk, usage.stalls / visits])
-        found.append(compute_s / profile.compute_s)
-    if not rows or profile.compute_s <= 0:
+        found.append(compute_s / alone_s)
+    if not rows:
         return profile
     prior = [
         1.0,
@@ -87,20 +94,26 @@ def _compute(profile: Profile, used: Used) -> Profile:
     errors = [SCALE_ERROR, SLOWDOWN_ERROR, SLOWDOWN_ERROR, WAKE_ERROR]
     factors = fit(np.array(rows), np.array(found), np.array(prior), np.array(errors))
     scale, by_link, by_disk, wake = factors.tolist()
-    links = [link.model_copy(update={"compute_slowdown": 1 + by_link / scale})]
+    link = link.model_copy(update={"compute_slowdown": 1 + by_link / scale})
     if disk is not None:
-        links.append(disk.model_copy(update={"compute_slowdown": 1 + by_disk / scale}))
+        disk = disk.model_copy(update={"compute_slowdown": 1 + by_disk / scale})
     return profile.model_copy(
         update={
             "visits": tuple(
                 visit.model_copy(update={"before_s": visit.before_s * scale, "forward_s": visit.forward_s * scale})
                 for visit in profile.visits
             ),
+            "backward": tuple(_scaled(visit, scale) for visit in profile.backward),
             "tail_s": profile.tail_s * scale,
             "wake_s": wake * profile.compute_s / visits,
-            "links": tuple(links),
+            "links": _links(profile, link, disk),
         }
     )
+
+
+def _scaled(visit: BackwardProfile, scale: float) -> BackwardProfile:
+    times = ("before_s", "recompute_s", "backward_s")
+    return visit.model_copy(update={name: getattr(visit, name) * scale for name in times})
 
 
 def _link(

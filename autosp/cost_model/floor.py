@@ -7,15 +7,18 @@ from autosp.spec import Profile
 
 
 def floor_s(profile: Profile, budget_bytes: int, host_budget_bytes: int | None = None) -> float:
-    """`max(C, (W - R_max) / B, (W - R_max - H_max) / B_disk)` per period, times the periods of a pass, and no more.
+    """The least time of a pass: `max(C, (W - R_max) / B, (W - R_max - H_max) / B_disk)` per period, and no more.
 
     C is the compute of a pass (each visit at the fastest it was seen), W the bytes of all visited layers, B and B_disk
     the bandwidths of the links measured alone, R_max = budget - workspace - always-resident bytes, all of it filled
     with resident layers and no ring at all, and H_max the host's budget less the lookup tables, without a staging ring:
-    a bound that no real plan reaches exactly. `host_budget_bytes` None: the host has room for all.
+    a bound that no real plan reaches exactly. `host_budget_bytes` None: the host has room for all. A pass has all of
+    its periods. Of a training pass it is `training_floor_s`.
 
     Raises: SettingError if the bound needs the disk's bandwidth and the profile does not know it.
     """
+    if profile.mode == "training":
+        return training_floor_s(profile, budget_bytes)
     partition = profile.partition
     visited = sum(partition.layers[index].n_bytes for index in set(partition.visits))
     residents = max(0, budget_bytes - profile.workspace_bytes - partition.resident_bytes)
@@ -31,6 +34,48 @@ def floor_s(profile: Profile, budget_bytes: int, host_budget_bytes: int | None =
     if profile.disk_link is None:
         raise unknown_disk()
     return max(least_s, read / profile.disk_link.bytes_per_s * partition.repeats)
+
+
+def training_floor_s(profile: Profile, budget_bytes: int) -> float:
+    """`max(C + recompute, (max(0, W - M) + max(0, V - M_turn)) / B, max(0, G - M / 2) / B_return)`.
+
+    C is the compute forward and backward, each visit at the fastest it was seen; recompute the least time that makes
+    activations fit at the turn, from forward to backward, beside no weights at all. W and V are the bytes of the layers
+    visited forward and backward, G those of their gradients. M = budget - workspace - always-resident bytes is what may
+    be on the device when a pass begins, M_turn what is left of it at the turn beside the least activations: only that
+    need not be loaded, which for weights all of which move is 2 W - turn. A resident's gradient, as large as itself,
+    stays beside it. The update is no part of the pass, so nor is the optimizer.
+    """
+    partition = profile.partition
+    sizes = {layer.index: layer.n_bytes for layer in partition.layers}
+    room = max(0, budget_bytes - profile.workspace_bytes - partition.resident_bytes)
+    least_kept = sum(min(visit.kept_bytes, visit.input_bytes) for visit in profile.visits)
+    forward = sum(sizes[index] for index in set(partition.visits))
+    backward = sum(sizes[index] for index in set(partition.backward))
+    moved = max(0, forward - room) + max(0, backward - max(0, room - least_kept))
+    gradients = max(0.0, sum(layer.gradient_bytes for layer in partition.layers) - room / 2)
+    back = profile.return_link
+    return_s = gradients / back.bytes_per_s if back else 0.0
+    compute_s = profile.least_compute_s + least_recompute_s(profile, room)
+    return max(compute_s, moved / profile.link.bytes_per_s, return_s)
+
+
+def least_recompute_s(profile: Profile, room_bytes: int) -> float:
+    """The least time that computing activations again may take for the rest to fit: of layers, and parts of layers."""
+    excess = sum(visit.kept_bytes for visit in profile.visits) - room_bytes
+    freed: dict[int, int] = {}
+    for visit in profile.visits:
+        freed[visit.layer] = freed.get(visit.layer, 0) + visit.kept_bytes - visit.input_bytes
+    taken: dict[int, float] = {}
+    for again in profile.backward:
+        taken[again.layer] = taken.get(again.layer, 0.0) + again.recompute_s
+    least_s = 0.0
+    for layer in sorted((one for one in taken if freed[one] > 0), key=lambda one: taken[one] / freed[one]):
+        if excess <= 0:
+            break
+        least_s += taken[layer] * min(1.0, excess / freed[layer])
+        excess -= freed[layer]
+    return least_s
 
 
 def unknown_disk() -> SettingError:

@@ -10,16 +10,8 @@ from autosp.schedule.timeline import Timeline
 from autosp.spec import Candidate, Partition, Profile, Tier
 
 
-def peak_bytes(profile: Profile, candidate: Candidate, arena_bytes: int) -> int:
-    """Peak device memory of a pass: resident tensors and layers, the arena, and the workspace.
-
-    The workspace (activations, kernels' buffers, the allocator's own) was observed under the least-memory plan.
-    """
-    return DeviceMemory(profile).peak_bytes(candidate, arena_bytes)
-
-
 class DeviceMemory:
-    """`peak_bytes` of many candidates of one profile."""
+    """Peak device memory of a pass, for many candidates of one profile."""
 
     def __init__(self, profile: Profile) -> None:
         self._partition = profile.partition
@@ -27,7 +19,10 @@ class DeviceMemory:
         self._fixed_bytes = profile.partition.resident_bytes + profile.workspace_bytes
 
     def peak_bytes(self, candidate: Candidate, arena_bytes: int) -> int:
-        """See the function of that name."""
+        """Resident tensors and layers, the arena, and the workspace.
+
+        The workspace (activations, kernels' buffers, the allocator's own) was observed under the least-memory plan.
+        """
         return self._fixed_bytes + sum(map(self._layer_bytes.__getitem__, candidate.residents)) + arena_bytes
 
     def may_fit(self, candidate: Candidate, usable_bytes: int) -> bool:

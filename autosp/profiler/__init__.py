@@ -8,12 +8,15 @@ from autosp.batch import signature
 from autosp.cost_model.calibrate import calibrated, observations
 from autosp.cost_model.placement import Placing, host_too_small
 from autosp.cost_model.predict import predict
+from autosp.cost_model.training_memory import memory_of
 from autosp.errors import SettingError
 from autosp.partition import model_fingerprint
-from autosp.profiler.layers import observe
-from autosp.profiler.links import HostProbe, measure_disk, measure_link
+from autosp.profiler.layers import LEAST_MEMORY, Observation, observe
+from autosp.profiler.links import HostProbe, measure_disk, measure_link, measure_return
 from autosp.profiler.reading import measure_reading
+from autosp.profiler.training import observe_training
 from autosp.runtime.bench import Bench
+from autosp.schedule.training import least_training
 from autosp.spec import (
     PROFILE_SCHEMA_VERSION,
     Candidate,
@@ -27,10 +30,6 @@ from autosp.spec import (
 from autosp.workload import Workload
 
 __all__ = ["LEAST_MEMORY", "measure"]
-
-LEAST_MEMORY = Candidate(k=1, k_prime=1)
-"""One layer at a time: nothing is resident that need not be, and no load overlaps compute."""
-
 
 OVERLAPPING = 4
 """Layers in the ring whose passes show what loads and compute cost each other."""
@@ -56,13 +55,16 @@ def measure(
             f"the pass called no layer of {type(workload.model).__name__} that holds weights of its own: "
             "check that sample_batch and step run the model"
         )
-    least = _placed(bench, LEAST_MEMORY, 1)
+    trains = workload.mode == "training"
+    least = _placed(bench, least_training(partition) if trains else LEAST_MEMORY, 1)
     if least is None:
         assert bench.host_budget_bytes is not None, "a host without a budget has room for all"
         raise host_too_small(partition, bench.host_budget_bytes)
     reads = measure_reading(bench, progress)
-    observed = observe(bench, least, workload.run, progress)
+    observed = _observed(bench, least, workload, progress)
     links = _links(bench, progress)
+    if trains:
+        links = (*links, measure_return(bench.device, max(one.gradient_bytes for one in partition.layers), progress))
     if reads is not None:
         links = (*links[:-1], links[-1].model_copy(update=reads._asdict()))
     profile = Profile(
@@ -74,25 +76,40 @@ def measure(
         device=bench.device.info,
         partition=partition,
         visits=observed.visits,
+        backward=observed.backward,
         tail_s=observed.tail_s,
         least_compute_s=observed.least_compute_s,
         links=links,
-        workspace_bytes=observed.workspace_bytes,
+        workspace_bytes=0,
         observed=_trial(least, observed.measurement),
     )
+    profile = _with_workspace(profile, bench, least, observed)
     ring = _overlapping(bench, profile, budget_bytes)
     if ring is not None:
-        together = observe(bench, ring, workload.run, progress)
-        profile = profile.model_copy(
+        together = _observed(bench, ring, workload, progress)
+        profile = _with_workspace(profile, bench, ring, together).model_copy(
             update={
                 "visits": tuple(map(_timed_as, observed.visits, together.visits)),
+                "backward": together.backward,
                 "tail_s": together.tail_s,
                 "least_compute_s": min(observed.least_compute_s, together.least_compute_s),
-                "workspace_bytes": max(observed.workspace_bytes, together.workspace_bytes),
                 "overlapped": _trial(ring, together.measurement),
             }
         )
     return _predicted(calibrated(profile, observations(profile)))
+
+
+def _observed(bench: Bench, candidate: Candidate, workload: Workload, progress: Callable[[str], None]) -> Observation:
+    if workload.mode == "training":
+        return observe_training(bench, candidate, workload, progress)
+    return observe(bench, candidate, workload.run, progress)
+
+
+def _with_workspace(profile: Profile, bench: Bench, candidate: Candidate, observed: Observation) -> Profile:
+    """With what the plan took beyond what the cost model knows of, if that is more than was known."""
+    bare = memory_of(profile.model_copy(update={"workspace_bytes": 0}))
+    beyond = observed.measurement.peak_bytes - bare.peak_bytes(candidate, bench.arena_bytes(candidate))
+    return profile.model_copy(update={"workspace_bytes": max(profile.workspace_bytes, beyond)})
 
 
 def _timed_as(visit: LayerProfile, timed: LayerProfile) -> LayerProfile:
@@ -125,8 +142,9 @@ def _placed(bench: Bench, candidate: Candidate, read_ahead: int) -> Candidate | 
 
 def _overlapping(bench: Bench, profile: Profile, budget_bytes: int | None) -> Candidate | None:
     """The deepest ring, of up to `OVERLAPPING` layers, that fits the budget and overlaps loads with compute."""
+    least = profile.observed.prediction.candidate
     for depth in range(min(OVERLAPPING, len(set(bench.partition.visits))), 1, -1):
-        ring = _placed(bench, Candidate(k=depth, k_prime=1), 2)
+        ring = _placed(bench, Candidate(k=depth, k_prime=1, recompute=least.recompute), 2)
         if ring is None:
             continue
         (prediction,) = predict(profile, [ring])

@@ -7,15 +7,20 @@ import warnings
 from autosp.cost_model.placement import exceeds
 from autosp.devices import Device
 from autosp.devices.memory import anonymous_bytes
-from autosp.spec import Partition, Tier
+from autosp.spec import Mode, Partition, Tier
 from autosp.tiers.host import available_bytes
 
 RAM_STEPS = 8
 
 
-def binding_host_budget(parts: Partition, device: Device, budget_bytes: int | None) -> int | None:
-    """What streamed weights may take of the host, if that is less than all of them; None if all may rest there."""
-    if device.info.slow_tier is not Tier.HOST:
+def binding_host_budget(
+    parts: Partition, device: Device, budget_bytes: int | None, mode: Mode = "inference"
+) -> int | None:
+    """What streamed weights may take of the host, if that is less than all of them; None if all may rest there.
+
+    In training all do: an update writes to them.
+    """
+    if device.info.slow_tier is not Tier.HOST or mode == "training":
         return None
     room = host_room_bytes(parts)
     if exceeds(parts, room) and (budget_bytes is None or budget_bytes > room):

@@ -7,15 +7,22 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from torch import nn
+
 from autosp.batch import tensors_in
 from autosp.devices import Device, Stamp
 from autosp.runtime.bench import Bench
-from autosp.spec import Candidate, LayerProfile, Measurement, Outcome
+from autosp.runtime.streamed_model import StreamedModel
+from autosp.spec import BackwardProfile, Candidate, LayerProfile, Measurement, Outcome
 
 LEAST_PASSES = 2
 MOST_PASSES = 12
 ENOUGH_S = 0.8
 """Short passes are repeated until they fill this time: medians over a busy moment are wrong."""
+
+
+LEAST_MEMORY = Candidate(k=1, k_prime=1)
+"""One layer at a time: nothing is resident that need not be, and no load overlaps compute."""
 
 
 @dataclass(frozen=True)
@@ -26,61 +33,79 @@ class Observation:
     tail_s: float
     least_compute_s: float
     """With each visit at the fastest that it was seen."""
-    workspace_bytes: int
     measurement: Measurement
+    backward: tuple[BackwardProfile, ...] = ()
 
 
 def observe(bench: Bench, candidate: Candidate, run: Callable[[], Any], progress: Callable[[str], None]) -> Observation:
     """Run a plan, wherever its layers rest: a cold pass, one for each visit's memory, and some for time."""
     partition = bench.partition
-    device = bench.device
-    plan_bytes = partition.resident_bytes + bench.arena_bytes(candidate)
+    memory = MemoryObserver(bench.device, partition.resident_bytes + bench.arena_bytes(candidate))
+    passes: list[_TimeObserver] = []
+
+    def time_pass(streamed: StreamedModel[nn.Module]) -> tuple[float, Any]:
+        timer = _TimeObserver(bench.device)
+        streamed.observe(timer)
+        timer.begin()
+        output = run()
+        timer.end()
+        passes.append(timer)
+        return timer.total_s(), output
+
+    measurement = measured_passes(bench, candidate, run, memory, time_pass, progress)
+    return Observation(
+        visits=_visits(partition.visits, partition.repeats, passes, memory),
+        tail_s=median(timer.tail_s() for timer in passes),
+        least_compute_s=_least_compute_s(passes),
+        measurement=measurement,
+    )
+
+
+def measured_passes(
+    bench: Bench,
+    candidate: Candidate,
+    run: Callable[[], Any],
+    memory: MemoryObserver,
+    time_pass: Callable[[StreamedModel[nn.Module]], tuple[float, Any]],
+    progress: Callable[[str], None],
+) -> Measurement:
+    """Run a plan: a cold pass, one that `memory` observes, and some through `time_pass`, which gives time and output.
+
+    As in a loop, an output lives until the next pass has made its own.
+    """
     streamed = bench.apply(candidate)
     try:
         samples: list[float] = []
         progress("cold pass")
-        cold_s, output = _timed(device, run)
+        cold_s, output = timed_pass(bench.device, run)
         progress("memory pass")
-        memory = _MemoryObserver(device, plan_bytes)
         streamed.observe(memory)
-        output = run()  # as in a loop, an output lives until the next pass has made its own
-        passes: list[_TimeObserver] = []
+        output = run()
+        streamed.observe(None)
         moved_before = streamed.stats().moved_bytes
         while len(samples) < LEAST_PASSES or (sum(samples) < ENOUGH_S and len(samples) < MOST_PASSES):
             progress(f"timed pass {len(samples) + 1}")
-            timer = _TimeObserver(device)
-            streamed.observe(timer)
-            timer.begin()
-            output = run()
-            timer.end()
-            samples.append(timer.total_s())
-            passes.append(timer)
+            seconds, output = time_pass(streamed)
+            samples.append(seconds)
         del output
         stats = streamed.stats()
         usage = streamed.usage(len(samples))
     finally:
         streamed.remove()
-    peak = max(stats.peak_bytes, memory.peak_bytes)
-    measurement = Measurement(
+    return Measurement(
         outcome=Outcome.FITS,
         latency_s=median(samples),
         samples_s=tuple(samples),
         cold_latency_s=cold_s,
-        peak_bytes=peak,
+        peak_bytes=max(stats.peak_bytes, memory.peak_bytes),
         moved_bytes=(stats.moved_bytes - moved_before) // len(samples),
         misses=stats.misses,
         usage=usage,
     )
-    return Observation(
-        visits=_visits(partition.visits, partition.repeats, passes, memory),
-        tail_s=median(timer.tail_s() for timer in passes),
-        least_compute_s=_least_compute_s(passes),
-        workspace_bytes=max(0, peak - plan_bytes),
-        measurement=measurement,
-    )
 
 
-def _timed(device: Device, run: Callable[[], Any]) -> tuple[float, Any]:
+def timed_pass(device: Device, run: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds and output of one pass."""
     start = device.stamp()
     output = run()
     end = device.stamp()
@@ -116,7 +141,7 @@ class _TimeObserver:
         self._end = self._device.stamp()
         self._device.synchronize()
 
-    def arrive(self, layer: int) -> None:
+    def arrive(self, layer: int, inputs: Any) -> None:
         """Before the weights are waited for."""
         self._depth[layer] = self._depth.get(layer, 0) + 1
         if self._depth[layer] == 1:
@@ -155,7 +180,7 @@ class _TimeObserver:
         return self._device.seconds(self._begin, self._end)
 
 
-class _MemoryObserver:
+class MemoryObserver:
     """Peak and output bytes of every visit."""
 
     def __init__(self, device: Device, plan_bytes: int) -> None:
@@ -164,7 +189,7 @@ class _MemoryObserver:
         self.peak_bytes = 0
         self.visits: dict[int, tuple[int, int]] = {}
 
-    def arrive(self, layer: int) -> None:
+    def arrive(self, layer: int, inputs: Any) -> None:
         """A new peak begins."""
         self._device.restart_peak()
 
@@ -189,7 +214,7 @@ def _least_compute_s(passes: list[_TimeObserver]) -> float:
 
 
 def _visits(
-    period: tuple[int, ...], repeats: int, passes: list[_TimeObserver], memory: _MemoryObserver
+    period: tuple[int, ...], repeats: int, passes: list[_TimeObserver], memory: MemoryObserver
 ) -> tuple[LayerProfile, ...]:
     """Medians over passes, means over a pass's periods. Where a pass ran otherwise than planned, means per layer."""
     per_pass = [timer.times_s() for timer in passes]

@@ -29,6 +29,13 @@ class Windowed(Protocol):
         """See `Store`."""
 
 
+class _Timed(Protocol):
+    """Transfers one after another."""
+
+    def seconds(self, n_bytes: int) -> float:
+        """One transfer, alone."""
+
+
 def measure_link(
     device: Device, store: Windowed, store_bytes: int, largest_bytes: int, progress: Callable[[str], None]
 ) -> LinkProfile:
@@ -40,6 +47,18 @@ def measure_link(
     largest = min(largest_bytes, store_bytes) // LAYER_ALIGNMENT * LAYER_ALIGNMENT
     sweep = _Sweep(device, store, store_bytes, device.allocate(2 * largest))
     return _measure(sweep, largest, (device.info.slow_tier, Tier.DEVICE), progress)
+
+
+def measure_return(device: Device, largest_bytes: int, progress: Callable[[str], None]) -> LinkProfile:
+    """The same for copies from the device to host memory, which gradients take. What they cost compute is in passes."""
+    largest = max(LAYER_ALIGNMENT, largest_bytes // LAYER_ALIGNMENT * LAYER_ALIGNMENT)
+    host = anonymous(2 * largest)
+    host.zero_()
+    device.pin(host)
+    found = _measure(_ReturnSweep(device, device.allocate(largest), host), largest, (Tier.DEVICE, Tier.HOST), progress)
+    device.synchronize()
+    unpin(host)
+    return found.model_copy(update={"link_slowdown": 1.0, "compute_slowdown": 1.0})
 
 
 def measure_disk(
@@ -57,7 +76,7 @@ def measure_disk(
     return found
 
 
-def _measure(sweep: _Sweep, largest: int, ends: tuple[Tier, Tier], progress: Callable[[str], None]) -> LinkProfile:
+def _measure(sweep: _Timed, largest: int, ends: tuple[Tier, Tier], progress: Callable[[str], None]) -> LinkProfile:
     points = []
     for n_bytes in _sizes(largest):
         progress(f"{ends[0].value} → {ends[1].value}, {n_bytes / 1e6:.3g} MB")
@@ -171,3 +190,25 @@ class _DiskSweep(_Sweep):
         self._device.wait(self.start(n_bytes))
         self._device.synchronize()
         return self._device.seconds(self._read.times.began, self._read.times.ended)
+
+
+class _ReturnSweep:
+    """Copies to rotating places of host memory."""
+
+    def __init__(self, device: Device, source: torch.Tensor, host: torch.Tensor) -> None:
+        self._device = device
+        self._source = source
+        self._host = host
+        self._place = 0
+
+    def seconds(self, n_bytes: int) -> float:
+        """One copy, alone."""
+        if self._place + n_bytes > self._host.numel():
+            self._place = 0
+        target = self._host[self._place : self._place + n_bytes]
+        self._place += n_bytes
+        self._device.synchronize()
+        sent = self._device.send(self._source[:n_bytes], target, self._device.record())
+        self._device.settle(sent)
+        self._device.synchronize()
+        return self._device.seconds(sent.times.began, sent.times.ended)

@@ -1,15 +1,39 @@
-"""What only a training pass tells: whose weights its backward needs, in which order, and what gets gradients."""
+"""What only training passes tell: whose weights the backward needs, what gets gradients, which activations are kept.
+
+[Note: activations kept] What autograd saves of a layer's forward is counted as it is saved, whether it is kept or
+dropped, the layer being computed again: each storage once, for the first layer that saves it. Weights, buffers and the
+batch are there anyway.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
+from typing import Any
 
+import torch
+from torch import nn
+from torch._C._autograd import _top_saved_tensors_default_hooks as hooks_around
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from autosp.batch import tensors_in
 from autosp.devices import Device
-from autosp.partition import partition
-from autosp.profiler import LEAST_MEMORY
+from autosp.profiler.layers import LEAST_MEMORY, MemoryObserver, Observation, measured_passes, timed_pass
 from autosp.runtime.bench import Bench
-from autosp.spec import Partition
+from autosp.runtime.recorder import VisitTimes
+from autosp.runtime.streamed_model import StreamedModel
+from autosp.schedule.actions import Kind
+from autosp.spec import BackwardProfile, Candidate, LayerProfile, Partition
 from autosp.workload import Workload
+
+
+def layers_of(workload: Workload, device: Device, cache_dir: Path) -> Partition:
+    """The layers of a workload of either mode: by one pass, in training by two."""
+    if workload.mode == "training":
+        return training_partition(workload, device, cache_dir)
+    return workload.layers(device)
 
 
 def training_partition(workload: Workload, device: Device, cache_dir: Path) -> Partition:
@@ -20,14 +44,14 @@ def training_partition(workload: Workload, device: Device, cache_dir: Path) -> P
     Raises: SettingError if the step gives no loss; and what `partition` and `Bench` raise.
     """
     model = workload.model
-    parts = partition(model, workload.run, device.torch_device, slow_tier=device.info.slow_tier, mode=workload.mode)
-    visits = parts.visits * parts.repeats
-    expected = parts.model_copy(update={"visits": visits, "repeats": 1, "backward": tuple(reversed(visits))})
     with workload.leaving_no_trace():
+        parts = workload.layers(device)
+        visits = parts.visits * parts.repeats
+        expected = parts.model_copy(update={"visits": visits, "repeats": 1, "backward": tuple(reversed(visits))})
         with Bench(model, expected, device, cache_dir, mode="training") as bench:
             streamed = bench.apply(LEAST_MEMORY)
             try:
-                workload.run_backward()
+                workload.run()
                 backward = streamed.backward_visits
             finally:
                 streamed.remove()
@@ -41,3 +65,142 @@ def training_partition(workload: Workload, device: Device, cache_dir: Path) -> P
         for layer in expected.layers
     )
     return expected.model_copy(update={"layers": layers, "backward": backward})
+
+
+def observe_training(
+    bench: Bench, candidate: Candidate, workload: Workload, progress: Callable[[str], None]
+) -> Observation:
+    """Run training passes under a plan that recomputes: a cold one, one for memory, and some for time."""
+    partition = bench.partition
+    memory = _ActivationObserver(bench, candidate, workload)
+    passes: list[list[VisitTimes]] = []
+
+    def time_pass(streamed: StreamedModel[nn.Module]) -> tuple[float, Any]:
+        timed = timed_pass(bench.device, workload.run)
+        passes.extend(visits for visits, _ in streamed.visit_times(1))
+        return timed
+
+    with workload.leaving_no_trace():
+        measurement = measured_passes(bench, candidate, workload.run, memory, time_pass, progress)
+    forward = _by_visit(passes, Kind.FORWARD, partition.visits)
+    backward = _by_visit(passes, Kind.BACKWARD, partition.backward)
+    kept, inputs = memory.kept_bytes(), memory.input_bytes()
+    return Observation(
+        visits=tuple(
+            LayerProfile(
+                layer=layer,
+                before_s=_median(mine, "before_s"),
+                forward_s=_median(mine, "compute_s"),
+                peak_bytes=max(0, memory.visits.get(layer, (0, 0))[0]),
+                output_bytes=memory.visits.get(layer, (0, 0))[1],
+                kept_bytes=kept[visit] if visit < len(kept) else 0,
+                input_bytes=inputs[visit] if visit < len(inputs) else 0,
+            )
+            for visit, (layer, mine) in enumerate(zip(partition.visits, forward, strict=True))
+        ),
+        backward=tuple(
+            BackwardProfile(
+                layer=layer,
+                before_s=_median(mine, "before_s"),
+                recompute_s=_median(mine, "recompute_s"),
+                backward_s=_median(mine, "compute_s"),
+            )
+            for layer, mine in zip(partition.backward, backward, strict=True)
+        ),
+        tail_s=0.0,  # the last visit ends with autograd; what follows is the wait for its gradients
+        least_compute_s=_least_compute_s([*forward, *backward]),
+        measurement=measurement,
+    )
+
+
+def _by_visit(passes: Sequence[Sequence[VisitTimes]], kind: Kind, planned: Sequence[int]) -> list[list[VisitTimes]]:
+    """What each planned visit took in every pass; where a pass ran otherwise than planned, all visits of its layer."""
+    found = [[visit for visit in one if visit.kind is kind] for one in passes]
+    if all([visit.layer for visit in one] == list(planned) for one in found):
+        return [[one[position] for one in found] for position in range(len(planned))]
+    return [[visit for one in found for visit in one if visit.layer == layer] for layer in planned]
+
+
+def _median(visits: Sequence[VisitTimes], name: str) -> float:
+    return max(0.0, median(getattr(visit, name) for visit in visits)) if visits else 0.0
+
+
+def _least_compute_s(visits: Sequence[Sequence[VisitTimes]]) -> float:
+    """Each visit at the fastest that it was seen, nothing computed again."""
+    return sum(min((one.before_s + one.compute_s for one in mine), default=0.0) for mine in visits)
+
+
+Storages = dict[StorageWeakRef, int]
+"""Bytes of each. A weak reference keeps the identity from being used twice, and no memory."""
+
+
+class _ActivationObserver(MemoryObserver):
+    """Peaks of forward visits, and what is kept of each for its backward: see [Note: activations kept]."""
+
+    def __init__(self, bench: Bench, candidate: Candidate, workload: Workload) -> None:
+        super().__init__(bench.device, bench.partition.resident_bytes + bench.arena_bytes(candidate))
+        self._workload = workload
+        self._there: Storages = {}
+        self._saved: list[Storages] = []
+        self._inputs: list[Storages] = []
+        self._hooks: list[saved_tensors_hooks] = []
+
+    def arrive(self, layer: int, inputs: Any) -> None:
+        """Its inputs are what is kept if it is computed again."""
+        super().arrive(layer, inputs)
+        if not self._saved:
+            model = self._workload.model
+            self._there = _storages([*model.parameters(), *model.buffers(), *tensors_in(self._workload.batch)])
+        self._saved.append({})
+        self._inputs.append(self._counted(tensors_in(inputs)))
+
+    def start(self, layer: int) -> None:
+        """Autograd's saving is watched from here."""
+        super().start(layer)
+        around, saved = hooks_around(True), self._saved[-1]
+
+        def pack(tensor: torch.Tensor) -> Any:
+            saved.update(self._counted([tensor]))
+            return tensor if around is None else around[0](tensor)
+
+        def unpack(packed: Any) -> torch.Tensor:
+            tensor: torch.Tensor = packed if around is None else around[1](packed)
+            return tensor
+
+        self._hooks.append(saved_tensors_hooks(pack, unpack))
+        self._hooks[-1].__enter__()
+
+    def finish(self, layer: int, output: Any) -> None:
+        """Until here."""
+        self._hooks.pop().__exit__(None, None, None)
+        super().finish(layer, output)
+
+    def kept_bytes(self) -> list[int]:
+        """Forward visit -> what is kept of it, and of none before it."""
+        return self._held(self._saved)
+
+    def input_bytes(self) -> list[int]:
+        """The same if all of them are computed again."""
+        return self._held(self._inputs)
+
+    def _held(self, held: Sequence[Storages]) -> list[int]:
+        """What a layer saves of some layer's inputs is there whether that is computed again or not."""
+        either: set[StorageWeakRef] = set()
+        for saved, inputs in zip(self._saved, self._inputs, strict=True):
+            either |= saved.keys() & inputs.keys()
+        counted: set[StorageWeakRef] = set()
+        sizes = []
+        for saved, inputs, mine in zip(self._saved, self._inputs, held, strict=True):
+            all_of_it = saved | inputs
+            new = {one for one in all_of_it if one in mine or one in either} - counted
+            sizes.append(sum(all_of_it[one] for one in new))
+            counted |= new
+        return sizes
+
+    def _counted(self, tensors: Sequence[torch.Tensor]) -> Storages:
+        return {one: n_bytes for one, n_bytes in _storages(tensors).items() if one not in self._there}
+
+
+def _storages(tensors: Sequence[torch.Tensor]) -> Storages:
+    storages = (tensor.untyped_storage() for tensor in tensors if tensor.layout is torch.strided)
+    return {StorageWeakRef(storage): storage.nbytes() for storage in storages}

@@ -11,8 +11,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from autosp.cost_model.memory import occupancy, peak_bytes
+from autosp.cost_model.memory import occupancy
 from autosp.cost_model.simulate import PERIODS, Costs
+from autosp.cost_model.training_memory import memory_of
 from autosp.report.drawing import (
     BLUE,
     DARK_GREY,
@@ -32,7 +33,7 @@ from autosp.report.drawing import (
 from autosp.report.traffic import calls_periods, expected, expected_costs, traffic
 from autosp.report.units import seconds, size
 from autosp.schedule.actions import Kind
-from autosp.schedule.streaming import build_ring
+from autosp.schedule.lowering import ring_for
 from autosp.schedule.timeline import Span, Timeline
 from autosp.spec import Candidate, Profile
 
@@ -105,41 +106,41 @@ class _Group:
     bounds_s: tuple[float, ...]
     reads: list[Span]
     loads: list[Span]
-    forwards: list[Span]
+    computes: list[Span]
     stalls: Bars
     between: Bars
-    """Compute that belongs to no forward."""
+    """Compute that belongs to no layer."""
     between_colour: str
     between_label: str
 
     @classmethod
     def predicted(cls, timeline: Timeline, costs: Costs, candidate: Candidate) -> _Group:
-        forwards = timeline.of_kind(Kind.FORWARD)
-        per_period = len(costs.forward_s)
-        waits = [(span.start_s - span.stall_s, span.start_s) for span in forwards]
-        between = [(wait - costs.before_s[position % per_period], wait) for position, (wait, _) in enumerate(waits)] + [
+        computes = timeline.computes
+        waits = [(span.start_s - span.stall_s, span.start_s) for span in computes]
+        before_s = costs.before_computes(span.action for span in computes)
+        between = [(wait - seconds, wait) for seconds, (wait, _) in zip(before_s, waits, strict=True)] + [
             (end - costs.tail_s, end) for end in timeline.period_ends_s
         ]
         bounds = timeline.period_ends_s[PERIODS - 3 : PERIODS]
         reads, loads = timeline.of_kind(Kind.READ), timeline.of_kind(Kind.LOAD)
-        return cls("predicted", bounds, reads, loads, forwards, waits, between, GREY, BETWEEN)
+        return cls("predicted", bounds, reads, loads, computes, waits, between, GREY, BETWEEN)
 
     @classmethod
     def measured(cls, timeline: Timeline, profile: Profile, candidate: Candidate) -> _Group:
-        forwards = sorted(timeline.of_kind(Kind.FORWARD), key=lambda span: span.start_s)
-        bounds = _measured_bounds(timeline, forwards, profile, candidate)
-        waits = [(span.start_s - span.stall_s, span.start_s) for span in forwards]
-        ends = [bounds[0], *(span.end_s for span in forwards)]
+        computes = timeline.computes
+        bounds = _measured_bounds(timeline, computes, profile, candidate)
+        waits = [(span.start_s - span.stall_s, span.start_s) for span in computes]
+        ends = [bounds[0], *(span.end_s for span in computes)]
         between = list(zip(ends, [*(wait for wait, _ in waits), bounds[-1]], strict=True))
         reads, loads = timeline.of_kind(Kind.READ), timeline.of_kind(Kind.LOAD)
         if not candidate.residents:
-            return cls("measured", bounds, reads, loads, forwards, waits, between, GREY, BETWEEN)
+            return cls("measured", bounds, reads, loads, computes, waits, between, GREY, BETWEEN)
         label = "resident layers and compute between, not timed apart"
-        return cls("measured", bounds, reads, loads, forwards, waits, between, PALE_GREY, label)
+        return cls("measured", bounds, reads, loads, computes, waits, between, PALE_GREY, label)
 
 
 def _measured_bounds(
-    timeline: Timeline, forwards: Sequence[Span], profile: Profile, candidate: Candidate
+    timeline: Timeline, computes: Sequence[Span], profile: Profile, candidate: Candidate
 ) -> tuple[float, ...]:
     """Begin of the last two periods, or of what there is, and the end.
 
@@ -149,7 +150,7 @@ def _measured_bounds(
     periods = calls_periods(timeline, profile.partition, candidate)
     if periods == 1:
         return (0.0, *ends)[-3:]
-    last = [span for span in forwards if span.period == len(ends) - 1]
+    last = [span for span in computes if span.period == len(ends) - 1]
     firsts = last[:: max(1, len(last) // periods)][:periods]
     return (*(span.start_s - span.stall_s for span in firsts), ends[-1])[-3:]
 
@@ -199,8 +200,8 @@ def _draw_groups(axes: Axes, groups: Sequence[_Group], candidate: Candidate, axi
 def _draw_group(
     axes: Axes, group: _Group, base: float, candidate: Candidate, axis: _Axis, label: Callable[[str], str]
 ) -> None:
-    resident = [span for span in group.forwards if span.action.layers[0] in candidate.residents]
-    streamed = [span for span in group.forwards if span.action.layers[0] not in candidate.residents]
+    resident = [span for span in group.computes if span.action.layers[0] in candidate.residents]
+    streamed = [span for span in group.computes if span.action.layers[0] not in candidate.residents]
     for row, spans, colour, name in (
         (base + 2, group.reads, SKY, "read from disk"),
         (base + 1, group.loads, BLUE, "transfer"),
@@ -262,9 +263,10 @@ def _draw_memory(
 ) -> None:
     partition = profile.partition
     layer_bytes = [layer.n_bytes for layer in partition.layers]
-    arena = build_ring(candidate, layer_bytes, partition.visits).arena_bytes
+    arena = ring_for(profile.mode, candidate, partition).arena_bytes
     fixed = partition.resident_bytes + sum(layer_bytes[index] for index in candidate.residents)
-    peak = peak_bytes(profile, candidate, arena)
+    peak = memory_of(profile).peak_bytes(candidate, arena)
+    beside = peak - fixed - arena
     unit, unit_bytes = size_unit(max(peak, budget_bytes or 0))
     times, levels = _levels(occupancy(predicted, layer_bytes), bounds_s, axis)
     occupied = (fixed + np.array(levels)) / unit_bytes
@@ -277,13 +279,13 @@ def _draw_memory(
     axes.fill_between(
         times,
         occupied,
-        occupied + profile.workspace_bytes / unit_bytes,
+        occupied + beside / unit_bytes,
         step="post",
         facecolor="white",
         edgecolor="#888888",
         hatch="....",
         lw=0,
-        label=f"activations and workspace, at most {size(profile.workspace_bytes)}",
+        label=f"activations and workspace, at most {size(beside)}",
     )
     axes.axhline(peak / unit_bytes, color="black", lw=1.2, label=f"reserved at peak, {size(peak)}")
     if budget_bytes is not None:

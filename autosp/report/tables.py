@@ -200,7 +200,7 @@ def plan_table(plan: Plan) -> Table:
 
 
 def layers_table(profile: Profile) -> Table:
-    """Every layer: its bytes, its compute over a period, and the time that its transfer takes alone."""
+    """Every layer: its bytes, its compute over a period, backward too, and the time that its transfer takes alone."""
     visits: defaultdict[int, list[LayerProfile]] = defaultdict(list)
     for visit in profile.visits:
         visits[visit.layer].append(visit)
@@ -209,6 +209,8 @@ def layers_table(profile: Profile) -> Table:
     table = new_table(f"Layers, in the order of their first visit{periods}", show_footer=True)
     transfers_s = [link.latency_s + layer.n_bytes / link.bytes_per_s for layer in partition.layers]
     compute_s = {index: sum(visit.forward_s for visit in mine) for index, mine in visits.items()}
+    for again in profile.backward:
+        compute_s[again.layer] += again.backward_s
     add_numbers(table, "layer")
     table.add_column("name", "all layers", overflow="fold")
     add_numbers(table, "visits", "tensors")
@@ -283,12 +285,13 @@ def _setting(candidate: Candidate) -> tuple[str, str, str]:
 
 
 def _remarks(candidate: Candidate) -> str:
-    """The baseline that a candidate is, if it is one, and what of it rests on disk behind the host."""
+    """The baseline that a candidate is, if it is one; what of it rests on disk; what of it is computed again."""
+    baseline = "" if candidate.residents else "sliding window"
     if not candidate.ring:
-        return "everything resident"
-    window = "" if candidate.residents else "sliding window"
+        baseline = "everything resident"
     resting = f"{len(candidate.on_disk)} on disk, {candidate.read_ahead} ahead" if candidate.on_disk else ""
-    return ", ".join(filter(None, (window, resting)))
+    again = f"{len(candidate.recompute)} computed again" if candidate.recompute else ""
+    return ", ".join(filter(None, (baseline, resting, again)))
 
 
 def over_floor(latency_s: float | None, floor_s: float) -> str:

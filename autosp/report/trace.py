@@ -84,11 +84,11 @@ def save_trace(path: str | os.PathLike[str], plan: Plan, predicted: Timeline | N
 
 def _process(process: int, name: str, timeline: Timeline, plan: Plan, flows: Iterator[int]) -> list[Event]:
     partition = plan.partition
-    forwards = timeline.of_kind(Kind.FORWARD)
+    computes = timeline.computes
     tracks = {
         PASSES: _passes(timeline, "pass" if partition.repeats == 1 else "period"),
-        COMPUTE: [_forward(span, partition, plan.candidate.residents) for span in forwards],
-        STALLS: [_stall(span, partition) for span in forwards if span.stall_s > 0],
+        COMPUTE: [_compute(span, partition, plan.candidate.residents) for span in computes],
+        STALLS: [_stall(span, partition) for span in computes if span.stall_s > 0],
         LINK: [_transfer(LINK, "arena offset", span, partition) for span in timeline.of_kind(Kind.LOAD)],
         DISK: [_transfer(DISK, "staging offset", span, partition) for span in timeline.of_kind(Kind.READ)],
     }
@@ -107,7 +107,10 @@ def _process(process: int, name: str, timeline: Timeline, plan: Plan, flows: Ite
 # -- slices -------------------------------------------------------------------------------------------------------
 
 
-def _forward(span: Span, partition: Partition, residents: Sequence[int]) -> _Slice:
+SUFFIXES = {Kind.FORWARD: "", Kind.RECOMPUTE: ", again", Kind.BACKWARD: ", backward"}
+
+
+def _compute(span: Span, partition: Partition, residents: Sequence[int]) -> _Slice:
     layer = span.action.layers[0]
     arguments = {
         "layer": layer,
@@ -115,7 +118,8 @@ def _forward(span: Span, partition: Partition, residents: Sequence[int]) -> _Sli
         "resident": layer in residents,
         "stall_us": round(span.stall_s * 1e6, 3),
     }
-    return _slice(COMPUTE, _name([layer], partition), span.start_s, span.end_s, arguments)
+    name = _name([layer], partition) + SUFFIXES[span.action.kind]
+    return _slice(COMPUTE, name, span.start_s, span.end_s, arguments)
 
 
 def _stall(span: Span, partition: Partition) -> _Slice:

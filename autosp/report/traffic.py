@@ -9,7 +9,7 @@ from statistics import median
 from autosp.cost_model.predict import contended_periods, with_rings
 from autosp.cost_model.simulate import Costs, costs_of, simulate
 from autosp.schedule.actions import Kind
-from autosp.schedule.streaming import lower
+from autosp.schedule.lowering import lower_for
 from autosp.schedule.timeline import Span, Timeline
 from autosp.spec import Candidate, Partition, Profile
 
@@ -41,8 +41,7 @@ class Traffic:
 
 def expected_costs(profile: Profile, candidate: Candidate) -> Costs:
     """What each action takes while link and compute slow each other down as they do under this candidate."""
-    rings = (ring for _, ring in with_rings(profile, [candidate]))
-    found = contended_periods(profile, rings)
+    found = contended_periods(profile, with_rings(profile, [candidate]))
     factors = (float(factor[0]) for factor in (found.compute_factor, found.link_factor, found.disk_factor))
     return costs_of(profile).contended(*factors)
 
@@ -50,8 +49,7 @@ def expected_costs(profile: Profile, candidate: Candidate) -> Costs:
 def expected(profile: Profile, candidate: Candidate, periods: int) -> Timeline:
     """The timeline that the cost model expects: periods of the profiled pass, the first from empty buffers."""
     costs = expected_costs(profile, candidate)
-    schedule = lower(candidate, costs.layer_bytes, profile.partition.visits, costs.read_bytes)
-    return simulate(schedule, costs, periods)
+    return simulate(lower_for(profile.mode, candidate, profile.partition), costs, periods)
 
 
 def calls_periods(timeline: Timeline, partition: Partition, candidate: Candidate) -> int:
@@ -98,7 +96,7 @@ def traffic(timeline: Timeline, partition: Partition, candidate: Candidate) -> T
     read_bytes, disk_busy_s = moved(reads, [layer.read_bytes for layer in partition.layers])
 
     stalls = dict.fromkeys((layer for layer in partition.visits if layer not in candidate.residents), 0.0)
-    for span in timeline.of_kind(Kind.FORWARD):
+    for span in timeline.computes:
         layer = span.action.layers[0]
         if span.period >= first and layer in stalls:
             stalls[layer] += span.stall_s * share

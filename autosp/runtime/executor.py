@@ -25,8 +25,8 @@ from autosp.schedule.actions import Kind, Schedule
 class Observer(Protocol):
     """Told of every visit; the profiler is one."""
 
-    def arrive(self, layer: int) -> None:
-        """Before anything is waited for."""
+    def arrive(self, layer: int, inputs: Any) -> None:
+        """Before anything is waited for. `inputs`: positional and keyword arguments."""
 
     def start(self, layer: int) -> None:
         """The weights are there."""
@@ -202,7 +202,7 @@ class Executor:
         index = layer.layer.index
         self.take_turn((Kind.FORWARD, index))
         if observer is not None:
-            observer.arrive(index)
+            observer.arrive(index, (args, kwargs))
         recorder.arrive(index)
         self.counters.visits += 1
         position = self.cursor.advance((Kind.FORWARD, index))

@@ -24,7 +24,21 @@ class Visit:
     layer: int
     arrive: Stamp
     start: Stamp = None
+    recomputed: Stamp = None
+    """Of a backward: when its activations were there again, if they were dropped."""
     finish: Stamp = None
+
+
+@dataclass(frozen=True, slots=True)
+class VisitTimes:
+    """What one visit took, in seconds: compute before it, the wait for its weights, and its own compute."""
+
+    kind: Kind
+    layer: int
+    before_s: float
+    wait_s: float
+    recompute_s: float
+    compute_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +116,10 @@ class Recorder:
         """Its weights are there."""
         self._open[-1].start = self._device.stamp()
 
+    def recomputed(self) -> None:
+        """Its activations are there again."""
+        self._open[-1].recomputed = self._device.stamp()
+
     def finish(self) -> None:
         """Its forward returned, or its backward is over."""
         visit = self._open.pop()
@@ -143,8 +161,35 @@ class Recorder:
         count = len(self._passes)
         return {layer: sum(seconds) / count for layer, seconds in sorted(stalls.items())}
 
+    def visit_times(self, last: int) -> list[tuple[list[VisitTimes], float]]:
+        """Of each of the last so many of the remembered passes: its visits, and the compute after the last of them."""
+        self._device.synchronize()
+        seconds = self._device.seconds
+        found = []
+        for one in list(self._passes)[-last:]:
+            previous = one.begin
+            times = []
+            for visit in one.visits:
+                computes = visit.start if visit.recomputed is None else visit.recomputed
+                times.append(
+                    VisitTimes(
+                        visit.kind,
+                        visit.layer,
+                        seconds(previous, visit.arrive),
+                        seconds(visit.arrive, visit.start),
+                        seconds(visit.start, computes),
+                        seconds(computes, visit.finish),
+                    )
+                )
+                previous = visit.finish
+            found.append((times, seconds(previous, one.end)))
+        return found
+
     def usage(self, last: int) -> Usage:
-        """What the last so many of the remembered passes spent their time on: the median of each figure."""
+        """What the last so many of the remembered passes spent their time on: the median of each figure.
+
+        Where nothing moves, the end of a training pass is not seen: none is remembered, and nothing was waited for.
+        """
         self._device.synchronize()
         seconds = self._device.seconds
         figures = []
@@ -155,6 +200,8 @@ class Recorder:
             read_bytes = sum(read.n_bytes for read in one.reads)
             waited = sum(stall > SEEN_STALL_S for stall in stalls)
             figures.append((sum(stalls), waited, link_s, len(one.loads), disk_s, len(one.reads), read_bytes))
+        if not figures:
+            return Usage(stall_s=0.0, stalls=0.0, link_s=0.0, loads=0.0)
         stall_s, waited, link_s, loads, disk_s, reads, read_bytes = map(median, zip(*figures, strict=True))
         return Usage(
             stall_s=stall_s,
@@ -198,5 +245,9 @@ class Recorder:
                 spans.append(Span(action(Kind.STEP, (update.layer,)), period, begin, end))
             for visit in one.visits:
                 arrive, start, finish = at(visit.arrive), at(visit.start), at(visit.finish)
+                if visit.recomputed is not None:
+                    again = action(Kind.RECOMPUTE, (visit.layer,))
+                    spans.append(Span(again, period, start, at(visit.recomputed), start - arrive))
+                    arrive = start = at(visit.recomputed)
                 spans.append(Span(action(visit.kind, (visit.layer,)), period, start, finish, start - arrive))
         return Timeline(tuple(spans), tuple(at(one.end) for one in self._passes))

@@ -27,6 +27,7 @@ from autosp.runtime.grouping import Group, gradients_kept
 from autosp.runtime.guests import Guests
 from autosp.runtime.loader import Loader
 from autosp.runtime.lookups import Lookups
+from autosp.runtime.recorder import VisitTimes
 from autosp.runtime.residents import Residents
 from autosp.runtime.streamed_layer import StreamedLayer
 from autosp.runtime.training import TrainingExecutor
@@ -229,6 +230,10 @@ class StreamedModel(Generic[M]):
     def usage(self, last: int) -> Usage:
         """What the last so many passes (of those that are remembered) spent their time on. Waits for the device."""
         return self._executor.recorder.usage(last)
+
+    def visit_times(self, last: int) -> list[tuple[list[VisitTimes], float]]:
+        """What each visit took in the last so many passes, and the compute after the last. Waits for the device."""
+        return self._executor.recorder.visit_times(last)
 
     def timeline(self) -> Timeline:
         """When everything happened in the last passes, in seconds from the first one's beginning. Waits for the device.

@@ -153,13 +153,16 @@ class TrainingExecutor(Executor):
 
         if _task() is None:
             return super().visit(layer, watched, args, kwargs)
-        begins = self._arrive(layer.layer.index)
+        index = layer.layer.index
+        begins = self._arrive(index)
         group = self.loader.acquire(layer)
         try:
             if begins:
                 self.recorder.start()
             return self.loader.own(watched(*args, **kwargs))
-        finally:
+        finally:  # a checkpoint stops its forward by an exception once it has what it needs
+            if index in self._recomputed:
+                self.recorder.recomputed()
             self.loader.release(layer, group)
 
     # -- backward -------------------------------------------------------------------------------------------------
@@ -218,10 +221,11 @@ class TrainingExecutor(Executor):
         if task not in self._tasks:
             return
         outermost = task == min(self._tasks)
+        if outermost:
+            self._leave()
         self._gradients.finish()
         self._tasks.discard(task)
         if outermost:
-            self._leave()
             self.recorder.end_pass()
             self.loader.take_samples()
             self._close_backward()

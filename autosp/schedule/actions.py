@@ -130,6 +130,11 @@ class Schedule:
         return tuple(action for action in self.actions if action.kind in COMPUTES)
 
     @property
+    def ends_at_rest(self) -> bool:
+        """Whether each pass begins with an empty arena, and ends once its gradients have left: a training pass does."""
+        return any(action.kind in (Kind.BACKWARD, Kind.GRADIENTS) for action in self.actions)
+
+    @property
     def recomputed(self) -> frozenset[int]:
         """Layers whose activations are dropped after their forward, and computed again before their backward."""
         return frozenset(action.layers[0] for action in self.actions if action.kind is Kind.RECOMPUTE)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from autosp.schedule.actions import Schedule
-from autosp.schedule.streaming import lower
-from autosp.schedule.training import lower_training
+from autosp.schedule.streaming import Ring, build_ring, lower
+from autosp.schedule.training import lower_training, training_ring
 from autosp.spec import Candidate, Mode, Partition
 
 
@@ -15,6 +15,20 @@ def lower_for(mode: Mode, candidate: Candidate, partition: Partition) -> Schedul
     """
     if mode == "training":
         return lower_training(candidate, partition)
+    return lower(candidate, *_sizes(partition))
+
+
+def ring_for(mode: Mode, candidate: Candidate, partition: Partition) -> Ring:
+    """The ring that the action list of `lower_for` loads into.
+
+    Raises: ValueError if only some layers of a group rest on disk.
+    """
+    if mode == "training":
+        return training_ring(candidate, partition)
+    return build_ring(candidate, *_sizes(partition))
+
+
+def _sizes(partition: Partition) -> tuple[list[int], tuple[int, ...], list[int]]:
+    """Bytes of each layer's load, the visits, and bytes of each layer's read."""
     layers = partition.layers
-    read_bytes = [layer.read_bytes for layer in layers]
-    return lower(candidate, [layer.n_bytes for layer in layers], partition.visits, read_bytes)
+    return [layer.n_bytes for layer in layers], partition.visits, [layer.read_bytes for layer in layers]

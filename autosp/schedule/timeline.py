@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from autosp.schedule.actions import Action, Kind
+from autosp.schedule.actions import COMPUTES, Action, Kind
 
 SEEN_STALL_S = 1e-4
 """A wait longer than this lets threads go to sleep and caches go cold; a shorter one costs its own time only."""
@@ -19,7 +19,7 @@ class Span:
     start_s: float
     end_s: float
     stall_s: float = 0.0
-    """For a FORWARD: how long compute stood still before it, waiting for its weights."""
+    """For what computes: how long compute stood still before it, waiting for its weights."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,15 @@ class Timeline:
         last = len(self.period_ends_s) - 1
         stalls: dict[int, float] = {}
         for span in self.spans:
-            if span.period == last and span.action.kind is Kind.FORWARD:
+            if span.period == last and span.action.kind in COMPUTES:
                 layer = span.action.layers[0]
                 stalls[layer] = stalls.get(layer, 0.0) + span.stall_s
         return stalls
+
+    @property
+    def computes(self) -> list[Span]:
+        """The spans of what needs weights, by their begin."""
+        return sorted((span for span in self.spans if span.action.kind in COMPUTES), key=lambda span: span.start_s)
 
     def of_kind(self, kind: Kind) -> list[Span]:
         """The spans of one kind, in their order."""

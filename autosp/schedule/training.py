@@ -7,8 +7,8 @@ bytes a pass; layers whose backward needs no weights (an embedding) only once.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from autosp.schedule.actions import Action, Kind, Ref, Schedule
@@ -25,12 +25,21 @@ def lower_training(candidate: Candidate, partition: Partition) -> Schedule:
         raise ValueError(f"layers {candidate.on_disk} rest on disk: in training, weights rest in host memory")
     if not {*candidate.recompute} <= {*partition.backward}:
         raise ValueError("a layer is recomputed whose backward needs no weights")
-    layer_bytes = [layer.n_bytes for layer in partition.layers]
-    ring = build_ring(candidate, layer_bytes, partition.visits)
-    visits = (*partition.visits, *partition.backward)
-    ring = Ring(ring.groups, ring.arena_bytes, time_transfers(ring.groups, visits, walks=0))
+    ring = training_ring(candidate, partition)
     actions = _Lowering(ring, candidate, partition).actions
     return Schedule(tuple(actions), (), candidate.residents, ring.arena_bytes)
+
+
+def least_training(partition: Partition) -> Candidate:
+    """The training plan of least memory: one layer at a time, and of each only its inputs kept."""
+    return Candidate(k=1, k_prime=1, recompute=tuple(sorted(set(partition.backward))))
+
+
+def training_ring(candidate: Candidate, partition: Partition) -> Ring:
+    """Where streamed layers live, and when they move in a pass: its visits are those forward, then those backward."""
+    ring = build_ring(candidate, [layer.n_bytes for layer in partition.layers], partition.visits)
+    visits = (*partition.visits, *partition.backward)
+    return Ring(ring.groups, ring.arena_bytes, time_transfers(ring.groups, visits, walks=0))
 
 
 class _Lowering:
@@ -44,15 +53,21 @@ class _Lowering:
         self._numbers: Counter[tuple[Kind, tuple[int, ...]]] = Counter()
         self._brought: dict[int, Ref] = {}
         """Groups in the arena, and the loads that brought them."""
+        self._held_up: tuple[Ref, ...] = ()
+        """Gradients that must have left before compute goes on."""
         self._last_use: dict[int, Ref] = {}
         visits = (*partition.visits, *partition.backward)
-        leaving = _leaving(candidate, partition)
+        leaving = leaving_after(candidate, partition)
+        held_up = held_up_by(leaving, partition)
+        left_after: dict[int, Ref] = {}
         transfers = list(ring.transfers)
         for visit in range(-1, len(visits)):
             if visit >= 0:
                 done = self._compute(visits[visit], forward=visit < len(partition.visits))
                 for layer in leaving.get(visit, ()):
-                    self._act(Kind.GRADIENTS, (layer,), (done,))
+                    left_after[visit] = self._act(Kind.GRADIENTS, (layer,), (done,))
+                if visit in held_up:
+                    self._held_up = (left_after[held_up[visit]],)
             while transfers and transfers[0].after <= visit:
                 self._load(transfers.pop(0).group)
         left = {group: self._evict(group) for group in sorted(self._brought)}
@@ -66,7 +81,8 @@ class _Lowering:
 
     def _compute(self, layer: int, forward: bool) -> Ref:
         group = self._group_of.get(layer)
-        waits = [self._brought[group]] if group is not None else []
+        waits = [*([self._brought[group]] if group is not None else []), *self._held_up]
+        self._held_up = ()
         if forward:
             done = self._act(Kind.FORWARD, (layer,), waits)
         else:
@@ -98,7 +114,7 @@ class _Lowering:
             self.actions[position] = replace(action, waits=action.waits + waits)
 
 
-def _leaving(candidate: Candidate, partition: Partition) -> dict[int, list[int]]:
+def leaving_after(candidate: Candidate, partition: Partition) -> dict[int, list[int]]:
     """Visit -> the streamed layers whose gradients leave after it: their last one backward, or the last of all."""
     visits = (*partition.visits, *partition.backward)
     last = {layer: visit for visit, layer in enumerate(partition.backward, len(partition.visits))}
@@ -107,3 +123,22 @@ def _leaving(candidate: Candidate, partition: Partition) -> dict[int, list[int]]
         if layer.gradient_bytes and layer.index not in candidate.residents:
             leaving.setdefault(last.get(layer.index, len(visits) - 1), []).append(layer.index)
     return leaving
+
+
+def held_up_by(leaving: Mapping[int, Sequence[int]], partition: Partition) -> dict[int, int]:
+    """Visit -> the one before it whose gradients must have left before compute goes on.
+
+    No more gradients are under way than the layer has that has most, unless one visit sends more.
+    """
+    sizes = {visit: sum(partition.layers[layer].gradient_bytes for layer in mine) for visit, mine in leaving.items()}
+    most = max((partition.layers[layer].gradient_bytes for mine in leaving.values() for layer in mine), default=0)
+    under_way: deque[int] = deque()
+    total = 0
+    found: dict[int, int] = {}
+    for visit in sorted(sizes):
+        while under_way and total + sizes[visit] > most:
+            found[visit] = under_way.popleft()
+            total -= sizes[found[visit]]
+        under_way.append(visit)
+        total += sizes[visit]
+    return found

@@ -27,6 +27,8 @@ class Pass:
     """A pass as the filling sees it. Shapes: bytes per layer; layer and compute per visit."""
 
     layer_bytes: tuple[int, ...]
+    resident_bytes: tuple[int, ...]
+    """What a layer takes that stays: of a training pass, with its gradient."""
     visits: tuple[tuple[int, float], ...]
     layers: tuple[int, ...]
     """Those visited, in the order of their first visit."""
@@ -36,18 +38,26 @@ class Pass:
 
     @classmethod
     def of(cls, profile: Profile) -> Self:
-        """The pass of a profile."""
-        counts = Counter(profile.partition.visits)
-        visits = tuple((visit.layer, visit.before_s + visit.forward_s) for visit in profile.visits)
+        """The pass of a profile. What a layer computes backward counts for its first visit."""
+        layers, visits = profile.partition.layers, profile.partition.visits
+        counts = Counter((*visits, *profile.partition.backward))
+        backward_s: dict[int, float] = {}
+        for again in profile.backward:
+            backward_s[again.layer] = backward_s.get(again.layer, 0.0) + again.before_s + again.backward_s
+        timed = tuple(
+            (visit.layer, visit.before_s + visit.forward_s + backward_s.pop(visit.layer, 0.0))
+            for visit in profile.visits
+        )
         return cls(
-            layer_bytes=tuple(layer.n_bytes for layer in profile.partition.layers),
-            visits=visits,
+            layer_bytes=tuple(layer.n_bytes for layer in layers),
+            resident_bytes=tuple(layer.n_bytes + layer.gradient_bytes for layer in layers),
+            visits=timed,
             layers=tuple(counts),
             pools=tuple(
                 tuple(layer for layer, often in counts.items() if often == times)
                 for times in sorted(set(counts.values()), reverse=True)
             ),
-            compute_s=sum(seconds for _, seconds in visits),
+            compute_s=sum(seconds for _, seconds in timed),
         )
 
 
@@ -92,7 +102,7 @@ class Filling:
     def _fits(self, residents: set[int] | frozenset[int]) -> bool:
         sizes = self.of.layer_bytes
         streamed = [sizes[layer] for layer in self.of.layers if layer not in residents]
-        free_bytes = self.free_bytes - sum(map(sizes.__getitem__, residents))
+        free_bytes = self.free_bytes - sum(map(self.of.resident_bytes.__getitem__, residents))
         if self.k_prime == 1:
             return free_bytes >= arena_bytes(streamed, self.depth)
         groups = [sum(streamed[start : start + self.k_prime]) for start in range(0, len(streamed), self.k_prime)]

@@ -6,11 +6,13 @@ import math
 from collections.abc import Iterable, Iterator
 
 from autosp.cost_model.floor import unknown_disk
-from autosp.cost_model.memory import DeviceMemory
 from autosp.cost_model.placement import Placing, evenly_spread, exceeds, host_too_small, least_host_bytes
 from autosp.cost_model.predict import predict_rings, with_rings
+from autosp.cost_model.training_memory import memory_of
 from autosp.errors import BudgetTooSmallError
 from autosp.schedule.streaming import Ring
+from autosp.schedule.training import least_training
+from autosp.search import training_space
 from autosp.search.residents import Filling, Pass
 from autosp.spec import Candidate, Prediction, Profile
 
@@ -61,7 +63,7 @@ def _heap_bytes(profile: Profile, share_of_workspace: float) -> float:
     return share_of_workspace * profile.workspace_bytes + bookkeeping_bytes
 
 
-Key = tuple[int, int, int, int, int]
+Key = tuple[int, int, int, int, int, int]
 """See `key_of`."""
 
 
@@ -71,6 +73,7 @@ def rank(profile: Profile, budget_bytes: int, host_budget_bytes: int | None = No
     For each ring (k', number of groups) the budget is filled with residents. Besides these there are every k with its
     residents spread evenly, the plain sliding windows (no residents), and everything resident, k' on the `rungs`. Where
     the host has no room for what each of them streams, as little of it as fits rests on disk, for each of `READ_AHEAD`.
+    Those of training are coarser, with every choice of what is computed again: see `training_space`.
 
     Raises: BudgetTooSmallError if nothing is predicted to fit; SettingError if the profile does not know the disk.
     """
@@ -107,8 +110,12 @@ def _predictions(
     profile: Profile, filled: Iterable[Candidate], usable: int, host_budget_bytes: int | None
 ) -> list[Prediction]:
     """Of `filled`, and of the candidates that are the same under any budget, those that fit."""
-    memory = DeviceMemory(profile)
-    others = [*grid(profile, usable), *sliding_windows(profile), all_resident(profile)]
+    memory = memory_of(profile)
+    others = [*sliding_windows(profile), all_resident(profile)]
+    if profile.mode == "training":
+        others = list(training_space.recomputing(profile, others, usable))
+    else:
+        others = [*grid(profile, usable), *others]
     fitting = (candidate for candidate in others if memory.may_fit(candidate, usable))
     candidates = dict.fromkeys([*filled, *fitting])
     if host_budget_bytes is not None and exceeds(profile.partition, host_budget_bytes):
@@ -117,8 +124,12 @@ def _predictions(
 
 
 def key_of(candidate: Candidate) -> Key:
-    """What names a candidate within a study: k, k', the numbers of residents and of layers on disk, the read-ahead."""
-    return candidate.k, candidate.k_prime, len(candidate.residents), len(candidate.on_disk), candidate.read_ahead
+    """What names a candidate within a study.
+
+    k, k', the numbers of residents and of layers on disk, the read-ahead, the number of layers computed again.
+    """
+    residents, on_disk, recompute = map(len, (candidate.residents, candidate.on_disk, candidate.recompute))
+    return candidate.k, candidate.k_prime, residents, on_disk, candidate.read_ahead, recompute
 
 
 def rungs(most: int) -> list[int]:
@@ -178,11 +189,13 @@ def too_small(profile: Profile, budget_bytes: int) -> BudgetTooSmallError:
     """The error for a budget below the least that works, with the layer that sets it."""
     layer = max(profile.partition.layers, key=lambda layer: layer.n_bytes)
     least = least_bytes(profile)
+    nothing = least_training(profile.partition).model_copy(update={"k": 0})
+    beside = memory_of(profile).peak_bytes(nothing, 0) - profile.partition.resident_bytes
     return BudgetTooSmallError(
         f"no setting fits {budget_bytes / 1e9:.4g} GB: the least that works is {least / 1e9:.4g} GB. It is set by "
         f"layer {layer.index} ({layer.name}), {layer.n_bytes / 1e9:.4g} GB at once, beside "
         f"{profile.partition.resident_bytes / 1e9:.4g} GB that must be resident and "
-        f"{profile.workspace_bytes / 1e9:.4g} GB of activations and workspace; "
+        f"{beside / 1e9:.4g} GB of activations and workspace; "
         f"try max_gpu_gb={suggested_gb(least)}",
         budget_bytes=budget_bytes,
         least_bytes=least,
@@ -205,7 +218,7 @@ def _by_memory(prediction: Prediction) -> tuple[int, float, int]:
 
 def _within_device(profile: Profile, candidates: Iterable[Candidate], usable: int) -> list[Prediction]:
     """The candidates that fit the device, all else being on the host."""
-    memory = DeviceMemory(profile)
+    memory = memory_of(profile)
     pairs = with_rings(profile, candidates)
     return predict_rings(profile, (pair for pair in pairs if memory.peak_bytes(pair[0], pair[1].arena_bytes) <= usable))
 
@@ -217,7 +230,7 @@ def _within(profile: Profile, candidates: Iterable[Candidate], usable: int, host
         raise unknown_disk()
     if host_budget_bytes < least_host_bytes(partition):
         raise host_too_small(partition, host_budget_bytes)
-    memory = DeviceMemory(profile)
+    memory = memory_of(profile)
     found: dict[Candidate, Ring] = {}
     for candidate in candidates:
         placing = Placing(candidate, partition, host_budget_bytes)
@@ -228,6 +241,9 @@ def _within(profile: Profile, candidates: Iterable[Candidate], usable: int, host
 
 def _filled(profile: Profile, budget_bytes: int) -> Iterator[Candidate]:
     """For each ring, resident sets that use up the budget."""
+    if profile.mode == "training":
+        yield from training_space.filled(profile, budget_bytes)
+        return
     free = budget_bytes - profile.partition.resident_bytes - profile.workspace_bytes
     of = Pass.of(profile)
     count = len(of.layers)

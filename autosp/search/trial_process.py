@@ -113,9 +113,10 @@ def _serve(pipe: Connection, job: Job) -> None:
 
     warnings.showwarning = lambda message, category, *_: tell(Said.WARNED, (str(message), category))
     workload = Workload.of(job.model, job.batch, job.step, job.mode, job.device, job.seed)
-    reference = Reference(workload.observed_pass(job.device)[1], lambda: workload.observed_pass(job.device)[1])
-    with Bench(job.model, job.partition, job.device, job.cache_dir, job.host_budget_bytes) as bench:
+    reference = None if workload.mode == "training" else Reference.of_inference(job.device, workload)
+    with Bench(job.model, job.partition, job.device, job.cache_dir, job.host_budget_bytes, workload.mode) as bench:
         bench.readers.use(job.reading)
+        reference = reference or Reference.of_training(bench, workload)
         tell(Said.READY)
         trial = partial(validate, bench, workload, reference, job.budget_bytes, progress=partial(tell, Said.PROGRESS))
         while True:

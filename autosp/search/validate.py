@@ -5,13 +5,16 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from statistics import median
 from typing import Any
 
 import torch
 
 from autosp.batch import equal
+from autosp.devices import Device
 from autosp.runtime.bench import Bench
+from autosp.schedule.training import least_training
 from autosp.spec import Candidate, Measurement, Outcome
 from autosp.workload import Workload
 
@@ -22,17 +25,41 @@ ENOUGH_S = 0.5
 
 
 class Reference:
-    """The plain model's output, and a way to have it again."""
+    """The plain model's output, and a way to have it again. In training: loss and gradients."""
+
+    @classmethod
+    def of_inference(cls, device: Device, workload: Workload) -> Reference:
+        """The output of a pass of the unstreamed model."""
+        return cls(workload.observed_pass(device)[1], lambda: workload.observed_pass(device)[1])
+
+    @classmethod
+    def of_training(cls, bench: Bench, workload: Workload) -> Reference:
+        """The loss and the gradients of one pass: a plain one on a CPU.
+
+        On an accelerator plain training may not fit, and a CPU's kernels give other bits: there it is a pass of the
+        least-memory plan, which has each layer compute alone with freshly loaded weights. A plan that differs from
+        that, in what is loaded ahead, kept or computed again, is found; what all plans had in common would not be.
+        """
+
+        def run() -> Any:
+            with workload.leaving_no_trace(), ExitStack() as applied:
+                if bench.device.torch_device.type != "cpu":
+                    applied.callback(bench.apply(least_training(bench.partition)).remove)
+                return workload.run_seeded()
+
+        return cls(run(), run)
 
     def __init__(self, output: Any, plain_pass: Callable[[], Any]) -> None:
         self._output = output
         self._plain_pass = plain_pass
         self._deterministic: bool | None = None
 
-    def matches(self, output: Any) -> bool:
-        """Whether every bit is the same; for a model that differs from itself there is nothing to compare."""
-        if equal(output, self._output):
-            return True
+    def is_given_by(self, output: Any) -> bool:
+        """Whether every bit is the same."""
+        return equal(output, self._output)
+
+    def repeats(self) -> bool:
+        """Whether a model without a plan gives it again; one that differs from itself can be compared with nothing."""
         if self._deterministic is None:
             self._deterministic = equal(self._plain_pass(), self._output)
             if not self._deterministic:
@@ -41,7 +68,7 @@ class Reference:
                     "streamed outputs cannot be verified",
                     stacklevel=2,
                 )
-        return not self._deterministic
+        return self._deterministic
 
 
 def validate(
@@ -60,7 +87,7 @@ def validate(
     """
     device = bench.device
     try:
-        with device.limit(budget_bytes):
+        with device.limit(budget_bytes), workload.trial():
             streamed = bench.apply(candidate)
             try:
                 progress("cold")
@@ -69,7 +96,7 @@ def validate(
                     output = workload.run_seeded()
                 device.synchronize()
                 cold_s = time.perf_counter() - begin
-                same = reference.matches(output)
+                same = reference.is_given_by(output)
                 moved_before = streamed.stats().moved_bytes
                 samples: list[float] = []
                 while len(samples) < LEAST_PASSES or (sum(samples) < ENOUGH_S and len(samples) < MOST_PASSES):
@@ -84,7 +111,7 @@ def validate(
         if not device.is_out_of_memory(error):
             raise
         return failed(Outcome.OUT_OF_MEMORY, budget_bytes + 1)
-    if not same:
+    if not same and reference.repeats():
         return failed(Outcome.OUTPUT_DIFFERS, stats.peak_bytes)
     return Measurement(
         outcome=Outcome.FITS if stats.peak_bytes <= budget_bytes else Outcome.OVER_BUDGET,

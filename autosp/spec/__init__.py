@@ -5,7 +5,15 @@ Units are in the names: `_bytes`, `_s` (seconds), `_bytes_per_s`. A GB is 10^9 b
 
 from autosp.spec.layers import Layer, Leaf, Partition
 from autosp.spec.plan import PLAN_SCHEMA_VERSION, Plan
-from autosp.spec.profile import PROFILE_SCHEMA_VERSION, LayerProfile, LinkPoint, LinkProfile, Profile, Reading
+from autosp.spec.profile import (
+    PROFILE_SCHEMA_VERSION,
+    BackwardProfile,
+    LayerProfile,
+    LinkPoint,
+    LinkProfile,
+    Profile,
+    Reading,
+)
 from autosp.spec.record import DeviceInfo, Mode, Record, Tier
 from autosp.spec.study import StudyKey, StudySummary
 from autosp.spec.trial import Candidate, Measurement, Outcome, Prediction, Trial, Usage
@@ -13,6 +21,7 @@ from autosp.spec.trial import Candidate, Measurement, Outcome, Prediction, Trial
 __all__ = [
     "PLAN_SCHEMA_VERSION",
     "PROFILE_SCHEMA_VERSION",
+    "BackwardProfile",
     "Candidate",
     "DeviceInfo",
     "Layer",

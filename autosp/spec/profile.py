@@ -6,7 +6,7 @@ from pydantic import Field
 
 from autosp.spec.layers import Partition
 from autosp.spec.record import DeviceInfo, Mode, Record, Tier
-from autosp.spec.trial import Trial
+from autosp.spec.trial import Candidate, Trial
 
 PROFILE_SCHEMA_VERSION = 3
 """Raised when a figure of a profile comes to mean something else: profiles of other versions are measured anew."""
@@ -20,6 +20,17 @@ class LayerProfile(Record):
     forward_s: float
     peak_bytes: int = Field(description="most memory beyond the plan's own buffers during the visit")
     output_bytes: int
+    kept_bytes: int = Field(default=0, description="activations kept for its backward, if none are computed again")
+    input_bytes: int = Field(default=0, description="what is kept of it where its activations are computed again")
+
+
+class BackwardProfile(Record):
+    """One visit of one layer in the backward of a training pass, as if nothing was loaded meanwhile."""
+
+    layer: int
+    before_s: float = Field(description="compute between the previous visit's end and this visit: the loss, before all")
+    recompute_s: float = Field(description="its activations computed again, where they are")
+    backward_s: float = Field(description="from there until the next visit")
 
 
 class LinkPoint(Record):
@@ -62,10 +73,14 @@ class Profile(Record):
     device: DeviceInfo
     partition: Partition
     visits: tuple[LayerProfile, ...] = Field(description="one per entry of `partition.visits`")
+    backward: tuple[BackwardProfile, ...] = Field(default=(), description="one per entry of `partition.backward`")
     tail_s: float = Field(description="compute after the last visit, until the pass returns")
     least_compute_s: float = Field(description="compute of a pass with each visit at the fastest it was seen")
     links: tuple[LinkProfile, ...]
-    workspace_bytes: int = Field(description="observed peak beyond the plan's own buffers: activations, workspace")
+    workspace_bytes: int = Field(
+        description="observed peak beyond the plan's own buffers: activations, workspace. In training, beyond what the "
+        "cost model knows of activations and gradients, too"
+    )
     observed: Trial = Field(description="the least-memory plan's own trial, on which the model is calibrated")
     overlapped: Trial | None = Field(
         default=None, description="the same of a ring that overlaps loads with compute; None if there was no room"
@@ -74,9 +89,15 @@ class Profile(Record):
 
     @property
     def compute_s(self) -> float:
-        """One pass with everything resident: the sum of all compute, `repeats` periods of it."""
+        """One pass with everything resident: the sum of all compute, `repeats` periods of it, nothing of it twice."""
         period = sum(visit.before_s + visit.forward_s for visit in self.visits)
-        return period * self.partition.repeats + self.tail_s
+        backward_s = sum(visit.before_s + visit.backward_s for visit in self.backward)
+        return period * self.partition.repeats + backward_s + self.tail_s
+
+    def compute_of(self, candidate: Candidate) -> float:
+        """The same under a candidate: with what it computes again."""
+        again = frozenset(candidate.recompute)
+        return self.compute_s + sum(visit.recompute_s for visit in self.backward if visit.layer in again)
 
     @property
     def link(self) -> LinkProfile:
@@ -87,3 +108,8 @@ class Profile(Record):
     def disk_link(self) -> LinkProfile | None:
         """The link from disk to the host, where layers may rest behind it; None if it was not measured."""
         return next((link for link in self.links[1:] if link.source is Tier.DISK), None)
+
+    @property
+    def return_link(self) -> LinkProfile | None:
+        """The link that gradients take to the host; None if the profile is not of training."""
+        return next((link for link in self.links if link.source is Tier.DEVICE), None)

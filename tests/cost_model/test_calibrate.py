@@ -29,7 +29,7 @@ OTHERS = (
 
 def measured_as(truth: Profile, candidate: Candidate) -> Trial:
     """What a machine that is just as `truth` says would show of a candidate."""
-    periods = contended_periods(truth, [ring for _, ring in with_rings(truth, [candidate])])
+    periods = contended_periods(truth, with_rings(truth, [candidate]))
     factors = (float(factor[0]) for factor in (periods.compute_factor, periods.link_factor, periods.disk_factor))
     costs = costs_of(truth).contended(*factors)
     schedule = lower_for("inference", candidate, truth.partition)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autosp.cost_model.memory import occupancy, peak_bytes
+from autosp.cost_model.memory import DeviceMemory, occupancy
 from autosp.cost_model.predict import predict
 from autosp.cost_model.simulate import costs_of, simulate
 from autosp.schedule.streaming import build_ring, lower
@@ -17,7 +17,7 @@ from builders import candidates, profile, profiles, thorough
 def test_peak_is_a_sum() -> None:
     measured = profile((100, 200, 400, 800), resident_bytes=7, workspace_bytes=3000)
     candidate = Candidate(k=3, k_prime=1, residents=(0, 2))
-    assert peak_bytes(measured, candidate, arena_bytes=50) == 7 + 100 + 400 + 50 + 3000
+    assert DeviceMemory(measured).peak_bytes(candidate, arena_bytes=50) == 7 + 100 + 400 + 50 + 3000
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def test_predict_is_simulate_on_the_lowered_list(profile: Profile, data: st.Data
     visits = profile.partition.visits
     repeats = profile.partition.repeats
     (predicted,) = predict(profile, [candidate])
-    periods = contended_periods(profile, [build_ring(candidate, layer_bytes, visits, read_bytes)])
+    periods = contended_periods(profile, [(candidate, build_ring(candidate, layer_bytes, visits, read_bytes))])
     schedule = lower(candidate, layer_bytes, visits, read_bytes)
     factors = (float(factor[0]) for factor in (periods.compute_factor, periods.link_factor, periods.disk_factor))
     timeline = simulate(schedule, costs_of(profile).contended(*factors))
@@ -73,8 +73,7 @@ def test_the_periods_are_enough(profile: Profile, data: st.DataObject) -> None:
 def test_a_pass_is_compute_and_stall(profile: Profile, data: st.DataObject) -> None:
     candidate = data.draw(candidates_of(profile))
     (predicted,) = predict(profile, [candidate])
-    rings = [ring for _, ring in with_rings(profile, [candidate])]
-    compute_factor = float(contended_periods(profile, rings).compute_factor[0])
+    compute_factor = float(contended_periods(profile, with_rings(profile, [candidate])).compute_factor[0])
     asleep = predicted.latency_s - profile.compute_s * compute_factor - predicted.stall_s
     visits = len(profile.visits) * profile.partition.repeats
     assert -1e-9 <= asleep <= profile.wake_s * visits + 1e-9
@@ -156,7 +155,7 @@ def test_link_beside_compute_that_never_rests() -> None:
     (predicted,) = predict(measured, [candidate])
     assert (predicted.latency_s, predicted.stall_s) == (8, 0)
     ring = build_ring(candidate, (10,) * 4, range(4))
-    periods = contended_periods(measured, [ring])
+    periods = contended_periods(measured, [(candidate, ring)])
     assert (float(periods.compute_factor[0]), float(periods.link_factor[0])) == (1, 1.5)
 
 

@@ -1,0 +1,128 @@
+"""Time of a training pass for many candidates at once: the simulator's recurrence over arrays, a column per candidate.
+
+`copy_end[j] = max(copy_end[j-1], comp_end[s(j)]) + latency + bytes_j / bandwidth`
+`comp_end[i] = max(comp_end[i-1] + before_i, copy_end[i], sent[h(i)]) + compute_i`, and `wake` more where it had to wait
+`sent[i] = max(sent[i-1], comp_end[i]) + latency + gradient bytes_i / return bandwidth`
+`T = max(comp_end[last] + tail, sent[last])`
+
+over the visits forward, then backward; compute_i is forward_i, or backward_i and, of what is recomputed, recompute_i.
+Each pass begins with an empty arena when the one before it is over, so one of them is all there is. s(j) frees the
+memory of the j-th copy, h(i) is what must have left for the gradients before i to have room. The same numbers as
+`simulate` on the lowered action list: a property test holds them together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from autosp.cost_model.simulate import Costs
+from autosp.cost_model.steady import Array, Flags, Indices, by_visit
+from autosp.schedule.streaming import Ring
+from autosp.schedule.timeline import SEEN_STALL_S
+from autosp.schedule.training import held_up_by, leaving_after
+from autosp.spec import Candidate, Partition
+
+
+class TrainingTraffic:
+    """What each visit of a pass needs and sends, before it is known how long anything takes. [visits, candidates]"""
+
+    def __init__(self, partition: Partition, pairs: Iterable[tuple[Candidate, Ring]]) -> None:
+        n_visits = len(partition.visits) + len(partition.backward)
+        loads: list[list[int]] = []
+        afters: list[list[int]] = []
+        agains: list[list[int]] = []
+        sends: list[list[int]] = []
+        sent: list[list[int]] = []
+        holds: list[list[int]] = []
+        for candidate, ring in pairs:
+            load_bytes, after, layers, gradients = [-1] * n_visits, [0] * n_visits, [0] * n_visits, [0] * n_visits
+            for transfer in ring.transfers:
+                load_bytes[transfer.before] = ring.groups[transfer.group].n_bytes
+                after[transfer.before] = transfer.after
+            leaving = leaving_after(candidate, partition)
+            for visit, mine in leaving.items():
+                layers[visit] = len(mine)
+                gradients[visit] = sum(partition.layers[layer].gradient_bytes for layer in mine)
+            held_up = held_up_by(leaving, partition)
+            holds.append([held_up.get(visit - 1, -1) for visit in range(n_visits)])
+            again = frozenset(candidate.recompute)
+            loads.append(load_bytes)
+            afters.append(after)
+            agains.append([int(layer in again) for layer in partition.backward])
+            sends.append(layers)
+            sent.append(gradients)
+        self._load_bytes, self._after = by_visit(loads, n_visits), by_visit(afters, n_visits)
+        self._again = by_visit(agains, len(partition.backward))
+        self._leaving, self._gradient_bytes = by_visit(sends, n_visits), by_visit(sent, n_visits)
+        self._held_up = by_visit(holds, n_visits)
+
+    def timed(self, costs: Costs) -> TrainingPass:
+        """At the costs' latencies and bandwidths."""
+        needs = self._load_bytes >= 0
+        columns = self._load_bytes.shape[1]
+        forward_s = np.repeat(np.array(costs.forward_s, float)[:, None], columns, axis=1)
+        recompute_s, backward_s = (np.array(one, float)[:, None] for one in (costs.recompute_s, costs.backward_s))
+        return TrainingPass(
+            costs,
+            needs,
+            np.where(needs, costs.link_latency_s + self._load_bytes / costs.link_bytes_per_s, 0.0),
+            self._after,
+            np.concatenate([forward_s, backward_s + recompute_s * self._again]),
+            self._leaving * costs.return_latency_s + self._gradient_bytes / costs.return_bytes_per_s,
+            self._held_up,
+        )
+
+
+@dataclass(frozen=True)
+class TrainingPass:
+    """Per visit and candidate. Shapes: [visits, candidates]."""
+
+    costs: Costs
+    needs: Flags
+    """Whether the visit waits for a transfer."""
+    load_s: Array
+    after: Indices
+    """The visit that frees its memory; -1: it is free when the pass begins."""
+    compute_s: Array
+    send_s: Array
+    """Of the gradients that leave after the visit."""
+    held_up: Indices
+    """The visit whose gradients must have left before this one begins; -1: none."""
+
+    @property
+    def link_s(self) -> Array:
+        """How long the link to the device is busy per pass. [C]"""
+        return np.asarray(self.load_s.sum(axis=0))
+
+    @property
+    def disk_s(self) -> Array:
+        """None of a training pass rests on disk. [C]"""
+        return np.zeros_like(self.link_s)
+
+    def run(self, compute_factor: Array, link_factor: Array, disk_factor: Array) -> tuple[Array, Array]:
+        """Length and stall of a pass. Shapes: [C]."""
+        costs = self.costs
+        n_visits, columns = self.load_s.shape
+        every = np.arange(columns)
+        before_s = (*costs.before_s, *costs.before_backward_s)
+        comp_end = np.zeros((1 + n_visits, columns))  # first the beginning, which comes after visit -1
+        sent = np.zeros((1 + n_visits, columns))  # likewise
+        now, copy_end, sent_end, stall = (np.zeros(columns) for _ in range(4))
+        for visit in range(n_visits):
+            needs = self.needs[visit]
+            begin = np.maximum(copy_end, comp_end[self.after[visit] + 1, every])
+            copy_end = np.where(needs, begin + self.load_s[visit] * link_factor, copy_end)
+            now = now + before_s[visit] * compute_factor
+            ready = np.maximum(np.where(needs, copy_end, 0.0), sent[self.held_up[visit] + 1, every])
+            waited = np.maximum(0.0, ready - now)
+            stall += waited
+            now = now + waited + self.compute_s[visit] * compute_factor
+            if costs.wake_s:
+                now = now + costs.wake_s * (waited > SEEN_STALL_S)
+            comp_end[visit + 1] = now
+            sends = self.send_s[visit]
+            sent[visit + 1] = sent_end = np.where(sends > 0, np.maximum(sent_end, now) + sends, sent_end)
+        return np.maximum(now + costs.tail_s * compute_factor, sent_end), stall
