@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -208,8 +210,9 @@ def test_a_wrong_update_is_named(old: str, new: str, message: str) -> None:
 
 
 def test_updates_run_on_paper() -> None:
-    measured = profile((10, 10, 10), bytes_per_s=10.0)
+    costs = costs_of(profile((10, 10, 10), bytes_per_s=10.0))
+    costs = replace(costs, before_backward_s=[0.0] * 3, backward_s=[2.0] * 3, gradient_bytes=[10] * 3)
     schedule = with_updates(lower_training(Candidate(k=1, k_prime=1), trained((10, 10, 10), (0, 1, 2), (2, 1, 0))))
-    timeline = simulate(schedule, costs_of(measured))
+    timeline = simulate(schedule, costs)
     spans = {(span.period, str(span.action.ref)): span for span in timeline.spans}
     assert spans[1, "0L0"].start_s >= spans[0, "0S0"].end_s >= spans[0, "0G0"].end_s
