@@ -104,10 +104,11 @@ def main() -> None:
     done = {one["model_type"] for one in records}
     left = [one for one in chosen if one not in done]
     end = time.monotonic() + 60 * (arguments.minutes or float("inf"))
-    for row in run_all((one for one in left if time.monotonic() < end), arguments.jobs, arguments.limit_s, examine):
+    todo = (one for one in left if time.monotonic() < end)
+    for number, row in enumerate(run_all(todo, arguments.jobs, arguments.limit_s, examine), 1):
         records.append({**row.record(), "why": row.why})
         verdict = "FAILED " + row.why if row.failed else "passed" if row.finding else f"not trained: {row.not_built}"
-        print(f"{len(records)}/{len(chosen)} {row.model_type} {row.seconds:.1f} s {verdict}", file=sys.stderr)
+        print(f"{number}/{len(left)} {row.model_type} {row.seconds:.1f} s {verdict}", file=sys.stderr)
     records.sort(key=lambda one: one["model_type"])
     save(NAME, records, report(records))
     sys.exit(any(one["failed"] for one in records))
