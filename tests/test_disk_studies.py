@@ -144,6 +144,8 @@ def test_window(asked: Callable[..., Run], tmp_path: Path) -> None:
     assert all(point.reserved_bytes < 0.2 * rows[0].figures["weight_bytes"] for point in smallest)
     text = WINDOWS.table(rows)
     assert "96.5% less memory at 14.8% delay" in text
+    assert "| Demand Layering's paper |  |  | +14.8% |  |  | 96.5% |" in text
+    assert "| Demand Layering's paper |  |  | about none |  |  | 88.4% |" in text
     assert "| k=4 k'=2 residents=0 | warm |" in text
     WINDOWS.picture(rows, tmp_path / "window.png")
     assert is_picture(tmp_path / "window.png")

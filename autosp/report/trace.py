@@ -129,7 +129,8 @@ def _stall(span: Span, partition: Partition) -> _Slice:
 
 def _transfer(track: str, address: str, span: Span, partition: Partition) -> _Slice:
     layers = span.action.layers
-    n_bytes = sum(partition.layers[layer].n_bytes for layer in layers)
+    moving = [partition.layers[layer] for layer in layers]
+    n_bytes = sum(layer.read_bytes if span.action.kind is Kind.READ else layer.n_bytes for layer in moving)
     took_s = span.end_s - span.start_s
     arguments: dict[str, Any] = {"layers": list(layers), "bytes": n_bytes}
     if took_s > 0:

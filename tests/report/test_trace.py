@@ -206,7 +206,10 @@ def test_saved_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_reads_have_a_track_of_their_own() -> None:
     timeline = Timeline((Span(Action(Kind.READ, (1,), 0, (), 8192), 0, 0.0, 0.25),), (1.0,))
-    events = trace.chrome_trace(samples.plan(), None, timeline)["traceEvents"]
+    plan = samples.plan()
+    layers = [layer.model_copy(update={"disk_bytes": layer.n_bytes + 10**8}) for layer in plan.partition.layers]
+    plan = plan.model_copy(update={"partition": plan.partition.model_copy(update={"layers": tuple(layers)})})
+    events = trace.chrome_trace(plan, None, timeline)["traceEvents"]
     (read,) = track(events, "measured", "disk")
     assert (read["ts"], read["dur"], read["name"]) == (0, 250_000, "blocks.1")
-    assert read["args"] == {"layers": [1], "bytes": 400_000_000, "GB/s": 1.6, "staging offset": 8192}
+    assert read["args"] == {"layers": [1], "bytes": 500_000_000, "GB/s": 2.0, "staging offset": 8192}
