@@ -21,6 +21,7 @@ from tuner_results import DEVICES, PACED_BYTES_PER_S, TOO_SMALL, Job, Row, Run
 from autosp.batch import call
 from autosp.errors import BudgetTooSmallError
 from autosp.report.units import size
+from autosp.search.space import suggested_gb
 from autosp.spec import Outcome, Plan
 from autosp.workload import Workload
 
@@ -29,7 +30,7 @@ PASSES = 5
 
 PREFACE = (
     "Each draw: `tune` in a fresh process, then its plan in another one, for "
-    f"{PASSES} passes. A budget that is refused is asked again, between the least that the error names and more than "
+    f"{PASSES} passes. A budget that is refused is asked again, between what the error suggests and more than "
     "all of the weights; *too small* is where that was refused too. Over, tune: the peak that `tune` measured of its "
     "plan was beyond the budget. Over, run: that of the other process was, or it ran out of memory. On a CPU that is "
     "the kernel's figure beyond what the process had before the plan was applied, without the weights and without "
@@ -109,7 +110,8 @@ def in_two_processes(answer: Answer, measure: Measure, job: Job, folder: Path, t
     tuned = answer(measure, job, folder, timeout_s)
     refused = tuned["figures"] if tuned.get("outcome") == TOO_SMALL else None
     if refused is not None:
-        job = replace(job, numbers=job.numbers | {"least_bytes": refused["least_bytes"]})
+        suggested_bytes = round(float(suggested_gb(refused["least_bytes"])) * 1e9)
+        job = replace(job, numbers=job.numbers | {"least_bytes": suggested_bytes})
         tuned = answer(measure, job, folder, timeout_s)
     if "outcome" in tuned:
         return tuned

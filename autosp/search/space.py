@@ -37,9 +37,9 @@ HEAP_NOISE_OF_WORKSPACE = 0.45
 HEAP_GROWTH_OF_WORKSPACE = 0.3
 HEAP_NOISE_OF_BUDGET = 0.01
 """On a CPU the heap fragments differently in every run. A plan's first passes in a new process were seen to take up to
-0.4 of the workspace more than its validation did, where earlier plans had left holes to use: so the growth is left
-free of what was measured, and the noise, which has a validation's own scatter in it, of what is predicted. An
-accelerator's caching allocator has no such noise, and a cap that holds."""
+0.3 of the workspace more than its validation did: so the growth is left free of what was measured, and the noise, which
+has a validation's own scatter in it, of what is predicted. An accelerator's caching allocator has no such noise, and a
+cap that holds."""
 
 
 def usable_bytes(profile: Profile, budget_bytes: int) -> int:
