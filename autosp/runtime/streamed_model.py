@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
-from statistics import median
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -29,42 +27,15 @@ from autosp.runtime.loader import Loader
 from autosp.runtime.lookups import Lookups
 from autosp.runtime.recorder import VisitTimes
 from autosp.runtime.residents import Residents
+from autosp.runtime.stats import Stats, stats_of
 from autosp.runtime.streamed_layer import StreamedLayer
 from autosp.runtime.training import TrainingExecutor
 from autosp.schedule.actions import Schedule
 from autosp.schedule.timeline import Timeline
-from autosp.spec import Mode, Tier, Usage
+from autosp.spec import Mode, Usage
 from autosp.tiers import Originals, Store, forget_pages
 
 M = TypeVar("M", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What a streamed model has done so far."""
-
-    passes: int
-    visits: int
-    loads: int
-    moved_bytes: int
-    misses: int
-    waits: int
-    temporary_loads: int
-    peak_bytes: int
-    """Most device memory in use since the plan was applied, beyond what was in use before."""
-    reads: int
-    read_bytes: int
-    """From disk to host, where layers rest behind it."""
-    gradient_bytes: int
-    """From device to host, while training."""
-    link_bytes: dict[str, int]
-    """Bytes moved over each link, such as "host->device"."""
-    pass_s: tuple[float, ...]
-    """The last passes, oldest first; a group of batches is one."""
-    stall_s: dict[str, float]
-    """Layer -> how long compute waited for its weights: mean per pass of the last passes. Zeros are left out."""
-    over_floor: float | None
-    """The median of `pass_s` over the least time that the plan's budget allows; None if the plan does not know it."""
 
 
 class StreamedModel(Generic[M]):
@@ -205,22 +176,10 @@ class StreamedModel(Generic[M]):
     def stats(self) -> Stats:
         """Counters since the plan was applied, and times of the last passes. Waits for the device."""
         peak_bytes = self._final_peak_bytes if self._removed else self._device.peak_bytes()
-        counters, recorder = self._executor.counters, self._executor.recorder
-        pass_s = tuple(recorder.pass_s())
         names = {layer.layer.index: layer.layer.name for layer in self._bound.layers}
-        link_bytes = {f"{self._device.info.slow_tier}->{Tier.DEVICE}": counters.moved_bytes}
-        if counters.gradient_bytes:
-            link_bytes[f"{Tier.DEVICE}->{self._device.info.slow_tier}"] = counters.gradient_bytes
-        if self._disk_layers:
-            link_bytes[f"{Tier.DISK}->{Tier.HOST}"] = counters.read_bytes
-        return Stats(
-            **asdict(counters),
-            peak_bytes=peak_bytes,
-            link_bytes=link_bytes,
-            pass_s=pass_s,
-            stall_s={names[layer]: seconds for layer, seconds in recorder.stall_s().items() if seconds > 0},
-            over_floor=median(pass_s) / self._floor_s if pass_s and self._floor_s else None,
-        )
+        slow_tier, executor = self._device.info.slow_tier, self._executor
+        recorder = executor.recorder
+        return stats_of(executor.counters, recorder, peak_bytes, names, slow_tier, self._disk_layers, self._floor_s)
 
     @property
     def backward_visits(self) -> tuple[int, ...]:
