@@ -24,10 +24,9 @@ LARGEST_PLUG_BYTES, SMALLEST_PLUG_BYTES = HEAP_CHUNK_BYTES // 2, 2 * 2**10
 """Below the smallest, pieces of a page come and go that hold little."""
 
 _LIBC = ctypes.CDLL(None)
-_malloc, _free, _sbrk = _LIBC.malloc, _LIBC.free, _LIBC.sbrk
+_malloc, _free = _LIBC.malloc, _LIBC.free
 _malloc.argtypes, _malloc.restype = (ctypes.c_size_t,), ctypes.c_void_p
 _free.argtypes, _free.restype = (ctypes.c_void_p,), None
-_sbrk.argtypes, _sbrk.restype = (ctypes.c_ssize_t,), ctypes.c_void_p
 
 
 class _HeapFigures(ctypes.Structure):
@@ -56,16 +55,16 @@ class Plugs:
             return
         figures.restype = _HeapFigures
         heap = figures()
-        end = _sbrk(0) - heap.free_end
-        holes_bytes = heap.free - heap.free_end
+        holes_bytes, end_bytes = heap.free - heap.free_end, heap.free_end
         n_bytes = LARGEST_PLUG_BYTES
         while n_bytes >= SMALLEST_PLUG_BYTES:
             piece = _malloc(n_bytes) if n_bytes <= holes_bytes else None
-            if piece is not None and piece < end:
+            if piece is not None and figures().free_end == end_bytes:
                 self._pieces.append(piece)
                 holes_bytes -= n_bytes
-            else:
+            else:  # no hole is so large: it came from the end
                 _free(piece)
+                end_bytes = figures().free_end
                 n_bytes //= 2
 
     def release(self) -> None:

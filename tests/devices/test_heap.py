@@ -10,13 +10,19 @@ import torch
 from autosp.devices import CpuDevice
 from autosp.devices.heap import trim_heap
 from autosp.devices.memory import anonymous_bytes
+from processes import start
 
 KIB, MIB = 2**10, 2**20
 PIECE_BYTES = 512 * KIB
 
 
-def piece() -> torch.Tensor:
-    return torch.ones(PIECE_BYTES, dtype=torch.uint8)
+def piece(n_bytes: int = PIECE_BYTES) -> torch.Tensor:
+    return torch.ones(n_bytes, dtype=torch.uint8)
+
+
+def pieces_that_fit(count: int) -> list[torch.Tensor]:
+    """With room for their alignment where one of the others was."""
+    return [piece(PIECE_BYTES - 4 * KIB) for _ in range(count)]
 
 
 def with_holes() -> tuple[list[torch.Tensor], list[int]]:
@@ -34,7 +40,7 @@ def test_no_hole_is_used_while_a_peak_is_measured() -> None:
     device.start_measuring()
     kept, holes = with_holes()
     device.start_measuring()
-    new = [piece() for _ in range(32)]
+    new = pieces_that_fit(32)
     assert not are_used(holes, new)
     assert device.peak_bytes() > 15 * MIB  # none of them was there already
     assert len(kept) == 32
@@ -53,6 +59,27 @@ def test_holes_are_closed_without_taking_memory() -> None:
     device.close()
 
 
+MAPPED_BEHIND = """
+import ctypes
+import test_heap
+
+libc = ctypes.CDLL(None)
+libc.sbrk.argtypes, libc.sbrk.restype = (ctypes.c_ssize_t,), ctypes.c_size_t
+libc.mmap.argtypes = (ctypes.c_size_t, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
+libc.mmap.restype = ctypes.c_size_t
+behind = libc.sbrk(0) // 4096 * 4096 + 16 * 4096
+assert libc.mmap(behind, 4096, 0, 0x100022, -1, 0) == behind  # private, anonymous, and only there
+pieces, _ = test_heap.with_holes()
+assert pieces[-1].data_ptr() > behind
+del pieces
+test_heap.test_no_hole_is_used_while_a_peak_is_measured()
+"""
+
+
+def test_a_heap_that_goes_on_behind_something_else() -> None:
+    start(MAPPED_BEHIND).says()
+
+
 @pytest.mark.parametrize("end", [CpuDevice.close, lambda device: None])
 def test_holes_are_free_again_with_the_device(end: Callable[[CpuDevice], None]) -> None:
     device = CpuDevice()
@@ -61,5 +88,5 @@ def test_holes_are_free_again_with_the_device(end: Callable[[CpuDevice], None]) 
     device.start_measuring()
     end(device)
     del device
-    assert are_used(holes, [piece() for _ in range(64)])
+    assert are_used(holes, pieces_that_fit(64))
     assert len(kept) == 32
