@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._C._autograd import _top_saved_tensors_default_hooks
 
 import autosp
 import trained
@@ -185,6 +186,30 @@ def test_isolated_trials() -> None:
     model, batch = heavy(3)
     plan = tune(model, batch, "1GB", max_trials=1, isolate=True, step=trained.loss_step)
     assert plan.measurement is not None and plan.measurement.outcome is Outcome.FITS
+
+
+def test_a_pass_that_raises_while_its_activations_are_counted_leaves_no_hooks() -> None:
+    """Each pass of the profile raises in its turn, inside a layer; among them the one that autograd is watched in."""
+
+    class Raises(nn.Linear):
+        calls = 0
+        left = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            Raises.calls += 1
+            if Raises.calls == Raises.left:
+                raise ValueError("out of luck")
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Sequential(Raises(16, 16), nn.Tanh()), nn.Linear(16, 16)).train()
+    batch = vectors(4, 16)
+    for Raises.left in range(1, 7):
+        Raises.calls = 0
+        with pytest.raises(ValueError, match="out of luck"):
+            autosp.profile(model, batch, mode="training", step=loss_step, device="cpu", progress=False)
+        assert _top_saved_tensors_default_hooks(True) is None
+    loss_step(model, batch).backward()
 
 
 def test_other_gradients_are_found(tmp_path: Any) -> None:

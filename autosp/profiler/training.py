@@ -175,6 +175,11 @@ class _ActivationObserver(MemoryObserver):
         self._hooks.pop().__exit__(None, None, None)
         super().finish(layer, output)
 
+    def close(self) -> None:
+        """Visits that raised never finished: without this their hooks would outlive the pass."""
+        while self._hooks:
+            self._hooks.pop().__exit__(None, None, None)
+
     def kept_bytes(self) -> list[int]:
         """Forward visit -> what is kept of it, and of none before it."""
         return self._held(self._saved)
