@@ -14,7 +14,7 @@ import autosp
 import trained
 from autosp.batch import equal
 from autosp.devices import CpuDevice
-from autosp.errors import BudgetTooSmallError, SettingError
+from autosp.errors import BudgetTooSmallError, SettingError, StudyMismatchError
 from autosp.intercept import is_intercepted
 from autosp.profiler.training import training_partition
 from autosp.runtime.bench import Bench
@@ -142,6 +142,20 @@ def test_a_second_call_answers_from_the_database() -> None:
     )
     assert more.mode == "training"
     assert equal(dict(model.state_dict()), dict(before))
+
+
+def test_what_is_frozen_later_is_another_question() -> None:
+    """A plan without the gradients of some layers says nothing of the memory that these take."""
+    model, batch = heavy(4)
+    model[1].requires_grad_(False)
+    frozen = tune(model, batch, "1GB", max_trials=1)
+    model[1].requires_grad_(True)
+    all_of_it = tune(model, batch, "1GB", max_trials=1)
+    assert all_of_it.study_name != frozen.study_name
+    gradients = [[layer.gradient_bytes for layer in plan.partition.layers] for plan in (frozen, all_of_it)]
+    assert gradients[0][1] == 0 < gradients[1][1]
+    with pytest.raises(StudyMismatchError, match="trained: 6 parameters.* there, 8 parameters.* here"):
+        autosp.resume(frozen.study_name or "", model, batch, step=loss_step, device="cpu", progress=False)
 
 
 def test_what_was_there_is_there_again() -> None:
