@@ -144,6 +144,30 @@ def test_a_second_call_answers_from_the_database() -> None:
     assert equal(dict(model.state_dict()), dict(before))
 
 
+class GradOnly(nn.Module):
+    """One of its layers takes part in passes with autograd only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*(nn.Linear(256, 256) for _ in range(3)))
+        self.extra = nn.Linear(256, 256)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.body(x)
+        return x + self.extra(x) if torch.is_grad_enabled() else x
+
+
+def test_a_layer_that_only_passes_with_autograd_visit() -> None:
+    torch.manual_seed(0)
+    model, batch = GradOnly().train(), vectors(8, 256)
+    twin = copy.deepcopy(model)
+    plan = tune(model, batch, "1GB", max_trials=2)
+    with autosp.apply(model, plan):
+        for one in (model, twin):
+            loss_step(one, batch).backward()
+        assert_same_gradients(model, twin)
+
+
 def test_what_is_frozen_later_is_another_question() -> None:
     """A plan without the gradients of some layers says nothing of the memory that these take."""
     model, batch = heavy(4)
