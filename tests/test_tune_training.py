@@ -144,6 +144,21 @@ def test_a_second_call_answers_from_the_database() -> None:
     assert equal(dict(model.state_dict()), dict(before))
 
 
+def test_a_front_and_a_batch_size() -> None:
+    """What searches over budgets and batches, too, does so in training."""
+    options: dict[str, Any] = {"mode": "training", "step": loss_step, "device": "cpu", "progress": False}
+    model, batch = wide(blocks=4)
+    front = autosp.pareto(model, batch, "1GB", points=2, max_trials=1, **options)
+    assert {plan.mode for plan in front.plans} == {"training"}
+    assert any(prediction.candidate.recompute for prediction in front.predicted)
+    found = autosp.tune_batch(
+        model, lambda count: vectors(count, 256), "1GB", batch_sizes=[2, 64], max_trials=1, **options
+    )
+    assert found.plan.mode == "training"
+    assert found.best.batch_size == 64
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 class GradOnly(nn.Module):
     """One of its layers takes part in passes with autograd only."""
 
