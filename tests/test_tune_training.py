@@ -177,6 +177,8 @@ def test_a_layer_that_only_passes_with_autograd_visit() -> None:
     model, batch = GradOnly().train(), vectors(8, 256)
     twin = copy.deepcopy(model)
     plan = tune(model, batch, "1GB", max_trials=2)
+    assert plan.partition.visits == (0, 1, 2, 3)
+    assert plan.measurement is not None and plan.measurement.misses == 0
     with autosp.apply(model, plan):
         for one in (model, twin):
             loss_step(one, batch).backward()
