@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch._C._autograd import _top_saved_tensors_default_hooks
+from torch.utils.checkpoint import checkpoint
 
 import autosp
 import trained
@@ -183,6 +184,26 @@ def test_a_layer_that_only_passes_with_autograd_visit() -> None:
         for one in (model, twin):
             loss_step(one, batch).backward()
         assert_same_gradients(model, twin)
+
+
+class Nested(nn.Module):
+    """A checkpoint inside a checkpoint: the inner one runs forward, without autograd, in the outer one's backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outer, self.inner = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(self.part, x * torch.ones((), requires_grad=True), use_reentrant=True)
+
+    def part(self, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(self.inner, self.outer(x), use_reentrant=True)
+
+
+def test_a_forward_in_the_backward_is_no_visit() -> None:
+    model = Nested().train()
+    plan = autosp.plan(model, vectors(), k=1, k_prime=1, mode="training", step=loss_step, device="cpu")
+    assert plan.partition.visits == (0, 1)
 
 
 def test_what_is_frozen_later_is_another_question() -> None:

@@ -80,8 +80,8 @@ class _ForwardOrder:
         self._open: list[int] = []
 
     def arrive(self, layer: int, inputs: Any) -> None:
-        """A visit begins."""
-        if layer not in self._open:
+        """A visit begins, unless a checkpoint computes again for a backward that is under way."""
+        if layer not in self._open and torch._C._current_graph_task_id() == -1:
             self.visits.append(layer)
         self._open.append(layer)
 
