@@ -101,9 +101,11 @@ def draw_front(
     plan: Plan | None = None,
 ) -> None:
     """Predictions under each budget and those that more memory would allow, up to the whole model."""
-    from autosp.search.space import rank
+    from autosp.cost_model.training_memory import memory_of
+    from autosp.search.space import all_resident, rank
 
-    whole = round(1.05 * (profile.partition.total_bytes + profile.workspace_bytes))
+    with_all = memory_of(profile).peak_bytes(all_resident(profile), arena_bytes=0)
+    whole = round(1.05 * max(with_all, profile.partition.total_bytes + profile.workspace_bytes))
     budgets = {*budgets_bytes, max(*budgets_bytes, whole)}
     ranked = [rank(profile, budget_bytes, host_budget_bytes) for budget_bytes in budgets]
     predictions = {prediction.candidate: prediction for some in ranked for prediction in some}

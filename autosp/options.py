@@ -25,7 +25,7 @@ HostBudget = Annotated[
 ModeName = Annotated[
     str, typer.Option("--mode", help="inference, or training: forward and backward, where step returns the loss.")
 ]
-MaxTrials = Annotated[int | None, typer.Option(help="Most validations of the study.")]
+MaxTrials = Annotated[int | None, typer.Option(help="Most validations of the study. Default: 8, or 25 passes' time.")]
 Timeout = Annotated[float | None, typer.Option("--timeout-s", help="Seconds after which no validation begins.")]
 Isolate = Annotated[
     bool,

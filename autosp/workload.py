@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 import sys
@@ -158,10 +159,17 @@ class Workload:
             batch_signature=signature(self.batch),
             step=step_name(self.step),
             mode=self.mode,
+            trained=_trained(self.model) if self.mode == "training" else None,
             budget_bytes=budget_bytes,
             host_budget_bytes=host_budget_bytes,
             slack=slack,
         )
+
+
+def _trained(model: nn.Module) -> str:
+    """Which parameters get gradients: how many, and a hash of their names. Gradients take memory, and time to leave."""
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return f"{len(names)} parameters, {hashlib.sha256(','.join(names).encode()).hexdigest()[:16]}"
 
 
 def refuse_host_budget(mode: str, max_cpu_gb: float | str | None) -> None:

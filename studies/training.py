@@ -141,6 +141,15 @@ def run_floors(run: Run) -> None:
 
 
 def table(rows: list[TrainingRow]) -> str:
+    """A table for each pace of the link."""
+    parts = []
+    for paced in dict.fromkeys(row.case.paced_gb_per_s for row in rows):
+        mine = [row for row in rows if row.case.paced_gb_per_s == paced]
+        parts.append(f"Each direction of the link: {paced:g} GB/s.\n\n{_table(mine)}")
+    return "\n\n".join(parts)
+
+
+def _table(rows: list[TrainingRow]) -> str:
     """Medians over repeats; T ÷ floor of each, and how often the budget was kept."""
     lines = []
     for model in dict.fromkeys(row.case.model for row in rows):
@@ -180,14 +189,16 @@ def _share(percent: float | None) -> str:
 
 
 def picture(rows: list[TrainingRow], path: Path) -> None:
-    """T ÷ floor over the budget, a line per model."""
+    """T ÷ floor over the budget, a colour per model and pace."""
     canvas, (panel,) = figure(1, 6.0)
-    for model in dict.fromkeys(row.case.model for row in rows):
-        mine = [row for row in having(rows, model=model) if row.case.percent is not None]
-        for kept, style in ((True, {"marker": "o"}), (False, {"marker": "o", "mfc": "white"})):
-            shown = [row for row in mine if (row.figures["peak_bytes"] <= row.figures["budget_bytes"]) is kept]
-            points = [(row.case.percent, row.figures["over_floor"]) for row in shown]
-            panel.plot(*zip(*points, strict=True) if points else ([], []), ls="", label=model, **style)
+    for index, (model, paced) in enumerate(dict.fromkeys((row.case.model, row.case.paced_gb_per_s) for row in rows)):
+        colour = f"C{index}"
+        panel.plot([], [], ls="", marker="o", color=colour, label=f"{model}, {paced:g} GB/s")
+        for row in having(rows, model=model, paced_gb_per_s=paced):
+            if row.case.percent is not None:
+                kept = row.figures["peak_bytes"] <= row.figures["budget_bytes"]
+                point = [row.case.percent], [row.figures["over_floor"]]
+                panel.plot(*point, ls="", marker="o", color=colour, mfc=colour if kept else "white")
     panel.set_xlabel("budget, % of plain training's peak")
     panel.set_ylabel("time ÷ floor")
     panel.set_ylim(bottom=0.95)

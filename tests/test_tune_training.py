@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._C._autograd import _top_saved_tensors_default_hooks
+from torch.utils.checkpoint import checkpoint
 
 import autosp
 import trained
 from autosp.batch import equal
 from autosp.devices import CpuDevice
-from autosp.errors import BudgetTooSmallError, SettingError
+from autosp.errors import BudgetTooSmallError, SettingError, StudyMismatchError
 from autosp.intercept import is_intercepted
 from autosp.profiler.training import training_partition
 from autosp.runtime.bench import Bench
@@ -143,6 +145,81 @@ def test_a_second_call_answers_from_the_database() -> None:
     assert equal(dict(model.state_dict()), dict(before))
 
 
+def test_a_front_and_a_batch_size() -> None:
+    """What searches over budgets and batches, too, does so in training."""
+    options: dict[str, Any] = {"mode": "training", "step": loss_step, "device": "cpu", "progress": False}
+    model, batch = wide(blocks=4)
+    front = autosp.pareto(model, batch, "1GB", points=2, max_trials=1, **options)
+    assert {plan.mode for plan in front.plans} == {"training"}
+    assert any(prediction.candidate.recompute for prediction in front.predicted)
+    found = autosp.tune_batch(
+        model, lambda count: vectors(count, 256), "1GB", batch_sizes=[2, 64], max_trials=1, **options
+    )
+    assert found.plan.mode == "training"
+    assert found.best.batch_size == 64
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class GradOnly(nn.Module):
+    """One of its layers takes part in passes with autograd only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*(nn.Linear(256, 256) for _ in range(3)))
+        self.extra = nn.Linear(256, 256)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.body(x)
+        return x + self.extra(x) if torch.is_grad_enabled() else x
+
+
+def test_a_layer_that_only_passes_with_autograd_visit() -> None:
+    torch.manual_seed(0)
+    model, batch = GradOnly().train(), vectors(8, 256)
+    twin = copy.deepcopy(model)
+    plan = tune(model, batch, "1GB", max_trials=2)
+    assert plan.partition.visits == (0, 1, 2, 3)
+    assert plan.measurement is not None and plan.measurement.misses == 0
+    with autosp.apply(model, plan):
+        for one in (model, twin):
+            loss_step(one, batch).backward()
+        assert_same_gradients(model, twin)
+
+
+class Nested(nn.Module):
+    """A checkpoint inside a checkpoint: the inner one runs forward, without autograd, in the outer one's backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outer, self.inner = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(self.part, x * torch.ones((), requires_grad=True), use_reentrant=True)
+
+    def part(self, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(self.inner, self.outer(x), use_reentrant=True)
+
+
+def test_a_forward_in_the_backward_is_no_visit() -> None:
+    model = Nested().train()
+    plan = autosp.plan(model, vectors(), k=1, k_prime=1, mode="training", step=loss_step, device="cpu")
+    assert plan.partition.visits == (0, 1)
+
+
+def test_what_is_frozen_later_is_another_question() -> None:
+    """A plan without the gradients of some layers says nothing of the memory that these take."""
+    model, batch = heavy(4)
+    model[1].requires_grad_(False)
+    frozen = tune(model, batch, "1GB", max_trials=1)
+    model[1].requires_grad_(True)
+    all_of_it = tune(model, batch, "1GB", max_trials=1)
+    assert all_of_it.study_name != frozen.study_name
+    gradients = [[layer.gradient_bytes for layer in plan.partition.layers] for plan in (frozen, all_of_it)]
+    assert gradients[0][1] == 0 < gradients[1][1]
+    with pytest.raises(StudyMismatchError, match="trained: 6 parameters.* there, 8 parameters.* here"):
+        autosp.resume(frozen.study_name or "", model, batch, step=loss_step, device="cpu", progress=False)
+
+
 def test_what_was_there_is_there_again() -> None:
     model, batch = make("convolutions")
     model.train()
@@ -185,6 +262,30 @@ def test_isolated_trials() -> None:
     model, batch = heavy(3)
     plan = tune(model, batch, "1GB", max_trials=1, isolate=True, step=trained.loss_step)
     assert plan.measurement is not None and plan.measurement.outcome is Outcome.FITS
+
+
+def test_a_pass_that_raises_while_its_activations_are_counted_leaves_no_hooks() -> None:
+    """Each pass of the profile raises in its turn, inside a layer; among them the one that autograd is watched in."""
+
+    class Raises(nn.Linear):
+        calls = 0
+        left = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            Raises.calls += 1
+            if Raises.calls == Raises.left:
+                raise ValueError("out of luck")
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Sequential(Raises(16, 16), nn.Tanh()), nn.Linear(16, 16)).train()
+    batch = vectors(4, 16)
+    for Raises.left in range(1, 7):
+        Raises.calls = 0
+        with pytest.raises(ValueError, match="out of luck"):
+            autosp.profile(model, batch, mode="training", step=loss_step, device="cpu", progress=False)
+        assert _top_saved_tensors_default_hooks(True) is None
+    loss_step(model, batch).backward()
 
 
 def test_other_gradients_are_found(tmp_path: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from autosp.cost_model.training_memory import freed_bytes, seconds_per_freed_byte
 from autosp.errors import SettingError
 from autosp.spec import Profile
 
@@ -63,17 +64,12 @@ def training_floor_s(profile: Profile, budget_bytes: int) -> float:
 def least_recompute_s(profile: Profile, room_bytes: int) -> float:
     """The least time that computing activations again may take for the rest to fit: of layers, and parts of layers."""
     excess = sum(visit.kept_bytes for visit in profile.visits) - room_bytes
-    freed: dict[int, int] = {}
-    for visit in profile.visits:
-        freed[visit.layer] = freed.get(visit.layer, 0) + visit.kept_bytes - visit.input_bytes
-    taken: dict[int, float] = {}
-    for again in profile.backward:
-        taken[again.layer] = taken.get(again.layer, 0.0) + again.recompute_s
+    freed, cost_of = freed_bytes(profile), seconds_per_freed_byte(profile)
     least_s = 0.0
-    for layer in sorted((one for one in taken if freed[one] > 0), key=lambda one: taken[one] / freed[one]):
+    for layer in sorted(cost_of, key=cost_of.__getitem__):
         if excess <= 0:
             break
-        least_s += taken[layer] * min(1.0, excess / freed[layer])
+        least_s += cost_of[layer] * min(freed[layer], excess)
         excess -= freed[layer]
     return least_s
 

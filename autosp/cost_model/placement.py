@@ -32,7 +32,7 @@ def host_too_small(partition: Partition, host_budget_bytes: int) -> BudgetTooSma
     """The error for a host budget below the least that works, with the layer that sets it."""
     layer = max(partition.layers, key=lambda layer: layer.read_bytes)
     least = least_host_bytes(partition)
-    tables = least - layer.n_bytes
+    tables = least - layer.read_bytes
     return BudgetTooSmallError(
         f"no setting fits {host_budget_bytes / 1e9:.4g} GB of host memory: the least that works is {least / 1e9:.4g} "
         f"GB. It is set by layer {layer.index} ({layer.name}), {layer.read_bytes / 1e9:.4g} GB at once, beside "

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -92,6 +93,23 @@ class TrainingMemory:
         last = {layer: visit for visit, layer in enumerate(backward, len(forward))}
         end = max(0, len(forward) + len(backward) - 1)
         return np.array([last.get(layer.index, end) for layer in self._partition.layers], np.intp)
+
+
+def freed_bytes(profile: Profile) -> Counter[int]:
+    """Layer -> what its activations take beyond its inputs: what computing them again frees."""
+    freed: Counter[int] = Counter()
+    for visit in profile.visits:
+        freed[visit.layer] += visit.kept_bytes - visit.input_bytes
+    return freed
+
+
+def seconds_per_freed_byte(profile: Profile) -> dict[int, float]:
+    """Layer -> what each byte costs that is freed by computing its activations again; only layers that free some."""
+    freed = freed_bytes(profile)
+    taken: dict[int, float] = {}
+    for again in profile.backward:
+        taken[again.layer] = taken.get(again.layer, 0.0) + again.recompute_s
+    return {layer: seconds / freed[layer] for layer, seconds in taken.items() if freed[layer] > 0}
 
 
 def used_up_after(visits: Sequence[int], backward: Sequence[int]) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -82,7 +83,8 @@ def measured_passes(
         cold_s, output = timed_pass(bench.device, run)
         progress("memory pass")
         streamed.observe(memory)
-        output = run()
+        with closing(memory):
+            output = run()
         streamed.observe(None)
         moved_before = streamed.stats().moved_bytes
         while not _enough(samples):
@@ -211,6 +213,9 @@ class MemoryObserver:
         out = sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(output))
         known = self.visits.get(layer, (0, 0))
         self.visits[layer] = (max(known[0], peak - self._plan_bytes), max(known[1], out))
+
+    def close(self) -> None:
+        """The pass is over, or raised."""
 
 
 def _least_compute_s(passes: list[_TimeObserver]) -> float:

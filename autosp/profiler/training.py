@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._C._autograd import _top_saved_tensors_default_hooks as hooks_around
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from autosp.batch import tensors_in
@@ -39,7 +39,8 @@ def layers_of(workload: Workload, device: Device, cache_dir: Path) -> Partition:
 def training_partition(workload: Workload, device: Device, cache_dir: Path) -> Partition:
     """The layers in the order of the forward, and of the backward as one pass under the least-memory plan shows it.
 
-    The model is left as it was; what it raises passes through.
+    The model is left as it was; what it raises passes through. Which layers can be computed again is not known yet: all
+    activations are kept, in host memory, for a device may have no room for them.
 
     Raises: SettingError if the step gives no loss; and what `partition` and `Bench` raise.
     """
@@ -50,8 +51,11 @@ def training_partition(workload: Workload, device: Device, cache_dir: Path) -> P
         expected = parts.model_copy(update={"visits": visits, "repeats": 1, "backward": tuple(reversed(visits))})
         with Bench(model, expected, device, cache_dir, mode="training") as bench:
             streamed = bench.apply(LEAST_MEMORY)
+            forward = _ForwardOrder()
+            streamed.observe(forward)
             try:
-                workload.run()
+                with save_on_cpu():
+                    workload.run()
                 backward = streamed.backward_visits
             finally:
                 streamed.remove()
@@ -64,7 +68,29 @@ def training_partition(workload: Workload, device: Device, cache_dir: Path) -> P
         layer.model_copy(update={"gradient_bytes": sum(gradients.get(name, 0) for name in layer.tensors)})
         for layer in expected.layers
     )
-    return expected.model_copy(update={"layers": layers, "backward": backward})
+    visits = tuple(forward.visits)  # a pass with autograd may visit others than one without, which found the layers
+    return expected.model_copy(update={"layers": layers, "visits": visits, "backward": backward})
+
+
+class _ForwardOrder:
+    """The layers that a pass visits. One that is called inside its own call is part of the outer visit."""
+
+    def __init__(self) -> None:
+        self.visits: list[int] = []
+        self._open: list[int] = []
+
+    def arrive(self, layer: int, inputs: Any) -> None:
+        """A visit begins, unless a checkpoint computes again for a backward that is under way."""
+        if layer not in self._open and torch._C._current_graph_task_id() == -1:
+            self.visits.append(layer)
+        self._open.append(layer)
+
+    def start(self, layer: int) -> None:
+        """Its weights are there."""
+
+    def finish(self, layer: int, output: Any) -> None:
+        """It is over."""
+        self._open.remove(layer)
 
 
 def observe_training(
@@ -174,6 +200,11 @@ class _ActivationObserver(MemoryObserver):
         """Until here."""
         self._hooks.pop().__exit__(None, None, None)
         super().finish(layer, output)
+
+    def close(self) -> None:
+        """Visits that raised never finished: without this their hooks would outlive the pass."""
+        while self._hooks:
+            self._hooks.pop().__exit__(None, None, None)
 
     def kept_bytes(self) -> list[int]:
         """Forward visit -> what is kept of it, and of none before it."""

@@ -210,7 +210,7 @@ def layers_table(profile: Profile) -> Table:
     transfers_s = [link.latency_s + layer.n_bytes / link.bytes_per_s for layer in partition.layers]
     compute_s = {index: sum(visit.forward_s for visit in mine) for index, mine in visits.items()}
     for again in profile.backward:
-        compute_s[again.layer] += again.backward_s
+        compute_s[again.layer] = compute_s.get(again.layer, 0.0) + again.backward_s
     add_numbers(table, "layer")
     table.add_column("name", "all layers", overflow="fold")
     add_numbers(table, "visits", "tensors")

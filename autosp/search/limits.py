@@ -22,6 +22,8 @@ LEAST_TRIALS = 3
 class Limits:
     """Trials of the whole study, and seconds of this call. At least one trial is made in any case.
 
+    Neither set: `MAX_TRIALS`, and the effort. One set: seconds go with `MAX_TRIALS`, trials with nothing.
+
     Raises: SettingError if one is not positive.
     """
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from operator import add
 
 from autosp.cost_model.placement import evenly_spread
-from autosp.cost_model.training_memory import TrainingMemory
+from autosp.cost_model.training_memory import TrainingMemory, freed_bytes, seconds_per_freed_byte
 from autosp.schedule.training import least_training
 from autosp.search.residents import Filling, Pass
 from autosp.spec import Candidate, Profile
@@ -27,7 +26,7 @@ def recompute_choices(profile: Profile, budget_bytes: int) -> list[tuple[int, ..
     A share is spread evenly, and taken where a byte costs least time. Just enough is the least number, of the cheapest,
     with which one layer at a time fits the budget, and that with which two do.
     """
-    cost_of = _seconds_per_byte(profile)
+    cost_of = seconds_per_freed_byte(profile)
     useful = sorted(cost_of)
     if not useful:
         return [()]
@@ -48,7 +47,7 @@ def filled(profile: Profile, budget_bytes: int) -> Iterator[Candidate]:
     """
     memory = TrainingMemory(profile)
     of = Pass.of(profile)
-    freed = _freed_bytes(profile)
+    freed = freed_bytes(profile)
     fixed = profile.partition.resident_bytes + profile.workspace_bytes
     count = len(of.layers)
     for recompute in recompute_choices(profile, budget_bytes):
@@ -78,23 +77,6 @@ def recomputing(profile: Profile, candidates: Sequence[Candidate], budget_bytes:
             streamed = tuple(layer for layer in recompute if layer not in candidate.residents)
             yield candidate.model_copy(update={"recompute": streamed})
     yield least_training(profile.partition)
-
-
-def _seconds_per_byte(profile: Profile) -> dict[int, float]:
-    """Layer -> what each byte costs that is freed by computing its activations again; only layers that free some."""
-    freed = _freed_bytes(profile)
-    taken: dict[int, float] = {}
-    for again in profile.backward:
-        taken[again.layer] = taken.get(again.layer, 0.0) + again.recompute_s
-    return {layer: seconds / freed[layer] for layer, seconds in taken.items() if freed[layer] > 0}
-
-
-def _freed_bytes(profile: Profile) -> Counter[int]:
-    """Layer -> what its activations take beyond its inputs."""
-    freed: Counter[int] = Counter()
-    for visit in profile.visits:
-        freed[visit.layer] += visit.kept_bytes - visit.input_bytes
-    return freed
 
 
 def _just_enough(memory: TrainingMemory, cheapest: Sequence[int], k: int, budget_bytes: int) -> int:

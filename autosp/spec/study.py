@@ -18,6 +18,7 @@ class StudyKey(Record):
     batch_signature: str
     step: str = Field(description="what runs a pass: `call`, or the qualified name and code hash of `step`")
     mode: Mode
+    trained: str | None = Field(default=None, description="in training: which parameters get gradients")
     budget_bytes: int
     host_budget_bytes: int | None = Field(default=None, description="None: as much as the machine has")
     slack: float | None = Field(

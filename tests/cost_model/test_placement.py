@@ -112,6 +112,11 @@ def test_rows_that_are_placed_fit_and_are_together(data: st.DataObject, budget: 
     assert bool(chosen.on_disk) == (resting_bytes(parts, candidate) > budget)
 
 
+def test_what_is_read_beyond_a_layer_is_no_table() -> None:
+    error = host_too_small(partition((2 * 10**9,), read_bytes=(3 * 10**9,)), 10**9)
+    assert "3 GB at once, beside 0 GB of lookup tables" in str(error)
+
+
 def test_host_too_small_names_what_sets_the_least() -> None:
     error = host_too_small(partition((10**9, 3 * 10**9)), 10**9)
     assert (error.budget_bytes, error.least_bytes, error.layer) == (10**9, 3 * 10**9, "blocks.1")

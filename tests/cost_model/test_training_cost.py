@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autosp.answers import draw_front
 from autosp.cost_model.calibrate import calibrated
 from autosp.cost_model.floor import floor_s
 from autosp.cost_model.predict import contended_periods, predict, with_rings
@@ -14,7 +18,7 @@ from autosp.cost_model.training_memory import TrainingMemory, used_up_after
 from autosp.schedule.actions import Kind
 from autosp.schedule.training import lower_training
 from autosp.search.space import rank
-from autosp.spec import BackwardProfile, Candidate, Profile, Tier, Usage
+from autosp.spec import BackwardProfile, Candidate, Prediction, Profile, Tier, Usage
 from builders import candidates, link, profile, profiles, quick, seconds, thorough, trial
 
 
@@ -101,6 +105,15 @@ def test_time_by_hand(candidate: Candidate, expected_s: float) -> None:
 def test_memory_by_hand(candidate: Candidate, expected_bytes: int) -> None:
     (prediction,) = predict(SMALL, [candidate])
     assert prediction.peak_bytes == expected_bytes
+
+
+def test_a_front_is_drawn_up_to_where_nothing_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Activations and gradients take more than the weights."""
+    drawn: list[Prediction] = []
+    pictures = SimpleNamespace(front=lambda profile, predictions, *_, **__: drawn.extend(predictions))
+    monkeypatch.setattr("autosp.answers.load_pictures", lambda name: pictures)
+    draw_front(SMALL, [], [60], None, Path("front.png"))
+    assert any(not prediction.candidate.ring and not prediction.candidate.recompute for prediction in drawn)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import report_samples as samples
 from autosp.cost_model.floor import floor_s
 from autosp.cost_model.predict import predict
 from autosp.report import tables, units
-from autosp.spec import Candidate, Outcome, Partition, Reading, Tier
+from autosp.spec import BackwardProfile, Candidate, Outcome, Partition, Reading, Tier
 from report_samples import line_with, lines
 
 
@@ -153,6 +153,17 @@ def test_a_layer_that_is_visited_twice_and_one_that_never_is() -> None:
     table = tables.layers_table(profile.model_copy(update={"partition": partition, "visits": seen}))
     assert line_with(table, "0 blocks.0").startswith("0 blocks.0 2 2 400 MB 40.0 ms")
     assert line_with(table, "2 blocks.2") == "2 blocks.2 0 2 1.00 GB – 80.0 ms – – –"
+
+
+def test_layers_count_their_backward() -> None:
+    """That of one, too, which only a pass with autograd visits."""
+    times = {"before_s": 0.0, "recompute_s": 0.0}
+    backward = tuple(BackwardProfile(layer=layer, backward_s=0.030, **times) for layer in (2, 0))
+    profile = samples.profile(3)
+    visits = profile.visits[:2]
+    table = tables.layers_table(profile.model_copy(update={"visits": visits, "backward": backward}))
+    assert "400 MB 50.0 ms" in line_with(table, "0 blocks.0")
+    assert "1.00 GB 30.0 ms" in line_with(table, "2 blocks.2")
 
 
 def test_a_link() -> None:

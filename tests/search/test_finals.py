@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -112,3 +113,33 @@ def test_a_study_ends_with_its_finals(tmp_path: Path) -> None:
         assert repeated == [asked[1], asked[0]]
         run_study(repository, "finals", known, ranked[:2], 10**6, validate, limits=limits, progress=str, repeat=repeat)
         assert len(repeated) == 2
+
+
+@pytest.mark.parametrize(("limits", "finals"), [(Limits(), 3), (Limits(max_trials=3), 0)])
+def test_the_default_effort_ends_a_study_with_its_finals_too(tmp_path: Path, limits: Limits, finals: int) -> None:
+    """Three validations of 15 s each are more than 25 passes of 1 s and 5 s, and others may still be faster."""
+    known = profile((10,) * 4, forward_s=0.1, bytes_per_s=1000.0)
+    ranked = rank(known, 10**6)
+    asked: list[Candidate] = []
+    repeated: list[Candidate] = []
+
+    def answer(told: list[Candidate], candidate: Candidate) -> Measurement:
+        told.append(candidate)
+        return measured([1.0] * 15, rounds=1)
+
+    with Repository(tmp_path / "autosp.db") as repository:
+        repository.create_study("effort", study_key(budget_bytes=10**6))
+        verdict = run_study(
+            repository,
+            "effort",
+            known,
+            ranked,
+            10**6,
+            partial(answer, asked),
+            limits=limits,
+            progress=str,
+            repeat=partial(answer, repeated),
+        )
+    assert len(asked) == 3
+    assert not verdict.finished and "was not tried" in verdict.why
+    assert len(repeated) == finals
