@@ -49,11 +49,7 @@ class Timed(nn.Module):
         return torch.tanh(Spend.apply(x, self.weight, self.clock[0], self.number))
 
 
-STREAMED = [name for name, candidate in PLANS.items() if not candidate.residents]
-"""The executor does not see when a resident layer's backward begins, and issues what is due by then a visit later."""
-
-
-@pytest.mark.parametrize("plan", [*STREAMED, "all resident"])
+@pytest.mark.parametrize("plan", PLANS)
 def test_prediction_and_execution_are_the_same_numbers(plan: str, apply: Apply) -> None:
     torch.manual_seed(0)
     device = VirtualDevice(bytes_per_s=3e4, latency_s=0.01)
