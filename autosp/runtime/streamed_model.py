@@ -166,7 +166,9 @@ class StreamedModel(Generic[M]):
         """
         if not isinstance(self._executor, TrainingExecutor):
             raise SettingError("the plan is for inference: make one with mode='training'")
-        with gradients_kept(self.model.parameters()), torch.enable_grad():
+        with self._executor.loader.updates.inside():
+            parameters = list(self.model.parameters())
+        with gradients_kept(parameters), torch.enable_grad():
             return self.run_group(batches, partial(backward, step))
 
     def observe(self, observer: Observer | None) -> None:
