@@ -41,13 +41,13 @@ def apply(model: M, plan: Plan, *, optimizer: Optimizer | None = None) -> Stream
     With `optimizer`, the one that updates the model's weights, its `step()` returns early: streamed layers are updated
     beside the next forward, each before it is needed, and whatever uses a parameter, its gradient or its state before
     that waits. The loop stays as it is, with clipping, accumulation, schedulers and scalers, and so do all bits; only
-    a view of a parameter's data or gradient made before `step()` may show them half updated until the parameter is
-    used. Any optimizer of torch.optim will do that treats every parameter by itself; `step(closure)` is refused.
+    a view of a parameter's data or gradient made before `step()`, and `optimizer.state.values()`, may show them half
+    updated until the parameter is used. Any optimizer of torch.optim will do that treats every parameter by itself;
+    `step(closure)` is refused.
 
     Raises: PlanMismatchError if the plan was made for another model, SettingError if its device is not here or the
-    optimizer cannot be stepped layer by layer,
-    DiskFullError or HostMemoryError if there is no room for the streamed weights, ReadError if a file that weights are
-    mapped from was truncated or replaced (the model is unchanged then).
+    optimizer cannot be stepped layer by layer, DiskFullError or HostMemoryError if there is no room for the streamed
+    weights, ReadError if a file that weights are mapped from was truncated or replaced (the model is unchanged then).
     """
     if not isinstance(plan, Plan):
         raise SettingError(f"plan is a {type(plan).__name__}; use autosp.tune, autosp.plan or Plan.load")

@@ -15,7 +15,8 @@ def guarded(settle: Callable[[], None]) -> type[nn.Parameter]:
     """A class that a parameter can be given: torch calls `settle` before anything is done with it, or read of it.
 
     `settle` gives it its own class back, unless what follows is known to be safe. Setting `grad` to None always is, for
-    who reads the gradient holds it. Looking a parameter up in a dict, such as an optimizer's state, counts as a use.
+    who reads the gradient holds it, and so is finding that it is None. Looking a parameter up in a dict, such as an
+    optimizer's state, counts as a use.
     """
 
     class Parameter(nn.Parameter):
@@ -23,7 +24,9 @@ def guarded(settle: Callable[[], None]) -> type[nn.Parameter]:
         def __torch_function__(
             cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
         ) -> Any:
-            if not (func == _set_grad and args[1] is None):
+            with DisableTorchFunctionSubclass():
+                safe = (func == _set_grad and args[1] is None) or (func == _get_grad and func(*args) is None)
+            if not safe:
                 settle()
             with DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
@@ -43,4 +46,4 @@ def guarded(settle: Callable[[], None]) -> type[nn.Parameter]:
     return Parameter
 
 
-_set_grad = vars(torch._C.TensorBase)["grad"].__set__
+_set_grad, _get_grad = (getattr(vars(torch._C.TensorBase)["grad"], name) for name in ("__set__", "__get__"))

@@ -92,9 +92,7 @@ class Loader:
 
     def take_samples(self) -> None:
         """Until the next pass anybody may write to the weights, also where no version counter sees it (`.data`)."""
-        with (
-            self.updates.inside()
-        ):  # of a layer whose update is under way: it is found to be written to, and loaded again
+        with self.updates.inside():  # a layer whose update is under way is found to be written to, and loaded again
             for group in {*self._present, *self.staging.ahead()}:
                 group.take_sample()
 
@@ -107,10 +105,10 @@ class Loader:
             layer.running += 1
             self.running += 1
             return group
+        self.updates.finish(layer.layer.index)
         fetched = self.fetch(group)
         if not fetched:
             layer.place(self._load_temporarily(layer))
-        self.updates.finish(layer.layer.index)
         layer.bind_device()
         layer.running = 1
         self.running += 1

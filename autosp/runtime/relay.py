@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import copy_context
+from queue import SimpleQueue
 from typing import Any
 
 THREAD_NAME = "autosp-microbatch"
@@ -30,7 +31,8 @@ class Relay:
         """`following` says who of `left` is next when one ends, and who is first. It is called by the one that ends."""
         self._functions = functions
         self._following = following
-        self._turns = [threading.Semaphore(0) for _ in functions]
+        self._turns: list[SimpleQueue[None]] = [SimpleQueue() for _ in functions]
+        """Written in C: Ctrl-C cannot come between a turn that is given and its thread that wakes up."""
         self._threads: list[threading.Thread] = []
         self._results: list[Any] = [None] * len(functions)
         self._error: BaseException | None = None
@@ -40,16 +42,21 @@ class Relay:
 
     def run(self) -> list[Any]:
         """What the functions return. Raises what the first of them raises."""
-        with self._ending_all():
+        try:
             self._start()
             self._give_on()
+        except BaseException as error:  # noqa: BLE001 - raised below, once all have ended
+            self._error = self._error or error
         if self.running < 0:  # nobody began, nor will
             self._over.set()
             for turn in self._turns:
-                turn.release()
-        while not self._over.is_set():
-            with self._ending_all():  # Ctrl-C is raised once the running one came to where it asks
+                turn.put(None)
+        while True:
+            try:  # nothing here is outside of it: Ctrl-C is raised once the running one came to where it asks
                 self._over.wait()
+                break
+            except BaseException as error:  # noqa: BLE001 - likewise
+                self._error = self._error or error
         for thread in self._threads:
             if thread.is_alive():
                 thread.join()
@@ -65,7 +72,7 @@ class Relay:
         """Let another one run, and go on when it is the caller's turn again. Raises: StoppedError."""
         mine = self.running
         self._give(number)
-        self._turns[mine].acquire()
+        self._turns[mine].get()
         self.check()
 
     def check(self) -> None:
@@ -86,7 +93,7 @@ class Relay:
             self._threads[-1].start()
 
     def _work(self, number: int) -> None:
-        self._turns[number].acquire()
+        self._turns[number].get()
         if self._error is None:
             with self._ending_all():
                 self._results[number] = self._functions[number]()
@@ -106,7 +113,7 @@ class Relay:
 
     def _give(self, number: int) -> None:
         self.running = number
-        self._turns[number].release()
+        self._turns[number].put(None)
 
     @contextmanager
     def _ending_all(self) -> Iterator[None]:

@@ -86,14 +86,14 @@ class StreamedModel(Generic[M]):
         self._addresses: list[int | None] = []
         self._layers: list[StreamedLayer] = []
         self._runs: list[StreamedRun] = []
-        forget_pages(source for place in _all_placed(bound) if (source := place.extent.source) is not None)
-        staging = anonymous(schedule.staging_bytes)
-        staging.zero_()  # its pages are taken before anything is measured, and before a pass
-        device.pin(staging)
-        gradients = Gradients([one for one, _ in streamed] if mode == "training" else (), device)
-        hide_from_compiler()
-        device.start_measuring()
         try:
+            forget_pages(source for place in _all_placed(bound) if (source := place.extent.source) is not None)
+            staging = anonymous(schedule.staging_bytes)
+            staging.zero_()  # its pages are taken before anything is measured, and before a pass
+            device.pin(staging)
+            gradients = Gradients([one for one, _ in streamed] if mode == "training" else (), device)
+            hide_from_compiler()
+            device.start_measuring()
             self._residents = Residents([*staying, *copied], device)
             self._residents.move_in()
             self._move_opaque()
@@ -166,7 +166,9 @@ class StreamedModel(Generic[M]):
         """
         if not isinstance(self._executor, TrainingExecutor):
             raise SettingError("the plan is for inference: make one with mode='training'")
-        with gradients_kept(self.model.parameters()), torch.enable_grad():
+        with self._executor.loader.updates.inside():
+            parameters = list(self.model.parameters())
+        with gradients_kept(parameters), torch.enable_grad():
             return self.run_group(batches, partial(backward, step))
 
     def observe(self, observer: Observer | None) -> None:

@@ -4,6 +4,10 @@ The backward pass is autograd's own. It is followed through what it asks for: a 
 its weights that is unpacked ([Note: what autograd saved]), and ends when another layer's begins. Parameters are bound
 to the device in forwards only, so whatever raises where, they are at rest.
 
+[Note: what follows a backward visit] Of layers that stay on the device nothing is unpacked, and so nothing is seen: a
+visit lasts through their backwards. But what follows it in the schedule is due when the layer's own backward is over.
+Autograd goes backward in the reverse order of the forward, so that is when it comes to what made one of its inputs.
+
 [Note: weights after a backward pass] The next thing to come is the update, which may write to weights in ways that no
 version counter sees. So what the arena holds of trained layers is forgotten when the next pass begins.
 
@@ -22,6 +26,7 @@ from torch import nn
 from torch.autograd import Variable
 from torch.utils.checkpoint import checkpoint
 
+from autosp.batch import tensors_in
 from autosp.errors import ModelChangedError
 from autosp.runtime.executor import Executor, uncached_autocast
 from autosp.runtime.gradients import Gradients
@@ -47,7 +52,9 @@ class TrainingExecutor(Executor):
         self._visiting: int | None = None
         """The layer whose backward visit it is."""
         self._due: int | None = None
-        """The position of that visit: what follows it in the schedule is not issued yet."""
+        """The position of that visit; None if what follows it in the schedule is issued."""
+        self._called: int | None = None
+        """The layer that was called last in the forward pass."""
         self._updated = False
         """Whether a backward pass ended since the last pass began: see [Note: weights after a backward pass]."""
         self._closed = False
@@ -80,6 +87,7 @@ class TrainingExecutor(Executor):
                 groups = self.loader.groups.values()
                 self.loader.evict(group for group in groups if self._gradients.trains(group.indices))
             self._updated = False
+            self._called = None
             super().begin_pass()
 
     def prime(self) -> None:
@@ -130,6 +138,7 @@ class TrainingExecutor(Executor):
             return super().visit(layer, forward, args, kwargs)
         if _task() is None:
             self._gradients.called(index)
+            self._watch_inputs(index, (args, kwargs))
         if index not in self._recomputed:
             return self._visit(layer, forward, args, kwargs)
         again = False
@@ -193,6 +202,20 @@ class TrainingExecutor(Executor):
         self._visiting = index
         self._due = self.cursor.advance((Kind.BACKWARD, index))
         return True
+
+    def _watch_inputs(self, index: int, inputs: Any) -> None:
+        """Of a call of a layer. Two in a row are one visit backward, which goes on at the inputs of the second."""
+        if index != self._called:
+            for tensor in tensors_in(inputs):
+                if tensor.grad_fn is not None and tensor.device.type == self.device.torch_device.type:
+                    tensor.register_hook(partial(self._at_inputs, index))
+        self._called = index
+
+    def _at_inputs(self, index: int, _: torch.Tensor) -> None:
+        """Issue what is due, if it is that layer's visit: see [Note: what follows a backward visit]."""
+        if index == self._visiting:
+            self.cursor.issue_after(self._due)
+            self._due = None
 
     def _leave(self) -> None:
         """The visit is over: another layer's begins, or the pass ends."""

@@ -14,7 +14,7 @@ from autosp.search.space import Key, key_of
 from autosp.spec import Prediction, Profile, Trial
 
 PRIOR_ERROR = 0.10
-"""Relative error assumed of the cost model before it was tested."""
+"""Relative error assumed of the cost model before it was tested. A first trial corrects it, and tests nothing."""
 
 MOST_ERROR = 0.5
 
@@ -74,7 +74,7 @@ class Lessons:
         measured = np.array([trial.measurement.latency_s for trial in timed])
         faster = np.array([prediction.latency_s for prediction in again]) / measured - 1
         usual = faster[undisturbed(np.abs(faster))]
-        error = max(float(usual.max()), PRIOR_ERROR / (1 + len(usual)))
+        error = max(float(usual.max()), PRIOR_ERROR / max(1, len(usual) - 1))
         excess = (
             trial.measurement.peak_bytes - prediction.peak_bytes for trial, prediction in zip(timed, again, strict=True)
         )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import _thread
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from torch import nn
 import autosp
 from autosp.batch import equal
 from autosp.errors import SettingError
+from autosp.runtime import relay as relay_module
 from autosp.runtime.relay import THREAD_NAME, Relay, StoppedError
 from models import make
 from trained import PLANS, SOME, Apply, assert_same_gradients, assert_same_weights, loss_of, loss_step, twins
@@ -204,3 +207,44 @@ def test_what_cannot_begin_leaves_no_thread() -> None:
 
     with pytest.raises(KeyError, match="nobody is next"):
         Relay([lambda: None] * 3, nobody).run()
+
+
+LOOKS = {"_start", "_give_on", "_give", "_ending_all", "release", "notify", "_is_owned", "is_set"}
+"""Functions of the relay, and of what its threads wait with: at the beginning of each Python looks for signals."""
+
+
+def interrupted(relay: Relay, moment: int) -> bool:
+    """Run it, with Ctrl-C at one of those moments. Whether the run came to it."""
+    looks = 0
+
+    def look(frame: FrameType, *_: Any) -> None:
+        nonlocal looks
+        if frame.f_code.co_name in LOOKS and frame.f_code.co_filename in (relay_module.__file__, threading.__file__):
+            looks += 1
+            if looks == moment:
+                raise KeyboardInterrupt
+
+    before = sys.gettrace()
+    sys.settrace(look)
+    try:
+        relay.run()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def test_ctrl_c_at_any_moment_ends_all() -> None:
+    def made() -> Relay:
+        relay = Relay([lambda: relay.hand_over(1), lambda: None], lambda: relay.left[0])
+        return relay
+
+    moment, relay = 1, made()
+    while interrupted(relay, moment):
+        for thread in relay._threads:
+            if thread.is_alive():
+                thread.join(10)
+            assert not thread.is_alive()
+        moment, relay = moment + 1, made()
+    assert moment > 5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,10 @@ from torch import nn
 from autosp.batch import call, equal
 from autosp.devices import Region, VirtualDevice
 from autosp.devices.virtual import VirtualCopy
+from autosp.partition import bind
+from autosp.runtime.streamed_model import StreamedModel
+from autosp.schedule.training import lower_training
+from autosp.tiers import Originals, open_store
 from models import make, tokens, vectors
 from trained import PLANS, SOME, Apply, assert_same_gradients, assert_same_weights, backward, loss_of, twins
 
@@ -269,3 +274,31 @@ def test_a_step_that_the_scaler_skips(plan: str, apply: Apply) -> None:
         scales.append(scalers[0].get_scale())
         assert equal(before, list(model.parameters())) == (step == 2)
     assert scales == [256, 512, 256, 256, 512, 512]
+
+
+class Crowded(VirtualDevice):
+    """Host memory may run out."""
+
+    full = False
+
+    def pin(self, memory: torch.Tensor) -> None:
+        if self.full:
+            raise MemoryError("no room for gradients")
+
+
+def test_no_room_for_gradients_leaves_the_model_as_it_was(apply: Apply, tmp_path: Path) -> None:
+    model, batch = make("stack")
+    model, plain = twins(model)
+    device = Crowded(bytes_per_s=1e9)
+    candidate = PLANS["k=3 k'=1"]
+    applied = apply(model, batch, candidate, device=device)
+    bound = bind(model, applied._bound.partition)
+    applied.remove()
+    own_bytes = [one.untyped_storage().nbytes() for one in model.parameters()]
+    store = open_store(device, bound.layers, tmp_path, Originals.FREED)
+    device.full = True
+    with pytest.raises(MemoryError):
+        schedule = lower_training(candidate, bound.partition)
+        StreamedModel(bound, schedule, device, store, Originals.FREED, store.close, mode="training")
+    assert [one.untyped_storage().nbytes() for one in model.parameters()] == own_bytes
+    assert_same_weights(model, plain)

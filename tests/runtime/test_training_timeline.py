@@ -15,7 +15,7 @@ from autosp.devices import VirtualDevice
 from autosp.schedule.actions import Kind
 from autosp.schedule.training import lower_training
 from autosp.spec import Candidate
-from trained import PLANS, Apply, loss_step
+from trained import PLANS, Apply, assert_same_gradients, loss_step, twins
 
 FORWARD_S, BACKWARD_S, LOSS_S = (0.3, 0.1, 0.6), (0.5, 0.9, 0.2), 0.25
 
@@ -49,11 +49,7 @@ class Timed(nn.Module):
         return torch.tanh(Spend.apply(x, self.weight, self.clock[0], self.number))
 
 
-STREAMED = [name for name, candidate in PLANS.items() if not candidate.residents]
-"""The executor does not see when a resident layer's backward begins, and issues what is due by then a visit later."""
-
-
-@pytest.mark.parametrize("plan", [*STREAMED, "all resident"])
+@pytest.mark.parametrize("plan", PLANS)
 def test_prediction_and_execution_are_the_same_numbers(plan: str, apply: Apply) -> None:
     torch.manual_seed(0)
     device = VirtualDevice(bytes_per_s=3e4, latency_s=0.01)
@@ -126,3 +122,28 @@ def test_stalls_count_backward_too(apply: Apply) -> None:
     load_s = 64 * 64 * 4 / 1e4
     assert [visit.wait_s for visit in visits] == pytest.approx([load_s] * 4 + [0.0] + [load_s] * 3)
     assert tail_s == pytest.approx(load_s)  # the last gradient
+
+
+class Twice(nn.Module):
+    """The second of its layers is called twice in a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(64, 64) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c(torch.tanh(self.b(torch.tanh(self.b(torch.tanh(self.a(x)))))))
+
+
+def test_two_calls_in_a_row_are_one_visit_backward(apply: Apply) -> None:
+    """What follows it in the schedule does not take the layer's place between the two."""
+    torch.manual_seed(0)
+    model, plain = twins(Twice())
+    batch = torch.ones(5, 64, requires_grad=True)
+    streamed = apply(model, batch, Candidate(k=1, k_prime=1), device=VirtualDevice(bytes_per_s=1e4))
+    for _ in range(2):
+        loss_step(model, batch).backward()
+        loss_step(plain, batch).backward()
+    assert streamed.backward_visits == (2, 1, 0)
+    assert (streamed.stats().misses, streamed.stats().loads) == (0, 2 * 5)
+    assert_same_gradients(model, plain)

@@ -19,7 +19,7 @@ from autosp.errors import SettingError
 from autosp.schedule.actions import Kind
 from autosp.spec import Candidate, Tier
 from models import make, tokens
-from trained import PLANS, Apply, assert_same_gradients, assert_same_weights, backward, loss_of, twins
+from trained import PLANS, Apply, assert_same_gradients, assert_same_weights, backward, loss_of, loss_step, twins
 
 Make = Callable[[nn.Module], torch.optim.Optimizer]
 
@@ -206,6 +206,7 @@ def test_letting_gradients_go_waits_for_nothing(pair: Pair) -> None:
     pair.optimizer.zero_grad()
     pair.model.zero_grad()
     pair.model.head.weight.grad = None
+    assert pair.model.head.weight.grad is None
     assert pair.under_way()
     pair.device.release_soon()
     assert all(one.grad is None for one in pair.model.parameters())
@@ -367,6 +368,29 @@ def test_loads_wait_for_their_update_only(apply: Apply) -> None:
     assert starts == pytest.approx([began_s + 1.0 + number for number in range(14)], abs=0.1)
     steps = [span.action.layers[0] for span in streamed.timeline().of_kind(Kind.STEP)]
     assert sorted(steps) == sorted(streamed._executor.loader.group_of)
+
+
+def test_a_group_of_microbatches_waits_layer_by_layer(apply: Apply) -> None:
+    """As the pass of one batch does: see above."""
+    model, batch = make("stack")
+    model, plain = twins(model)
+    device = VirtualDevice(bytes_per_s=1e9, job_s=1.0)
+    optimizer, expected = OPTIMIZERS["adam"](model), OPTIMIZERS["adam"](plain)
+    streamed = apply(model, batch, Candidate(k=2, k_prime=1), device=device, optimizer=optimizer)
+    for step in range(3):
+        began_s = device.now_s
+        device.copies.clear()
+        streamed.backward_group([batch, batch + 1], loss_step)
+        for one in (batch, batch + 1):
+            loss_step(plain, one).backward()
+        starts = [start for start, _, _ in device.copies[:14]]
+        wanted = [began_s + 1.0 + number for number in range(14)] if step else [began_s] * 14
+        assert starts == pytest.approx(wanted, abs=0.1)
+        optimizer.step()
+        expected.step()
+        optimizer.zero_grad()
+        expected.zero_grad()
+    assert_same_weights(model, plain)
 
 
 class Coupled(torch.optim.SGD):
