@@ -15,7 +15,14 @@ import psutil
 import torch
 
 from autosp.devices.base import Piece, Region
-from autosp.devices.heap import Plugs, free_kernel_buffers, settle_heap, trim_heap
+from autosp.devices.heap import (
+    HEAP_CHUNK_BYTES,
+    STAND_IN_CHUNK_BYTES,
+    Plugs,
+    free_kernel_buffers,
+    settle_heap,
+    trim_heap,
+)
 from autosp.devices.memory import anonymous, copy_bytes, memory_of, read_regions, status_bytes
 from autosp.devices.worker import CopyEvent, Worker
 from autosp.spec import DeviceInfo, Tier
@@ -126,7 +133,7 @@ class CpuDevice:
         Pages of files do not count. See [Note: holes].
         """
         _start_thread_pools()
-        settle_heap()
+        settle_heap(HEAP_CHUNK_BYTES if self.info.slow_tier is Tier.DISK else STAND_IN_CHUNK_BYTES)
         free_kernel_buffers()
         self._plugs.release()
         trim_heap()
