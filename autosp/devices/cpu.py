@@ -17,7 +17,6 @@ import torch
 from autosp.devices.base import Piece, Region
 from autosp.devices.heap import (
     HEAP_CHUNK_BYTES,
-    STAND_IN_CHUNK_BYTES,
     Plugs,
     free_kernel_buffers,
     settle_heap,
@@ -133,7 +132,7 @@ class CpuDevice:
         Pages of files do not count. See [Note: holes].
         """
         _start_thread_pools()
-        settle_heap(HEAP_CHUNK_BYTES if self.info.slow_tier is Tier.DISK else STAND_IN_CHUNK_BYTES)
+        settle_heap(HEAP_CHUNK_BYTES)
         free_kernel_buffers()
         self._plugs.release()
         trim_heap()

@@ -20,8 +20,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 HEAP_CHUNK_BYTES = 32 * 2**20
 """glibc's most for its dynamic threshold: larger pieces always have pages of their own."""
 
-STAND_IN_CHUNK_BYTES = 2**20
-"""Where RAM stands in for a device's own memory: gradients of 17 MB that come and go between activations were seen to
+TRAINING_CHUNK_BYTES = 2**20
+"""While a model is trained: gradients of 17 MB that come and go between activations were seen to
 leave holes of three times what was alive. Pages of their own cost a few percent of such a pass."""
 
 LARGEST_PLUG_BYTES, SMALLEST_PLUG_BYTES = HEAP_CHUNK_BYTES // 2, 2 * 2**10
@@ -59,17 +59,17 @@ class Plugs:
             return
         figures.restype = _HeapFigures
         heap = figures()
-        holes_bytes, end_bytes = heap.free - heap.free_end, heap.free_end
         n_bytes = LARGEST_PLUG_BYTES
         while n_bytes >= SMALLEST_PLUG_BYTES:
-            piece = _malloc(n_bytes) if n_bytes <= holes_bytes else None
-            if piece is not None and figures().free_end == end_bytes:
+            piece = _malloc(n_bytes) if n_bytes <= heap.free - heap.free_end else None
+            after = figures()
+            if piece is not None and after.free_end == heap.free_end:
                 self._pieces.append(piece)
-                holes_bytes -= n_bytes
-            else:  # no hole is so large: it came from the end
+            else:  # no hole is so large: it came from the end, of which a heap in parts may leave another hole behind
                 _free(piece)
-                end_bytes = figures().free_end
+                after = figures()
                 n_bytes //= 2
+            heap = after
 
     def release(self) -> None:
         """Give the holes back to the heap."""
