@@ -10,6 +10,7 @@ that no peak shows. So while a peak is measured no hole may be used: see `Plugs`
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from weakref import finalize
@@ -34,15 +35,32 @@ _free.argtypes, _free.restype = (ctypes.c_void_p,), None
 
 
 class _HeapFigures(ctypes.Structure):
-    """struct mallinfo2 (mallinfo(3)): `free` is all that is free, `free_end` what of that is the heap's end."""
+    """struct mallinfo2 (mallinfo(3)): what all arenas and mapped pieces took from the kernel, and what of it is free.
 
-    _fields_ = (("_sizes_and_counts", ctypes.c_size_t * 8), ("free", ctypes.c_size_t), ("free_end", ctypes.c_size_t))
+    `free_end` is the end of the main arena alone: the one that the kernel takes back.
+    """
+
+    _fields_ = (
+        ("arenas", ctypes.c_size_t),
+        ("_counts", ctypes.c_size_t * 3),
+        ("mapped", ctypes.c_size_t),
+        ("_more", ctypes.c_size_t * 3),
+        ("free", ctypes.c_size_t),
+        ("free_end", ctypes.c_size_t),
+    )
+
+    @property
+    def edges(self) -> tuple[int, int, int]:
+        """What no piece changes that fits into a hole."""
+        return self.arenas, self.mapped, self.free_end
 
 
 class Plugs:
     """Pieces of the heap that fill its holes and are never written to: they take addresses, and no memory.
 
-    What is allocated meanwhile goes to the heap's end, as it does in a process that has freed nothing.
+    What is allocated meanwhile goes to the heap's end, as it does in a process that has freed nothing. The heap is the
+    calling thread's arena. That is not the main one in another thread than the process's first, nor in any
+    thread that once asked for more than there was (arena_get_retry in glibc's malloc/arena.c).
     """
 
     def __init__(self) -> None:
@@ -58,18 +76,24 @@ class Plugs:
         if figures is None:
             return
         figures.restype = _HeapFigures
-        heap = figures()
         n_bytes = LARGEST_PLUG_BYTES
         while n_bytes >= SMALLEST_PLUG_BYTES:
-            piece = _malloc(n_bytes) if n_bytes <= heap.free - heap.free_end else None
-            after = figures()
-            if piece is not None and after.free_end == heap.free_end:
-                self._pieces.append(piece)
-            else:  # no hole is so large: it came from the end, of which a heap in parts may leave another hole behind
-                _free(piece)
-                after = figures()
-                n_bytes //= 2
-            heap = after
+            self._fill_with(n_bytes, figures)
+            n_bytes //= 2
+        trim_heap()
+
+    def _fill_with(self, n_bytes: int, figures: Callable[[], _HeapFigures]) -> None:
+        """Let no hole of `n_bytes` remain, asking for the figures, which walk all that is free, log(holes) times."""
+        count, most = 1, True
+        while count:
+            before = figures()
+            pieces = [_malloc(n_bytes) for _ in range(min(count, before.free // n_bytes))]
+            if pieces and figures().edges == before.edges:
+                self._pieces += pieces
+                count = 2 * count if most else count // 2
+            else:  # fewer holes than that are so large: the rest was new, and goes back
+                _release(pieces)
+                count, most = count // 2, False
 
     def release(self) -> None:
         """Give the holes back to the heap."""

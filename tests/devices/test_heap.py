@@ -59,6 +59,31 @@ def test_holes_are_closed_without_taking_memory() -> None:
     device.close()
 
 
+IN_ANOTHER_THREAD = """
+import threading
+import test_heap
+
+def check():
+    test_heap.test_no_hole_is_used_while_a_peak_is_measured()
+    done.append(True)
+
+done = []
+thread = threading.Thread(target=check)
+thread.start()
+thread.join()
+assert done
+"""
+
+AFTER_A_FAILED_ALLOCATION = """
+import pytest
+import torch
+import test_heap
+
+with pytest.raises(RuntimeError, match="memory"):
+    torch.empty(2**60, dtype=torch.uint8)
+test_heap.test_no_hole_is_used_while_a_peak_is_measured()
+"""
+
 MAPPED_BEHIND = """
 import ctypes
 import test_heap
@@ -76,8 +101,9 @@ test_heap.test_no_hole_is_used_while_a_peak_is_measured()
 """
 
 
-def test_a_heap_that_goes_on_behind_something_else() -> None:
-    start(MAPPED_BEHIND).says()
+@pytest.mark.parametrize("code", [MAPPED_BEHIND, IN_ANOTHER_THREAD, AFTER_A_FAILED_ALLOCATION])
+def test_a_heap_that_is_not_one_piece_at_the_end_of_the_data(code: str) -> None:
+    start(code).says()
 
 
 @pytest.mark.parametrize("end", [CpuDevice.close, lambda device: None])
