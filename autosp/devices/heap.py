@@ -10,22 +10,23 @@ that no peak shows. So while a peak is measured no hole may be used: see `Plugs`
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from weakref import finalize
 
 import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-HEAP_CHUNK_BYTES = 32 * 2**20
+INFERENCE_CHUNK_BYTES = 32 * 2**20
 """glibc's most for its dynamic threshold: larger pieces always have pages of their own."""
 
-TRAINING_CHUNK_BYTES = 2**20
-"""While a model is trained: gradients of 17 MB that come and go between activations were seen to
-leave holes of three times what was alive. Pages of their own cost a few percent of such a pass."""
+TRAINING_CHUNK_BYTES = 128 * 2**10
+"""While a model is trained: glibc's own threshold before anything was freed. Gradients of 17 MB that come and go
+between activations were seen to leave holes of three times what was alive; and with activations of 0.4 to 0.8 MB on the
+heap, passes that needed 41 MB came to take 47 to 60 MB, more each time."""
 
-LARGEST_PLUG_BYTES, SMALLEST_PLUG_BYTES = HEAP_CHUNK_BYTES // 2, 2 * 2**10
+LARGEST_PLUG_BYTES, SMALLEST_PLUG_BYTES = INFERENCE_CHUNK_BYTES // 2, 2 * 2**10
 """Below the smallest, pieces of a page come and go that hold little."""
 
 _LIBC = ctypes.CDLL(None)
@@ -105,13 +106,31 @@ def _release(pieces: list[int]) -> None:
         _free(pieces.pop())
 
 
-def settle_heap(chunk_bytes: int) -> None:
-    """Let the C library keep freed memory the same way in every process: pieces from `chunk_bytes` on never.
+_training = 0
+"""How many models of this process are being trained."""
 
-    Left alone, glibc raises its two thresholds to what is freed, up to `HEAP_CHUNK_BYTES` (mallopt(3)), and takes more
-    of the heap the higher they are. Weights are freed when a plan is applied but not while plans are tried: at
+
+@contextmanager
+def heap_of_training() -> Iterator[None]:
+    """While it is open pieces from `TRAINING_CHUNK_BYTES` on are never kept once they are freed."""
+    global _training
+    _training += 1
+    settle_heap()
+    try:
+        yield
+    finally:
+        _training -= 1
+        settle_heap()
+
+
+def settle_heap() -> None:
+    """Let the C library keep freed memory the same way in every process: large pieces never.
+
+    Left alone, glibc raises its two thresholds to what is freed, up to `INFERENCE_CHUNK_BYTES` (mallopt(3)), and takes
+    more of the heap the higher they are. Weights are freed when a plan is applied but not while plans are tried: at
     different thresholds the two would have different peaks.
     """
+    chunk_bytes = TRAINING_CHUNK_BYTES if _training else INFERENCE_CHUNK_BYTES
     mallopt = getattr(_LIBC, "mallopt", None)
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, chunk_bytes)

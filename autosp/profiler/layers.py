@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, Self
 
 from torch import nn
 
@@ -83,7 +82,7 @@ def measured_passes(
         cold_s, output = timed_pass(bench.device, run)
         progress("memory pass")
         streamed.observe(memory)
-        with closing(memory):
+        with memory:
             output = run()
         streamed.observe(None)
         moved_before = streamed.stats().moved_bytes
@@ -199,6 +198,10 @@ class MemoryObserver:
         self.peak_bytes = 0
         self.visits: dict[int, tuple[int, int]] = {}
 
+    def __enter__(self) -> Self:
+        """The pass that is observed begins."""
+        return self
+
     def arrive(self, layer: int, inputs: Any) -> None:
         """A new peak begins."""
         self._device.restart_peak()
@@ -214,8 +217,8 @@ class MemoryObserver:
         known = self.visits.get(layer, (0, 0))
         self.visits[layer] = (max(known[0], peak - self._plan_bytes), max(known[1], out))
 
-    def close(self) -> None:
-        """The pass is over, or raised."""
+    def __exit__(self, *_: object) -> None:
+        """It is over, or raised."""
 
 
 def _least_compute_s(passes: list[_TimeObserver]) -> float:

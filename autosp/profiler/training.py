@@ -1,8 +1,9 @@
 """What only training passes tell: whose weights the backward needs, what gets gradients, which activations are kept.
 
 [Note: activations kept] What autograd saves of a layer's forward is counted as it is saved, whether it is kept or
-dropped, the layer being computed again: each storage once, for the first layer that saves it. Weights, buffers and the
-batch are there anyway.
+dropped, the layer being computed again: each storage once, for the first visit that saves it. What is saved between two
+layers is kept in any case, and goes with the visit after it, whose backward comes just before its own. Weights, buffers
+and the batch are there anyway.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -169,40 +170,39 @@ class _ActivationObserver(MemoryObserver):
         self._there: Storages = {}
         self._saved: list[Storages] = []
         self._inputs: list[Storages] = []
+        self._open: list[Storages] = [{}]
+        """What was saved since the last visit, then one for each visit under way. What is saved goes to the last."""
         self._hooks: list[saved_tensors_hooks] = []
+
+    def __enter__(self) -> Self:
+        """From here on what is saved between two visits is watched, too."""
+        model = self._workload.model
+        self._there = _storages([*model.parameters(), *model.buffers(), *tensors_in(self._workload.batch)])
+        self._watch()
+        return self
 
     def arrive(self, layer: int, inputs: Any) -> None:
         """Its inputs are what is kept if it is computed again."""
         super().arrive(layer, inputs)
-        if not self._saved:
-            model = self._workload.model
-            self._there = _storages([*model.parameters(), *model.buffers(), *tensors_in(self._workload.batch)])
         self._saved.append({})
         self._inputs.append(self._counted(tensors_in(inputs)))
+        self._keep_between()
 
     def start(self, layer: int) -> None:
         """Autograd's saving is watched from here."""
         super().start(layer)
-        around, saved = hooks_around(True), self._saved[-1]
-
-        def pack(tensor: torch.Tensor) -> Any:
-            saved.update(self._counted([tensor]))
-            return tensor if around is None else around[0](tensor)
-
-        def unpack(packed: Any) -> torch.Tensor:
-            tensor: torch.Tensor = packed if around is None else around[1](packed)
-            return tensor
-
-        self._hooks.append(saved_tensors_hooks(pack, unpack))
-        self._hooks[-1].__enter__()
+        self._open.append(self._saved[-1])
+        self._watch()
 
     def finish(self, layer: int, output: Any) -> None:
         """Until here."""
+        self._open.pop()
         self._hooks.pop().__exit__(None, None, None)
         super().finish(layer, output)
 
-    def close(self) -> None:
+    def __exit__(self, *_: object) -> None:
         """Visits that raised never finished: without this their hooks would outlive the pass."""
+        self._keep_between()
         while self._hooks:
             self._hooks.pop().__exit__(None, None, None)
 
@@ -213,6 +213,28 @@ class _ActivationObserver(MemoryObserver):
     def input_bytes(self) -> list[int]:
         """The same if all of them are computed again."""
         return self._held(self._inputs)
+
+    def _watch(self) -> None:
+        """See what autograd saves, also where hooks around make something else of it; but not for a backward pass."""
+        around = hooks_around(True)
+
+        def pack(tensor: torch.Tensor) -> Any:
+            if torch._C._current_graph_task_id() == -1:
+                self._open[-1].update(self._counted([tensor]))
+            return tensor if around is None else around[0](tensor)
+
+        def unpack(packed: Any) -> torch.Tensor:
+            tensor: torch.Tensor = packed if around is None else around[1](packed)
+            return tensor
+
+        self._hooks.append(saved_tensors_hooks(pack, unpack))
+        self._hooks[-1].__enter__()
+
+    def _keep_between(self) -> None:
+        """What was saved since the last visit goes with this one; after the last one, with that."""
+        for visit in (*self._saved[-1:], *self._inputs[-1:]):
+            visit.update(self._open[0])
+        self._open[0].clear()
 
     def _held(self, held: Sequence[Storages]) -> list[int]:
         """What a layer saves of some layer's inputs is there whether that is computed again or not."""

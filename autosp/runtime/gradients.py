@@ -163,6 +163,7 @@ class Gradients:
                 hook.remove()
         self._known = {}
         self._layers = ()
+        self._staging = []  # what is left of a plan may wait for the garbage collector, its memory not
 
     def _find(self) -> None:
         for layer in self._layers:

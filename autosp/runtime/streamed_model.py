@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -69,6 +70,7 @@ class StreamedModel(Generic[M]):
         self._guests: Guests | None = None
         self._lookups: Lookups | None = None
         self._removed = False
+        self._trained = ExitStack()
         self._cut: list[CutLeaf] = []
         residents = set(schedule.residents)
         pieces = at_rest(bound.layers)
@@ -93,6 +95,8 @@ class StreamedModel(Generic[M]):
             device.pin(staging)
             gradients = Gradients([one for one, _ in streamed] if mode == "training" else (), device)
             hide_from_compiler()
+            if mode == "training":
+                self._trained.enter_context(device.training())
             device.start_measuring()
             self._residents = Residents([*staying, *copied], device)
             self._residents.move_in()
@@ -239,6 +243,7 @@ class StreamedModel(Generic[M]):
             self._residents.forget()
         self._layers, self._runs, self._cut = [], [], []
         self._wrappers = []
+        self._trained.close()
         self._on_close()
         follow(self.model.parameters())
 

@@ -27,7 +27,6 @@ from torch.autograd import Variable
 from torch.utils.checkpoint import checkpoint
 
 from autosp.batch import tensors_in
-from autosp.devices.heap import TRAINING_CHUNK_BYTES, settle_heap
 from autosp.errors import ModelChangedError
 from autosp.runtime.executor import Executor, uncached_autocast
 from autosp.runtime.gradients import Gradients
@@ -44,8 +43,6 @@ class TrainingExecutor(Executor):
     def __init__(self, schedule: Schedule, loader: Loader, gradients: Gradients) -> None:
         """`gradients` of the layers that `loader` loads."""
         super().__init__(schedule, loader, prefetches_of_one_pass)
-        if loader.device.is_host:
-            settle_heap(TRAINING_CHUNK_BYTES)
         self._recomputed = schedule.recomputed
         self._gradients = gradients
         self._gradients.connect(self.counters, self._enter_backward)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from operator import add
+from collections.abc import Container, Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from functools import partial
 
 from autosp.cost_model.placement import evenly_spread
-from autosp.cost_model.training_memory import TrainingMemory, freed_bytes, seconds_per_freed_byte
+from autosp.cost_model.training_memory import TrainingMemory, seconds_per_freed_byte
 from autosp.schedule.training import least_training
 from autosp.search.residents import Filling, Pass
 from autosp.spec import Candidate, Profile
@@ -40,33 +40,21 @@ def recompute_choices(profile: Profile, budget_bytes: int) -> list[tuple[int, ..
 
 
 def filled(profile: Profile, budget_bytes: int) -> Iterator[Candidate]:
-    """For each ring and choice, resident sets that use up the budget. What is resident is never computed again.
-
-    Activations are at their peak before residents have gradients, so each is filled twice: without these, which may
-    be too much later in the pass, and with them, which always fits.
-    """
+    """For each ring and choice, resident sets that use up the budget. What is resident is never computed again."""
     memory = TrainingMemory(profile)
     of = Pass.of(profile)
-    freed = freed_bytes(profile)
-    fixed = profile.partition.resident_bytes + profile.workspace_bytes
+    free = budget_bytes - profile.partition.resident_bytes - profile.workspace_bytes
     count = len(of.layers)
     for recompute in recompute_choices(profile, budget_bytes):
-        kept = [freed[layer] if layer in recompute else 0 for layer in range(len(of.layer_bytes))]
-        without = replace(of, resident_bytes=tuple(map(add, of.layer_bytes, kept)))
-        with_gradients = replace(of, resident_bytes=tuple(map(add, of.resident_bytes, kept)))
-        free = budget_bytes - fixed - memory.activation_bytes(recompute)
+        moving = partial(_moving_bytes, memory, recompute)
         for k_prime in K_PRIMES:
             for depth in DEPTHS:
                 if depth * k_prime > count:
                     break
-                fillings = (
-                    Filling(without, k_prime, depth, free),
-                    Filling(with_gradients, k_prime, depth, free - memory.gradient_bytes()),
-                )
-                for residents in dict.fromkeys(found for filling in fillings for found in filling.resident_sets()):
+                for residents in dict.fromkeys(Filling(of, k_prime, depth, free, moving).resident_sets()):
                     if count - len(residents) >= depth * k_prime:
                         k = len(residents) + depth * k_prime
-                        streamed = tuple(layer for layer in recompute if layer not in residents)
+                        streamed = _without(recompute, residents)
                         yield Candidate(k=k, k_prime=k_prime, residents=residents, recompute=streamed)
 
 
@@ -74,9 +62,17 @@ def recomputing(profile: Profile, candidates: Sequence[Candidate], budget_bytes:
     """Each candidate with every choice of what is computed again; and the least-memory plan."""
     for recompute in recompute_choices(profile, budget_bytes):
         for candidate in candidates:
-            streamed = tuple(layer for layer in recompute if layer not in candidate.residents)
+            streamed = _without(recompute, candidate.residents)
             yield candidate.model_copy(update={"recompute": streamed})
     yield least_training(profile.partition)
+
+
+def _moving_bytes(memory: TrainingMemory, recompute: tuple[int, ...], residents: AbstractSet[int]) -> int:
+    return memory.moving_bytes(_without(recompute, residents), tuple(sorted(residents)))
+
+
+def _without(recompute: tuple[int, ...], residents: Container[int]) -> tuple[int, ...]:
+    return tuple(layer for layer in recompute if layer not in residents)
 
 
 def _just_enough(memory: TrainingMemory, cheapest: Sequence[int], k: int, budget_bytes: int) -> int:

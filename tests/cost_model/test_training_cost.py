@@ -94,10 +94,10 @@ def test_time_by_hand(candidate: Candidate, expected_s: float) -> None:
 @pytest.mark.parametrize(
     ("candidate", "expected_bytes"),
     [
-        # 5 resident, 7 workspace, an arena of 10; at the turn 60 of activations; backward 10 of gradients under way.
+        # 5 resident, 7 workspace, an arena of 10; at the turn 60 of activations, and the first gradient.
         pytest.param(Candidate(k=1, k_prime=1), 5 + 7 + 10 + 60 + 10, id="kept"),
-        # Inputs of all, and all of the one whose backward it is.
-        pytest.param(Candidate(k=1, k_prime=1, recompute=(0, 1, 2)), 5 + 7 + 10 + 12 + 16 + 10, id="recomputed"),
+        # At the second: two inputs, all of the one whose backward it is, its gradient, and one that leaves.
+        pytest.param(Candidate(k=1, k_prime=1, recompute=(0, 1, 2)), 5 + 7 + 10 + 8 + 16 + 20, id="recomputed"),
         # The last two are gone when the gradients of all three are there: 20 + 30. At the turn: 60 + 10.
         pytest.param(Candidate(k=3, k_prime=1, residents=(0, 1, 2)), 5 + 7 + 30 + 70, id="resident"),
     ],
@@ -107,12 +107,31 @@ def test_memory_by_hand(candidate: Candidate, expected_bytes: int) -> None:
     assert prediction.peak_bytes == expected_bytes
 
 
+@pytest.mark.parametrize(
+    ("layer_bytes", "backward", "residents", "expected_bytes"),
+    [
+        pytest.param((10, 10, 10), (2, 1, 0), (), 20, id="one leaves, one is made"),
+        pytest.param((40, 10, 20, 10), (3, 2, 1, 0), (), 80, id="of those before it as many as are as large"),
+        pytest.param((10, 20, 10, 40), (3, 2, 1, 0), (3,), 40 + 10 + 20, id="the largest stays, the others leave"),
+        pytest.param((10, 10, 10), (2, 1), (), 20, id="the first one's comes after the last visit"),
+        pytest.param((10, 10, 10), (), (), 20, id="all of them, one after another"),
+        pytest.param((10, 10, 10), (2, 1), (0, 1, 2), 30, id="all stay"),
+    ],
+)
+def test_gradients_by_hand(
+    layer_bytes: tuple[int, ...], backward: tuple[int, ...], residents: tuple[int, ...], expected_bytes: int
+) -> None:
+    times = [1.0] * len(backward)
+    measured = trained(profile(layer_bytes), backward, backward_s=times, recompute_s=times)
+    assert TrainingMemory(measured).moving_bytes((), residents) == expected_bytes
+
+
 def test_a_front_is_drawn_up_to_where_nothing_moves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Activations and gradients take more than the weights."""
     drawn: list[Prediction] = []
     pictures = SimpleNamespace(front=lambda profile, predictions, *_, **__: drawn.extend(predictions))
     monkeypatch.setattr("autosp.answers.load_pictures", lambda name: pictures)
-    draw_front(SMALL, [], [60], None, Path("front.png"))
+    draw_front(SMALL, [], [66], None, Path("front.png"))
     assert any(not prediction.candidate.ring and not prediction.candidate.recompute for prediction in drawn)
 
 
@@ -217,6 +236,33 @@ def test_activations_by_the_action_list(measured: Profile, data: st.DataObject) 
             backward += 1
         peak = max(peak, now)
     assert TrainingMemory(measured).activation_bytes(candidate.recompute) == peak
+
+
+@thorough
+@given(training_profiles(), st.data())
+def test_gradients_as_the_executor_lets_them_go(measured: Profile, data: st.DataObject) -> None:
+    """Each is sent when it is there, after the oldest of those before it beyond the largest layer's."""
+    candidate = data.draw(training_candidates(measured))
+    parts = measured.partition
+    sizes = [layer.gradient_bytes for layer in parts.layers]
+    streamed = [size for layer, size in enumerate(sizes) if layer not in candidate.residents]
+    last_first = dict.fromkeys(reversed(parts.backward))
+    order = [*reversed(last_first), *(layer for layer in range(len(sizes)) if layer not in last_first)]
+    staying = peak = 0
+    leaving: list[int] = []
+    for layer in order:
+        peak = max(peak, staying + sum(leaving) + sizes[layer])
+        if layer in candidate.residents:
+            staying += sizes[layer]
+            continue
+        leaving.append(sizes[layer])
+        while sum(leaving) > max(streamed):
+            leaving.pop(0)
+    bare = [visit.model_copy(update={"kept_bytes": 0, "input_bytes": 0}) for visit in measured.visits]
+    memory = TrainingMemory(measured.model_copy(update={"visits": tuple(bare)}))
+    assert peak <= memory.moving_bytes((), candidate.residents)
+    if len(last_first) == len(sizes):
+        assert peak == memory.moving_bytes((), candidate.residents)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -104,6 +105,29 @@ test_heap.test_no_hole_is_used_while_a_peak_is_measured()
 @pytest.mark.parametrize("code", [MAPPED_BEHIND, IN_ANOTHER_THREAD, AFTER_A_FAILED_ALLOCATION])
 def test_a_heap_that_is_not_one_piece_at_the_end_of_the_data(code: str) -> None:
     start(code).says()
+
+
+def freed_at_once() -> bool:
+    """Whether pieces of which a later one stays give their memory back."""
+    pieces = [piece(4 * MIB) for _ in range(9)]
+    held = anonymous_bytes()
+    del pieces[:-1]
+    return anonymous_bytes() < held - 30 * MIB
+
+
+def test_large_pieces_are_freed_at_once_while_a_model_is_trained() -> None:
+    device, other = CpuDevice(), CpuDevice()
+    device.start_measuring()
+    assert not freed_at_once()
+    with ExitStack() as training:
+        training.enter_context(device.training())
+        with other.training():
+            other.start_measuring()
+            assert freed_at_once()
+        assert freed_at_once()  # one of the two goes on
+    assert not freed_at_once()
+    device.close()
+    other.close()
 
 
 @pytest.mark.parametrize("end", [CpuDevice.close, lambda device: None])
