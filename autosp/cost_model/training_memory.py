@@ -5,14 +5,13 @@
 - fixed is what is resident for every plan, and the workspace: what the least-memory plan was observed to take beyond
   this formula, so that what is kept outside of any layer, and kernels' own memory, are in it;
 - activations at a visit are what the forward has kept so far, or the backward has not used up: of a layer that is
-  computed again its inputs, and during its own backward all;
+  computed again its inputs, and during its own backward all; of a block likewise;
 - gradients are those that resident layers have by then, and, once the first one leaves, as much as the largest streamed
   layer's on their way: more is not let under way.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -38,6 +37,7 @@ class TrainingMemory:
         self._kept = np.array([visit.kept_bytes for visit in profile.visits], np.int64)
         self._inputs = np.array([visit.input_bytes for visit in profile.visits], np.int64)
         self._used_up = np.array(used_up_after(profile.partition.visits, profile.partition.backward), np.intp)
+        self._there_again = self._first_backward_visits()
         self._gradients = np.array([layer.gradient_bytes for layer in profile.partition.layers], np.int64)
         self._gradient_visits = self._last_backward_visits()
         self._curve = lru_cache(maxsize=None)(self._activations)
@@ -70,9 +70,19 @@ class TrainingMemory:
         left = np.zeros(len(backward) + 1, np.int64)
         np.add.at(left, self._used_up, held)
         during = held.sum() - np.concatenate([[0], np.cumsum(left)])[: len(backward)]
-        anew = np.zeros(len(backward) + 1, np.int64)
-        np.add.at(anew, self._used_up, np.where(again, np.maximum(0, self._kept - self._inputs), 0))
-        return np.concatenate([curve, during + anew[: len(backward)]])
+        anew = np.zeros(len(backward) + 2, np.int64)
+        beyond = np.where(again, np.maximum(0, self._kept - self._inputs), 0)
+        np.add.at(anew, self._there_again, beyond)
+        np.add.at(anew, self._used_up + 1, -beyond)
+        return np.concatenate([curve, during + np.cumsum(anew)[: len(backward)]])
+
+    def _first_backward_visits(self) -> np.ndarray[tuple[int], np.dtype[np.intp]]:
+        """Forward visit -> the backward visit from which its activations are there again: of a block, its first one."""
+        begins = self._used_up.copy()
+        for block in self._partition.blocks:
+            mine = np.isin(self._layers, block.layers)
+            begins[mine] = begins[mine].min()
+        return begins
 
     def _gradient_curve(self, residents: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         """Bytes at the end of each visit. [F + B]"""
@@ -95,21 +105,25 @@ class TrainingMemory:
         return np.array([last.get(layer.index, end) for layer in self._partition.layers], np.intp)
 
 
-def freed_bytes(profile: Profile) -> Counter[int]:
-    """Layer -> what its activations take beyond its inputs: what computing them again frees."""
-    freed: Counter[int] = Counter()
+Together = tuple[int, ...]
+"""Layers that are computed again together: see `Partition.recomputable`."""
+
+
+def freed_bytes(profile: Profile) -> dict[Together, int]:
+    """What the activations take beyond the inputs: what computing them again frees."""
+    beyond: dict[int, int] = {}
     for visit in profile.visits:
-        freed[visit.layer] += visit.kept_bytes - visit.input_bytes
-    return freed
+        beyond[visit.layer] = beyond.get(visit.layer, 0) + visit.kept_bytes - visit.input_bytes
+    return {layers: sum(beyond[layer] for layer in layers) for layers in profile.partition.recomputable}
 
 
-def seconds_per_freed_byte(profile: Profile) -> dict[int, float]:
-    """Layer -> what each byte costs that is freed by computing its activations again; only layers that free some."""
-    freed = freed_bytes(profile)
+def seconds_per_freed_byte(profile: Profile) -> dict[Together, float]:
+    """What each byte costs that is freed by computing activations again; only where that frees some."""
     taken: dict[int, float] = {}
     for again in profile.backward:
         taken[again.layer] = taken.get(again.layer, 0.0) + again.recompute_s
-    return {layer: seconds / freed[layer] for layer, seconds in taken.items() if freed[layer] > 0}
+    freed = freed_bytes(profile).items()
+    return {layers: sum(taken[layer] for layer in layers) / n_bytes for layers, n_bytes in freed if n_bytes > 0}
 
 
 def used_up_after(visits: Sequence[int], backward: Sequence[int]) -> list[int]:

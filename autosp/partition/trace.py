@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from autosp.batch import call_on, equal, tensors_in
 from autosp.intercept import Intercepted
+from autosp.partition.blocks import Inputs
 from autosp.partition.rows import Runs, input_key, same_in_runs, the_input
 from autosp.partition.tensors import Extent, ModelTensors, held_by
 
@@ -46,6 +47,9 @@ class Trace:
     """Modules whose output was the same by runs of rows in every call, and the keys of their inputs."""
     multiplied: dict[Extent, set[int]]
     """Weights of the modules that were tried so, and which of those used them in their forward."""
+
+    repeatable: set[int]
+    """Modules that were called with plain inputs every time, and left them as they were."""
 
     @property
     def called(self) -> set[int]:
@@ -91,7 +95,13 @@ def trace(
                 with torch.inference_mode(False), torch.no_grad():
                     extent.raw().copy_(snapshot)
     return Trace(
-        watcher.calls, watcher.holders, mutated, watcher.looked_up(), watcher.same_in_runs(), watcher.multiplied
+        watcher.calls,
+        watcher.holders,
+        mutated,
+        watcher.looked_up(),
+        watcher.same_in_runs(),
+        watcher.multiplied,
+        {stack[-1] for stack in watcher.calls} - watcher.touching,
     )
 
 
@@ -129,6 +139,8 @@ class _Watcher(TorchDispatchMode):
         super().__init__()
         self.calls: list[tuple[int, ...]] = []
         self.holders: dict[Extent, frozenset[int]] = {}
+        self.touching: set[int] = set()
+        """Modules that wrote to their inputs, or were given what they may write to."""
         self.overwritten: dict[Extent, torch.Tensor] = {}
         """The bytes of extents before the first operation that said it writes to them."""
         self._looked_up: Counter[Extent] = Counter()
@@ -151,6 +163,7 @@ class _Watcher(TorchDispatchMode):
         def around(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self._stack.append(index)
             self.calls.append(tuple(self._stack))
+            inputs = Inputs(args, kwargs)
             try:
                 if len(self._stack) == 1 and self._device.type != "cpu":
                     output = call_on(self._device, forward, args, kwargs)
@@ -160,6 +173,8 @@ class _Watcher(TorchDispatchMode):
                     self._try(index, module, runs, the_input(args, kwargs), output)
             finally:
                 self._stack.pop()
+            if not inputs.plain or not inputs.untouched():
+                self.touching.add(index)
             for tensor in tensors_in(output):
                 self._use(self._extents_of(tensor))
                 self._read_whole.update(self._extents_of(tensor))

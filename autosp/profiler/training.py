@@ -1,13 +1,14 @@
 """What only training passes tell: whose weights the backward needs, what gets gradients, which activations are kept.
 
-[Note: activations kept] What autograd saves of a layer's forward is counted as it is saved, whether it is kept or
-dropped, the layer being computed again: each storage once, for the first layer that saves it. Weights, buffers and the
-batch are there anyway.
+[Note: activations kept] What autograd saves of a layer's forward, or between the layers of a block, is counted as it is
+saved, whether it is kept or dropped, to be computed again: each storage once, for the first visit that saves it.
+Weights, buffers and the batch are there anyway.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,8 +21,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from autosp.batch import tensors_in
 from autosp.devices import Device
+from autosp.partition import follows
 from autosp.profiler.layers import LEAST_MEMORY, MemoryObserver, Observation, measured_passes, timed_pass
 from autosp.runtime.bench import Bench
+from autosp.runtime.executor import Observer
 from autosp.runtime.recorder import VisitTimes
 from autosp.runtime.streamed_model import StreamedModel
 from autosp.schedule.actions import Kind
@@ -69,10 +72,11 @@ def training_partition(workload: Workload, device: Device, cache_dir: Path) -> P
         for layer in expected.layers
     )
     visits = tuple(forward.visits)  # a pass with autograd may visit others than one without, which found the layers
-    return expected.model_copy(update={"layers": layers, "visits": visits, "backward": backward})
+    blocks = tuple(block for block in parts.blocks if follows(block, visits, backward))
+    return expected.model_copy(update={"layers": layers, "visits": visits, "backward": backward, "blocks": blocks})
 
 
-class _ForwardOrder:
+class _ForwardOrder(Observer):
     """The layers that a pass visits. One that is called inside its own call is part of the outer visit."""
 
     def __init__(self) -> None:
@@ -103,13 +107,14 @@ def observe_training(
 
     def time_pass(streamed: StreamedModel[nn.Module]) -> tuple[float, Any]:
         timed = timed_pass(bench.device, workload.run)
-        passes.extend(visits for visits, _ in streamed.visit_times(1))
+        passes.extend(_again_apart(visits) for visits, _ in streamed.visit_times(1))
         return timed
 
     with workload.leaving_no_trace():
         measurement = measured_passes(bench, candidate, workload.run, memory, time_pass, progress)
     forward = _by_visit(passes, Kind.FORWARD, partition.visits)
     backward = _by_visit(passes, Kind.BACKWARD, partition.backward)
+    again = _by_layer(passes, Kind.RECOMPUTE)
     kept, inputs = memory.kept_bytes(), memory.input_bytes()
     return Observation(
         visits=tuple(
@@ -128,7 +133,7 @@ def observe_training(
             BackwardProfile(
                 layer=layer,
                 before_s=_median(mine, "before_s"),
-                recompute_s=_median(mine, "recompute_s"),
+                recompute_s=_median(mine, "recompute_s") + _median(again.get(layer, ()), "recompute_s"),
                 backward_s=_median(mine, "compute_s"),
             )
             for layer, mine in zip(partition.backward, backward, strict=True)
@@ -145,6 +150,33 @@ def _by_visit(passes: Sequence[Sequence[VisitTimes]], kind: Kind, planned: Seque
     if all([visit.layer for visit in one] == list(planned) for one in found):
         return [[one[position] for one in found] for position in range(len(planned))]
     return [[visit for one in found for visit in one if visit.layer == layer] for layer in planned]
+
+
+def _by_layer(passes: Sequence[Sequence[VisitTimes]], kind: Kind) -> dict[int, list[VisitTimes]]:
+    found: dict[int, list[VisitTimes]] = {}
+    for visit in (visit for one in passes for visit in one if visit.kind is kind):
+        found.setdefault(visit.layer, []).append(visit)
+    return found
+
+
+def _again_apart(visits: Sequence[VisitTimes]) -> list[VisitTimes]:
+    """With all of what computing a block again takes in `recompute_s`, its compute between layers too.
+
+    What is before the first of its visits is before the BACKWARD that follows.
+    """
+    found: list[VisitTimes] = []
+    before_s: float | None = None
+    for visit in visits:
+        between_s = visit.before_s if before_s is not None else 0.0
+        if visit.kind is Kind.RECOMPUTE:
+            before_s = visit.before_s if before_s is None else before_s
+            found.append(replace(visit, recompute_s=between_s + visit.compute_s))
+            continue
+        if before_s is not None:
+            visit = replace(visit, before_s=before_s, recompute_s=between_s + visit.recompute_s)
+        before_s = None
+        found.append(visit)
+    return found
 
 
 def _median(visits: Sequence[VisitTimes], name: str) -> float:
@@ -170,23 +202,46 @@ class _ActivationObserver(MemoryObserver):
         self._saved: list[Storages] = []
         self._inputs: list[Storages] = []
         self._hooks: list[saved_tensors_hooks] = []
+        self._now: Storages = {}
+        """What is saved now is of this visit."""
+        self._block: Storages | None = None
+        """Inside a block: its inputs."""
+        self._entered = False
+        """Whether the block's first visit is to come."""
+
+    def enter(self, inputs: Any) -> None:
+        """A block's inputs are its first visit's; what it saves between two visits is the first one's."""
+        self._block, self._now, self._entered = self._counted(tensors_in(inputs)), {}, True
+        self._watch()
+
+    def leave(self) -> None:
+        """What is saved after the last visit is that one's."""
+        self._hooks.pop().__exit__(None, None, None)
+        self._block = None
 
     def arrive(self, layer: int, inputs: Any) -> None:
         """Its inputs are what is kept if it is computed again."""
         super().arrive(layer, inputs)
-        if not self._saved:
-            model = self._workload.model
-            self._there = _storages([*model.parameters(), *model.buffers(), *tensors_in(self._workload.batch)])
-        self._saved.append({})
-        self._inputs.append(self._counted(tensors_in(inputs)))
+        if not self._entered:
+            self._now = {}
+        if self._block is None:
+            self._inputs.append(self._counted(tensors_in(inputs)))
+        else:
+            self._inputs.append(self._block if self._entered else {})
+        self._entered = False
+        self._saved.append(self._now)
 
     def start(self, layer: int) -> None:
         """Autograd's saving is watched from here."""
         super().start(layer)
-        around, saved = hooks_around(True), self._saved[-1]
+        if self._block is None:
+            self._watch()
+
+    def _watch(self) -> None:
+        around = hooks_around(True)
 
         def pack(tensor: torch.Tensor) -> Any:
-            saved.update(self._counted([tensor]))
+            self._now.update(self._counted([tensor]))
             return tensor if around is None else around[0](tensor)
 
         def unpack(packed: Any) -> torch.Tensor:
@@ -198,7 +253,8 @@ class _ActivationObserver(MemoryObserver):
 
     def finish(self, layer: int, output: Any) -> None:
         """Until here."""
-        self._hooks.pop().__exit__(None, None, None)
+        if self._block is None:
+            self._hooks.pop().__exit__(None, None, None)
         super().finish(layer, output)
 
     def close(self) -> None:
@@ -229,6 +285,9 @@ class _ActivationObserver(MemoryObserver):
         return sizes
 
     def _counted(self, tensors: Sequence[torch.Tensor]) -> Storages:
+        if not self._there:
+            model = self._workload.model
+            self._there = _storages([*model.parameters(), *model.buffers(), *tensors_in(self._workload.batch)])
         return {one: n_bytes for one, n_bytes in _storages(tensors).items() if one not in self._there}
 
 
