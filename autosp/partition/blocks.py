@@ -1,8 +1,8 @@
 """Blocks: repeated modules that a training pass may compute again as a whole, such as decoder layers.
 
 A block is found by what it does, not by its name. It has a sibling of its own kind; one pass calls each of them once,
-with inputs that it leaves as they are; and its layers are called nowhere else. A module made of such modules is none
-itself: computing a part again takes less memory than the whole.
+with inputs that stay as they are; and its layers are called nowhere else. A module made of such modules is none itself:
+computing a part again takes less memory than the whole.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def find_blocks(
     """The blocks of a model, in the order of the pass.
 
     Modules are named by their position in `model.modules()`. `calls`: of one pass, each with the stack of modules.
-    `repeatable`: those that were called with plain inputs, and left them untouched. `numbers`: layers, and their index.
+    `repeatable`: those that were called with plain inputs, which stayed untouched. `numbers`: layers, and their index.
     """
     visits = [stack for stack in calls if stack[-1] in numbers]
     called = Counter(stack[-1] for stack in calls)

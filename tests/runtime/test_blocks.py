@@ -201,8 +201,11 @@ def test_a_weight_that_is_asked_for_first(apply: Apply) -> None:
     assert streamed.stats().temporary_loads == 0
 
 
-def test_a_block_that_writes_to_its_input_is_kept(apply: Apply) -> None:
-    model, plain = twins(Overwritten(inside=True))
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_block_whose_input_is_written_to_is_kept(inside: bool, apply: Apply) -> None:
+    """By itself, or by its caller afterwards."""
+    model, plain = twins(Overwritten(inside))
+    model.afterwards = plain.afterwards = not inside
     streamed = apply(model, vectors().requires_grad_(), Candidate(k=1, k_prime=1, recompute=ALL))
     assert paths(streamed) == []
     for one in (model, plain):
@@ -211,7 +214,7 @@ def test_a_block_that_writes_to_its_input_is_kept(apply: Apply) -> None:
 
 
 def test_an_input_that_is_written_to_afterwards_is_refused(apply: Apply) -> None:
-    """Where the block was seen to leave its input alone, and so did everybody else."""
+    """Where nobody did when the plan was made."""
     model, plain = twins(Overwritten(inside=False))
     streamed = apply(model, vectors().requires_grad_(), Candidate(k=1, k_prime=1, recompute=ALL))
     assert len(paths(streamed)) == 3
