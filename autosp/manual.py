@@ -38,8 +38,9 @@ def plan(
     One pass is observed for the order of the layers. `residents` layers, spread evenly, never leave the device. What
     the host has no room for rests on disk, spread evenly too.
 
-    With mode="training", `step` returns the loss, and weights rest in host memory. Of `recompute` layers, spread
-    evenly, only the inputs are kept for the backward pass, which computes their activations again.
+    With mode="training", `step` returns the loss, and weights rest in host memory. Of `recompute` blocks of the model,
+    such as decoder layers, and layers that are in none, spread evenly, only the inputs are kept for the backward pass,
+    which computes their activations again.
 
     Raises: SettingError if the numbers do not fit together or the model has fewer layers; BudgetTooSmallError if the
     host has no room for a transfer.
@@ -82,10 +83,14 @@ def _training_plan(
     refuse_host_budget(workload.mode, max_cpu_gb)
     parts = training_partition(workload, device, settings().cache_dir)
     candidate = _candidate(k, k_prime, residents, list(dict.fromkeys(parts.visits)))
-    backward = list(dict.fromkeys(parts.backward))
-    if isinstance(recompute, bool) or not isinstance(recompute, int) or not 0 <= recompute <= len(backward):
-        raise SettingError(f"recompute={recompute!r}: the backward pass visits {len(backward)} layers")
-    candidate = candidate.model_copy(update={"recompute": tuple(sorted(evenly_spread(backward, recompute)))})
+    units = parts.recomputable
+    if isinstance(recompute, bool) or not isinstance(recompute, int) or not 0 <= recompute <= len(units):
+        raise SettingError(
+            f"recompute={recompute!r}: the backward pass visits {len(parts.blocks)} blocks, and "
+            f"{len(units) - len(parts.blocks)} layers that are in none; pass a whole number of up to {len(units)}"
+        )
+    again = tuple(sorted(layer for unit in evenly_spread(units, recompute) for layer in unit))
+    candidate = candidate.model_copy(update={"recompute": again})
     return Plan(
         **workload.identity(device),
         partition=parts,

@@ -73,7 +73,7 @@ def test_file_is_readable_json(tmp_path: Path) -> None:
     text = (tmp_path / "plan.json").read_text(encoding="utf-8")
     assert text.endswith("}\n")
     data = json.loads(text)
-    assert data["schema_version"] == PLAN_SCHEMA_VERSION == 6
+    assert data["schema_version"] == PLAN_SCHEMA_VERSION == 7
     assert data["candidate"] == {
         "k": 3,
         "k_prime": 1,
@@ -350,8 +350,27 @@ def test_a_plan_of_before_the_disk_tier_is_read(tmp_path: Path) -> None:
     assert Plan.load(path) == PLAN.model_copy(update={"schema_version": 2})
 
 
+def before_blocks(data: dict[str, Any]) -> None:
+    """As schema 6 had it."""
+    data["schema_version"] = 6
+    del data["partition"]["blocks"]
+
+
+def test_a_plan_of_before_blocks_computes_each_layer_again_by_itself(tmp_path: Path) -> None:
+    def change(data: dict[str, Any]) -> None:
+        before_blocks(data)
+        data["partition"]["backward"], data["candidate"]["recompute"] = [1, 0], [1]
+
+    path = tmp_path / "plan.json"
+    path.write_text(changed(change), encoding="utf-8")
+    loaded = Plan.load(path)
+    assert loaded.schema_version == 6
+    assert loaded.partition.recomputable == ((0,), (1,))
+
+
 def before_disk_bytes(data: dict[str, Any]) -> None:
     """As schema 5 had it."""
+    before_blocks(data)
     data["schema_version"] = 5
     for layer in data["partition"]["layers"]:
         del layer["disk_bytes"]
@@ -387,6 +406,8 @@ def test_a_plan_of_before_training_is_read(tmp_path: Path) -> None:
     [
         pytest.param([9], [], "none of the", id="no such layer"),
         pytest.param([], [0], "only that is recomputed", id="recomputed without backward"),
+        pytest.param([1, 0], [0], "as a whole or not at all", id="part of a block"),
+        pytest.param([1], [], "as a whole or not at all", id="part of a block goes backward"),
     ],
 )
 def test_a_plan_whose_backward_is_of_no_layer_is_refused(
@@ -394,6 +415,7 @@ def test_a_plan_whose_backward_is_of_no_layer_is_refused(
 ) -> None:
     def change(data: dict[str, Any]) -> None:
         data["partition"]["backward"], data["candidate"]["recompute"] = backward, recompute
+        data["partition"]["blocks"] = [{"path": "blocks", "layers": [0, 1]}]
 
     assert_refused(tmp_path / "plan.json", changed(change), message)
 

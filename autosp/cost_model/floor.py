@@ -62,15 +62,15 @@ def training_floor_s(profile: Profile, budget_bytes: int) -> float:
 
 
 def least_recompute_s(profile: Profile, room_bytes: int) -> float:
-    """The least time that computing activations again may take for the rest to fit: of layers, and parts of layers."""
+    """The least time that computing activations again may take for the rest to fit: of blocks or layers, and parts."""
     excess = sum(visit.kept_bytes for visit in profile.visits) - room_bytes
     freed, cost_of = freed_bytes(profile), seconds_per_freed_byte(profile)
     least_s = 0.0
-    for layer in sorted(cost_of, key=cost_of.__getitem__):
+    for layers in sorted(cost_of, key=cost_of.__getitem__):
         if excess <= 0:
             break
-        least_s += cost_of[layer] * min(freed[layer], excess)
-        excess -= freed[layer]
+        least_s += cost_of[layers] * min(freed[layers], excess)
+        excess -= freed[layers]
     return least_s
 
 

@@ -16,7 +16,8 @@ from autosp.spec import Profile
 class Costs:
     """Durations in seconds. `before_s` and `forward_s` have one entry per FORWARD of the schedule, in order.
 
-    Those of a training pass have one per BACKWARD in `before_backward_s`, `recompute_s` and `backward_s`.
+    Those of a training pass have one per BACKWARD in `backward` (its layer), `before_backward_s`, `recompute_s` and
+    `backward_s`.
     """
 
     before_s: Sequence[float]
@@ -31,6 +32,7 @@ class Costs:
     disk_bytes_per_s: float = math.inf
     wake_s: float = 0.0
     """Added to a visit that had to wait longer than `SEEN_STALL_S`."""
+    backward: Sequence[int] = ()
     before_backward_s: Sequence[float] = ()
     recompute_s: Sequence[float] = ()
     backward_s: Sequence[float] = ()
@@ -97,6 +99,7 @@ def costs_of(profile: Profile) -> Costs:
         disk_latency_s=disk.latency_s if disk else 0.0,
         disk_bytes_per_s=disk.bytes_per_s if disk else math.inf,
         wake_s=profile.wake_s,
+        backward=[visit.layer for visit in profile.backward],
         before_backward_s=[visit.before_s for visit in profile.backward],
         recompute_s=[visit.recompute_s for visit in profile.backward],
         backward_s=[visit.backward_s for visit in profile.backward],
@@ -115,7 +118,7 @@ def simulate(schedule: Schedule, costs: Costs, periods: int = PERIODS) -> Timeli
 
     Each resource runs its actions in list order, one at a time; an action starts when its resource is free and its
     waits are over. A FORWARD is preceded by the compute that lies before it, which needs no weights; so is a BACKWARD,
-    or the RECOMPUTE that comes before it.
+    or the first RECOMPUTE that comes before it.
 
     A training pass begins when the one before it is over, its gradients at rest. What lies between, the update, is
     no part of either.
@@ -148,7 +151,12 @@ class _Run:
         self._previous: dict[Ref, float] = {}
         self._forwards = self._backwards = 0
         self._recomputed = False
-        """Whether the BACKWARD to come follows its RECOMPUTE, before which its other compute was."""
+        """Whether the BACKWARD to come follows a RECOMPUTE, before which its other compute was."""
+        self._recompute_s: dict[tuple[int, int], float] = {}
+        """By layer and occurrence."""
+        for layer, seconds in zip(costs.backward, costs.recompute_s, strict=True):
+            occurrence = sum(known == layer for known, _ in self._recompute_s)
+            self._recompute_s[layer, occurrence] = seconds
 
     def begin_pass(self) -> None:
         """What was done so far was in the pass before."""
@@ -196,8 +204,9 @@ class _Run:
                 self._forwards += 1
                 return costs.before_s[self._forwards - 1], costs.forward_s[self._forwards - 1]
             case Kind.RECOMPUTE:
+                before_s = 0.0 if self._recomputed else costs.before_backward_s[self._backwards]
                 self._recomputed = True
-                return costs.before_backward_s[self._backwards], costs.recompute_s[self._backwards]
+                return before_s, self._recompute_s[action.layers[0], action.occurrence]
             case Kind.BACKWARD:
                 before_s = 0.0 if self._recomputed else costs.before_backward_s[self._backwards]
                 self._recomputed = False

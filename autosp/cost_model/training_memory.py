@@ -5,7 +5,7 @@
 - fixed is what is resident for every plan, and the workspace: what the least-memory plan was observed to take beyond
   this formula, so that kernels' own memory, and gradients of activations, are in it;
 - activations at a visit are what the forward has kept so far, or the backward has not used up: of a layer that is
-  computed again its inputs, and during its own backward all;
+  computed again its inputs, and during its own backward all; of a block likewise;
 - gradients are those that resident layers have by then, that which the visit makes, and those of streamed layers before
   it that may still be under way: of these, no more than the largest layer's ([Note: gradients under way]).
 
@@ -15,7 +15,6 @@ fast the link is. So of equal layers two gradients are there at once: one leaves
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -44,6 +43,7 @@ class TrainingMemory:
         self._kept = np.array([visit.kept_bytes for visit in profile.visits], np.int64)
         self._inputs = np.array([visit.input_bytes for visit in profile.visits], np.int64)
         self._used_up = np.array(used_up_after(profile.partition.visits, profile.partition.backward), np.intp)
+        self._there_again = self._first_backward_visits()
         self._gradients = np.array([layer.gradient_bytes for layer in profile.partition.layers], np.int64)
         self._gradient_visits = self._last_backward_visits()
         self._curve = lru_cache(maxsize=CURVES)(self._activations)
@@ -77,10 +77,20 @@ class TrainingMemory:
         left = np.zeros(len(backward) + 1, np.int64)
         np.add.at(left, self._used_up, held)
         during = held.sum() - np.concatenate([[0], np.cumsum(left)])[:-1]
-        anew = np.zeros(len(backward) + 1, np.int64)
-        np.add.at(anew, self._used_up, np.where(again, np.maximum(0, self._kept - self._inputs), 0))
-        anew[-1] = 0  # what no backward visit uses up is not computed again
-        return np.concatenate([curve, during + anew])
+        anew = np.zeros(len(backward) + 2, np.int64)
+        again &= self._used_up < len(backward)  # what no backward visit uses up is not computed again
+        beyond = np.where(again, np.maximum(0, self._kept - self._inputs), 0)
+        np.add.at(anew, self._there_again, beyond)
+        np.add.at(anew, self._used_up + 1, -beyond)
+        return np.concatenate([curve, during + np.cumsum(anew)[:-1]])
+
+    def _first_backward_visits(self) -> np.ndarray[tuple[int], np.dtype[np.intp]]:
+        """Forward visit -> the backward visit from which its activations are there again: of a block, its first one."""
+        begins = self._used_up.copy()
+        for block in self._partition.blocks:
+            mine = np.isin(self._layers, block.layers)
+            begins[mine] = begins[mine].min()
+        return begins
 
     def _gradients_of(self, residents: tuple[int, ...]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         """Bytes at the end of each visit, before what it made leaves; and at the end of the pass. [F + B + 1]"""
@@ -108,21 +118,25 @@ class TrainingMemory:
         return np.array([last.get(layer.index, end) for layer in self._partition.layers], np.intp)
 
 
-def freed_bytes(profile: Profile) -> Counter[int]:
-    """Layer -> what its activations take beyond its inputs: what computing them again frees."""
-    freed: Counter[int] = Counter()
+Together = tuple[int, ...]
+"""Layers that are computed again together: see `Partition.recomputable`."""
+
+
+def freed_bytes(profile: Profile) -> dict[Together, int]:
+    """What the activations take beyond the inputs: what computing them again frees."""
+    beyond: dict[int, int] = {}
     for visit in profile.visits:
-        freed[visit.layer] += visit.kept_bytes - visit.input_bytes
-    return freed
+        beyond[visit.layer] = beyond.get(visit.layer, 0) + visit.kept_bytes - visit.input_bytes
+    return {layers: sum(beyond[layer] for layer in layers) for layers in profile.partition.recomputable}
 
 
-def seconds_per_freed_byte(profile: Profile) -> dict[int, float]:
-    """Layer -> what each byte costs that is freed by computing its activations again; only layers that free some."""
-    freed = freed_bytes(profile)
+def seconds_per_freed_byte(profile: Profile) -> dict[Together, float]:
+    """What each byte costs that is freed by computing activations again; only where that frees some."""
     taken: dict[int, float] = {}
     for again in profile.backward:
         taken[again.layer] = taken.get(again.layer, 0.0) + again.recompute_s
-    return {layer: seconds / freed[layer] for layer, seconds in taken.items() if freed[layer] > 0}
+    freed = freed_bytes(profile).items()
+    return {layers: sum(taken[layer] for layer in layers) / n_bytes for layers, n_bytes in freed if n_bytes > 0}
 
 
 def used_up_after(visits: Sequence[int], backward: Sequence[int]) -> list[int]:

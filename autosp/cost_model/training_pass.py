@@ -6,6 +6,7 @@
 `T = max(comp_end[last] + tail, sent[last])`
 
 over the visits forward, then backward; compute_i is forward_i, or backward_i and, of what is recomputed, recompute_i.
+All candidates have the visits of one that computes everything again: those that a candidate leaves out take no time.
 Each pass begins with an empty arena when the one before it is over, so one of them is all there is. s(j) frees the
 memory of the j-th copy, h(i) is what must have left for the gradients before i to have room. The same numbers as
 `simulate` on the lowered action list: a property test holds them together.
@@ -20,9 +21,10 @@ import numpy as np
 
 from autosp.cost_model.simulate import Costs
 from autosp.cost_model.steady import Array, Flags, Indices, by_visit
+from autosp.schedule.actions import Kind
 from autosp.schedule.streaming import Ring
 from autosp.schedule.timeline import SEEN_STALL_S
-from autosp.schedule.training import held_up_by, leaving_after
+from autosp.schedule.training import Visit, held_up_by, leaving_after, visits_of
 from autosp.spec import Candidate, Partition
 
 
@@ -30,7 +32,9 @@ class TrainingTraffic:
     """What each visit of a pass needs and sends, before it is known how long anything takes. [visits, candidates]"""
 
     def __init__(self, partition: Partition, pairs: Iterable[tuple[Candidate, Ring]]) -> None:
-        n_visits = len(partition.visits) + len(partition.backward)
+        everything = tuple(set(partition.backward))
+        self._visits = visits = visits_of(Candidate(k=1, k_prime=1, recompute=everything), partition)
+        n_visits = len(visits)
         loads: list[list[int]] = []
         afters: list[list[int]] = []
         agains: list[list[int]] = []
@@ -38,42 +42,69 @@ class TrainingTraffic:
         sent: list[list[int]] = []
         holds: list[list[int]] = []
         for candidate, ring in pairs:
+            again = frozenset(candidate.recompute)
+            made = [row for row, visit in enumerate(visits) if visit.kind is not Kind.RECOMPUTE or visit.layer in again]
             load_bytes, after, layers, gradients = [-1] * n_visits, [0] * n_visits, [0] * n_visits, [0] * n_visits
             for transfer in ring.transfers:
-                load_bytes[transfer.before] = ring.groups[transfer.group].n_bytes
-                after[transfer.before] = transfer.after
-            leaving = leaving_after(candidate, partition)
+                row = made[transfer.before]
+                load_bytes[row] = ring.groups[transfer.group].n_bytes
+                after[row] = made[transfer.after] if transfer.after >= 0 else -1
+            leaving = leaving_after(candidate, partition, visits)
             for visit, mine in leaving.items():
                 layers[visit] = len(mine)
                 gradients[visit] = sum(partition.layers[layer].gradient_bytes for layer in mine)
             held_up = held_up_by(leaving, partition)
             holds.append([held_up.get(visit - 1, -1) for visit in range(n_visits)])
-            again = frozenset(candidate.recompute)
             loads.append(load_bytes)
             afters.append(after)
-            agains.append([int(layer in again) for layer in partition.backward])
+            agains.append([int(visit.layer in again and computes_again(visit)) for visit in visits])
             sends.append(layers)
             sent.append(gradients)
         self._load_bytes, self._after = by_visit(loads, n_visits), by_visit(afters, n_visits)
-        self._again = by_visit(agains, len(partition.backward))
+        self._again = by_visit(agains, n_visits)
         self._leaving, self._gradient_bytes = by_visit(sends, n_visits), by_visit(sent, n_visits)
         self._held_up = by_visit(holds, n_visits)
 
     def timed(self, costs: Costs) -> TrainingPass:
         """At the costs' latencies and bandwidths."""
         needs = self._load_bytes >= 0
-        columns = self._load_bytes.shape[1]
-        forward_s = np.repeat(np.array(costs.forward_s, float)[:, None], columns, axis=1)
-        recompute_s, backward_s = (np.array(one, float)[:, None] for one in (costs.recompute_s, costs.backward_s))
+        before_s, own_s, again_s = self._compute(costs)
         return TrainingPass(
             costs,
+            before_s,
             needs,
             np.where(needs, costs.link_latency_s + self._load_bytes / costs.link_bytes_per_s, 0.0),
             self._after,
-            np.concatenate([forward_s, backward_s + recompute_s * self._again]),
+            own_s[:, None] + again_s[:, None] * self._again,
             self._leaving * costs.return_latency_s + self._gradient_bytes / costs.return_bytes_per_s,
             self._held_up,
         )
+
+    def _compute(self, costs: Costs) -> tuple[Array, Array, Array]:
+        """Of each visit: compute before it, its own, and to compute its layer again. Shapes: [visits]."""
+        before_s, own_s, again_s = (np.zeros(len(self._visits)) for _ in range(3))
+        again_of = dict(zip(costs.backward, costs.recompute_s, strict=True))
+        forward = backward = 0
+        after_recompute = False
+        for row, visit in enumerate(self._visits):
+            if visit.kind is Kind.FORWARD:
+                before_s[row], own_s[row] = costs.before_s[forward], costs.forward_s[forward]
+                forward += 1
+                continue
+            if not after_recompute:
+                before_s[row] = costs.before_backward_s[backward]
+            after_recompute = visit.kind is Kind.RECOMPUTE
+            if after_recompute:
+                again_s[row] = again_of[visit.layer]  # a block's layer, which has one visit backward
+            else:
+                own_s[row], again_s[row] = costs.backward_s[backward], costs.recompute_s[backward]
+                backward += 1
+        return before_s, own_s, again_s
+
+
+def computes_again(visit: Visit) -> bool:
+    """Whether the layer's activations are computed in this visit, where they are computed again."""
+    return visit.again or visit.kind is Kind.RECOMPUTE
 
 
 @dataclass(frozen=True)
@@ -81,6 +112,8 @@ class TrainingPass:
     """Per visit and candidate. Shapes: [visits, candidates]."""
 
     costs: Costs
+    before_s: Array
+    """Compute before it. [visits]"""
     needs: Flags
     """Whether the visit waits for a transfer."""
     load_s: Array
@@ -107,7 +140,6 @@ class TrainingPass:
         costs = self.costs
         n_visits, columns = self.load_s.shape
         every = np.arange(columns)
-        before_s = (*costs.before_s, *costs.before_backward_s)
         comp_end = np.zeros((1 + n_visits, columns))  # first the beginning, which comes after visit -1
         sent = np.zeros((1 + n_visits, columns))  # likewise
         now, copy_end, sent_end, stall = (np.zeros(columns) for _ in range(4))
@@ -115,7 +147,7 @@ class TrainingPass:
             needs = self.needs[visit]
             begin = np.maximum(copy_end, comp_end[self.after[visit] + 1, every])
             copy_end = np.where(needs, begin + self.load_s[visit] * link_factor, copy_end)
-            now = now + before_s[visit] * compute_factor
+            now = now + self.before_s[visit] * compute_factor
             ready = np.maximum(np.where(needs, copy_end, 0.0), sent[self.held_up[visit] + 1, every])
             waited = np.maximum(0.0, ready - now)
             stall += waited

@@ -12,6 +12,7 @@ from torch import nn
 from autosp.batch import tensors_in
 from autosp.devices import Device, Stamp
 from autosp.runtime.bench import Bench
+from autosp.runtime.executor import Observer
 from autosp.runtime.streamed_model import StreamedModel
 from autosp.spec import BackwardProfile, Candidate, LayerProfile, Measurement, Outcome
 
@@ -130,7 +131,7 @@ class _Visit:
     finish: Stamp = None
 
 
-class _TimeObserver:
+class _TimeObserver(Observer):
     """Stamps of one pass. A layer called inside its own call is part of the outer visit."""
 
     def __init__(self, device: Device) -> None:
@@ -189,7 +190,7 @@ class _TimeObserver:
         return self._device.seconds(self._begin, self._end)
 
 
-class MemoryObserver:
+class MemoryObserver(Observer):
     """Peak and output bytes of every visit."""
 
     def __init__(self, device: Device, plan_bytes: int) -> None:

@@ -1,14 +1,15 @@
 """What only training passes tell: whose weights the backward needs, what gets gradients, which activations are kept.
 
-[Note: activations kept] What autograd saves of a layer's forward is counted as it is saved, whether it is kept or
-dropped, the layer being computed again: each storage once, for the first visit that saves it. What is saved between two
-layers is kept in any case, and goes with the visit after it, whose backward comes just before its own. Weights, buffers
-and the batch are there anyway.
+[Note: activations kept] What autograd saves of a layer's forward, or between the layers of a block, is counted as it is
+saved, whether it is kept or dropped, to be computed again: each storage once, for the first visit that saves it. What
+is saved between two layers that no block holds is kept in any case, and goes with the visit after it, whose backward
+comes just before its own. Weights, buffers and the batch are there anyway.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any, Self
@@ -21,8 +22,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from autosp.batch import tensors_in
 from autosp.devices import Device
+from autosp.partition import follows
 from autosp.profiler.layers import LEAST_MEMORY, MemoryObserver, Observation, measured_passes, timed_pass
 from autosp.runtime.bench import Bench
+from autosp.runtime.executor import Observer
 from autosp.runtime.recorder import VisitTimes
 from autosp.runtime.streamed_model import StreamedModel
 from autosp.schedule.actions import Kind
@@ -70,10 +73,11 @@ def training_partition(workload: Workload, device: Device, cache_dir: Path) -> P
         for layer in expected.layers
     )
     visits = tuple(forward.visits)  # a pass with autograd may visit others than one without, which found the layers
-    return expected.model_copy(update={"layers": layers, "visits": visits, "backward": backward})
+    blocks = tuple(block for block in parts.blocks if follows(block, visits, backward))
+    return expected.model_copy(update={"layers": layers, "visits": visits, "backward": backward, "blocks": blocks})
 
 
-class _ForwardOrder:
+class _ForwardOrder(Observer):
     """The layers that a pass visits. One that is called inside its own call is part of the outer visit."""
 
     def __init__(self) -> None:
@@ -104,13 +108,14 @@ def observe_training(
 
     def time_pass(streamed: StreamedModel[nn.Module]) -> tuple[float, Any]:
         timed = timed_pass(bench.device, workload.run)
-        passes.extend(visits for visits, _ in streamed.visit_times(1))
+        passes.extend(_again_apart(visits) for visits, _ in streamed.visit_times(1))
         return timed
 
     with workload.leaving_no_trace():
         measurement = measured_passes(bench, candidate, workload.run, memory, time_pass, progress)
     forward = _by_visit(passes, Kind.FORWARD, partition.visits)
     backward = _by_visit(passes, Kind.BACKWARD, partition.backward)
+    again = _by_layer(passes, Kind.RECOMPUTE)
     kept, inputs = memory.kept_bytes(), memory.input_bytes()
     return Observation(
         visits=tuple(
@@ -129,7 +134,7 @@ def observe_training(
             BackwardProfile(
                 layer=layer,
                 before_s=_median(mine, "before_s"),
-                recompute_s=_median(mine, "recompute_s"),
+                recompute_s=_median(mine, "recompute_s") + _median(again.get(layer, ()), "recompute_s"),
                 backward_s=_median(mine, "compute_s"),
             )
             for layer, mine in zip(partition.backward, backward, strict=True)
@@ -146,6 +151,33 @@ def _by_visit(passes: Sequence[Sequence[VisitTimes]], kind: Kind, planned: Seque
     if all([visit.layer for visit in one] == list(planned) for one in found):
         return [[one[position] for one in found] for position in range(len(planned))]
     return [[visit for one in found for visit in one if visit.layer == layer] for layer in planned]
+
+
+def _by_layer(passes: Sequence[Sequence[VisitTimes]], kind: Kind) -> dict[int, list[VisitTimes]]:
+    found: dict[int, list[VisitTimes]] = {}
+    for visit in (visit for one in passes for visit in one if visit.kind is kind):
+        found.setdefault(visit.layer, []).append(visit)
+    return found
+
+
+def _again_apart(visits: Sequence[VisitTimes]) -> list[VisitTimes]:
+    """With all of what computing a block again takes in `recompute_s`, its compute between layers too.
+
+    What is before the first of its visits is before the BACKWARD that follows.
+    """
+    found: list[VisitTimes] = []
+    before_s: float | None = None
+    for visit in visits:
+        between_s = visit.before_s if before_s is not None else 0.0
+        if visit.kind is Kind.RECOMPUTE:
+            before_s = visit.before_s if before_s is None else before_s
+            found.append(replace(visit, recompute_s=between_s + visit.compute_s))
+            continue
+        if before_s is not None:
+            visit = replace(visit, before_s=before_s, recompute_s=between_s + visit.recompute_s)
+        before_s = None
+        found.append(visit)
+    return found
 
 
 def _median(visits: Sequence[VisitTimes], name: str) -> float:
@@ -171,8 +203,24 @@ class _ActivationObserver(MemoryObserver):
         self._saved: list[Storages] = []
         self._inputs: list[Storages] = []
         self._open: list[Storages] = [{}]
-        """What was saved since the last visit, then one for each visit under way. What is saved goes to the last."""
+        """What was saved since the last visit, then one of the block and one of each visit under way: the last takes."""
         self._hooks: list[saved_tensors_hooks] = []
+        self._block: Storages | None = None
+        """Inside a block: its inputs."""
+        self._entered = False
+        """Whether the block's first visit is to come."""
+
+    def enter(self, inputs: Any) -> None:
+        """A block's inputs are its first visit's, and so is what it saves between two visits or after the last."""
+        self._block, self._entered = self._counted(tensors_in(inputs)), True
+        self._open.append({})
+        self._watch()
+
+    def leave(self) -> None:
+        """From here on each visit has inputs of its own."""
+        self._hooks.pop().__exit__(None, None, None)
+        self._open.pop()
+        self._block = None
 
     def __enter__(self) -> Self:
         """From here on what is saved between two visits is watched, too."""
@@ -184,8 +232,16 @@ class _ActivationObserver(MemoryObserver):
     def arrive(self, layer: int, inputs: Any) -> None:
         """Its inputs are what is kept if it is computed again."""
         super().arrive(layer, inputs)
-        self._saved.append({})
-        self._inputs.append(self._counted(tensors_in(inputs)))
+        if self._block is None:
+            self._saved.append({})
+            self._inputs.append(self._counted(tensors_in(inputs)))
+        elif self._entered:
+            self._saved.append(self._open[-1])
+            self._inputs.append(self._block)
+        else:
+            self._saved.append({})
+            self._inputs.append({})
+        self._entered = False
         self._keep_between()
 
     def start(self, layer: int) -> None:

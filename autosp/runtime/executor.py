@@ -22,8 +22,14 @@ from autosp.runtime.transfers import Issue, Visit, prefetches
 from autosp.schedule.actions import Kind, Schedule
 
 
-class Observer(Protocol):
-    """Told of every visit; the profiler is one."""
+class Observer:
+    """Told of every visit, and does nothing; those of the profiler do."""
+
+    def enter(self, inputs: Any) -> None:
+        """A block whose activations will be computed again is called."""
+
+    def leave(self) -> None:
+        """It returned, or raised."""
 
     def arrive(self, layer: int, inputs: Any) -> None:
         """Before anything is waited for. `inputs`: positional and keyword arguments."""

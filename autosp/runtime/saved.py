@@ -28,6 +28,8 @@ class _Saved:
     version: int
     layer: int | None = None
     """Whose weights it shows, if it is a view of the arena."""
+    computed_again: Callable[[], Any] | None = None
+    """What comes before those weights: see [Note: weights after what is computed again]."""
 
 
 @dataclass(slots=True)
@@ -40,10 +42,19 @@ class _Delegated:
 class SavedTensors:
     """The hooks under which every streamed layer's forward runs while training."""
 
-    def __init__(self, loader: Loader, needed: Callable[[int], torch.Tensor | None]) -> None:
-        """`needed` has a layer loaded; where its place is in use, it gives the layer's bytes in other memory."""
+    def __init__(
+        self,
+        loader: Loader,
+        needed: Callable[[int], torch.Tensor | None],
+        computed_again: Callable[[], Callable[[], Any] | None],
+    ) -> None:
+        """`needed` has a layer loaded; where its place is in use, it gives the layer's bytes in other memory.
+
+        `computed_again` says, when a layer's weights are saved, what must come before they are needed.
+        """
         self._loader = loader
         self._needed = needed
+        self._computed_again = computed_again
 
     def hooks(self) -> saved_tensors_hooks:
         """A context for one forward. Of what is not the arena's, hooks that are around it get to see all."""
@@ -51,7 +62,7 @@ class SavedTensors:
 
         def pack(tensor: torch.Tensor) -> _Saved | _Delegated:
             if self._loader.is_lent(tensor):
-                return _Saved(tensor.detach(), tensor._version, self._loader.lender(tensor))
+                return _Saved(tensor.detach(), tensor._version, self._loader.lender(tensor), self._computed_again())
             return _Saved(tensor.detach(), tensor._version) if around is None else _Delegated(around[0](tensor))
 
         def unpack(saved: _Saved | _Delegated) -> torch.Tensor:
@@ -73,6 +84,8 @@ class SavedTensors:
             )
         if saved.layer is None:
             return tensor
+        if saved.computed_again is not None:
+            saved.computed_again()
         elsewhere = self._needed(saved.layer)
         if elsewhere is not None:
             return self._loader.moved(tensor, saved.layer, elsewhere)

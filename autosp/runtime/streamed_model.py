@@ -33,7 +33,7 @@ from autosp.runtime.streamed_layer import StreamedLayer
 from autosp.runtime.training import TrainingExecutor
 from autosp.schedule.actions import Schedule
 from autosp.schedule.timeline import Timeline
-from autosp.spec import Mode, Usage
+from autosp.spec import Block, Mode, Usage
 from autosp.tiers import Originals, Store, forget_pages
 
 M = TypeVar("M", bound=nn.Module)
@@ -73,6 +73,7 @@ class StreamedModel(Generic[M]):
         self._trained = ExitStack()
         self._cut: list[CutLeaf] = []
         residents = set(schedule.residents)
+        blocks = bound.partition.recomputed_blocks(schedule.recomputed)
         pieces = at_rest(bound.layers)
         moving = [piece for piece in pieces if not residents.issuperset(piece.indices)]
         staying = [place for piece in pieces if piece not in moving for place in piece.placed]
@@ -111,11 +112,11 @@ class StreamedModel(Generic[M]):
             loader = Loader(schedule, [*self._layers, *self._runs], device, store, arena, staging)
             del arena, staging
             if mode == "training":
-                self._executor: Executor = TrainingExecutor(schedule, loader, gradients)
+                self._executor: Executor = TrainingExecutor(schedule, loader, gradients, blocks)
             else:
                 self._executor = Executor(schedule, loader)
             self._executor.before_pass = self._before_pass
-            self._intercept(moving)
+            self._intercept(moving, blocks)
             if mode == "training":
                 follow(self.model.parameters())
             if optimizer is not None:
@@ -260,7 +261,7 @@ class StreamedModel(Generic[M]):
         for leaf in self._cut:
             leaf.renew()
 
-    def _intercept(self, moving: Sequence[Resting]) -> None:
+    def _intercept(self, moving: Sequence[Resting], recomputed: Sequence[Block]) -> None:
         """Streamed layers load themselves; whatever contains one begins a pass when it is called from outside."""
         layers = {layer.layer.index: layer for layer in self._layers}
         runs = {run.layer.index: run for run in self._runs}
@@ -277,7 +278,8 @@ class StreamedModel(Generic[M]):
         for path in (layer.layer.path for layer in (*self._layers, *self._runs)):
             parts = path.split(".")
             holders.update(self.model.get_submodule(".".join(parts[:length])) for length in range(1, len(parts)))
-        around = dict.fromkeys(holders, self._around_pass) | around
+        blocks = {self.model.get_submodule(block.path): self._around_block(block) for block in recomputed}
+        around = dict.fromkeys(holders, self._around_pass) | blocks | around
         self._wrappers += (Intercepted(one, around[one]) for one in self.model.modules() if one in around)
 
     def _around_pass(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -293,6 +295,18 @@ class StreamedModel(Generic[M]):
     def _around_leaf(self, leaf: CutLeaf) -> Around:
         def around(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return self._around_pass(lambda *args, **kwargs: leaf.forward(forward, args, kwargs), args, kwargs)
+
+        return around
+
+    def _around_block(self, block: Block) -> Around:
+        executor, module = self._executor, self.model.get_submodule(block.path)
+        assert isinstance(executor, TrainingExecutor), "only training computes anything again"
+
+        def around(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                return executor.run_block(block, module, forward, args, kwargs)
+
+            return self._around_pass(run, args, kwargs)
 
         return around
 

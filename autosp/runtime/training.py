@@ -16,37 +16,39 @@ One thread at a time trains a model: another that calls it between a forward and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd import Variable
-from torch.utils.checkpoint import checkpoint
 
 from autosp.batch import tensors_in
 from autosp.errors import ModelChangedError
 from autosp.runtime.executor import Executor, uncached_autocast
 from autosp.runtime.gradients import Gradients
 from autosp.runtime.loader import Loader
+from autosp.runtime.recompute import Recomputed
 from autosp.runtime.saved import SavedTensors
 from autosp.runtime.streamed_layer import StreamedLayer
 from autosp.runtime.transfers import prefetches_of_one_pass
 from autosp.schedule.actions import Kind, Schedule
+from autosp.spec import Block
 
 
 class TrainingExecutor(Executor):
     """An executor whose passes may go on backward. Without autograd its passes are those of inference."""
 
-    def __init__(self, schedule: Schedule, loader: Loader, gradients: Gradients) -> None:
-        """`gradients` of the layers that `loader` loads."""
+    def __init__(self, schedule: Schedule, loader: Loader, gradients: Gradients, blocks: Sequence[Block] = ()) -> None:
+        """`gradients` of the layers that `loader` loads; `blocks` are computed again as a whole, by `run_block`."""
         super().__init__(schedule, loader, prefetches_of_one_pass)
-        self._recomputed = schedule.recomputed
+        self._recomputed = schedule.recomputed.difference(*(block.layers for block in blocks))
+        self._again = Recomputed()
         self._gradients = gradients
         self._gradients.connect(self.counters, self._enter_backward)
-        self._saved = SavedTensors(self.loader, self._needed)
+        self._saved = SavedTensors(self.loader, self._needed, self._again.beginning)
         self._tasks: set[int] = set()
         """Backward passes under way, the innermost last; one that raised is still among them."""
         self._visiting: int | None = None
@@ -141,15 +143,35 @@ class TrainingExecutor(Executor):
             self._watch_inputs(index, (args, kwargs))
         if index not in self._recomputed:
             return self._visit(layer, forward, args, kwargs)
-        again = False
 
-        def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            nonlocal again
-            with _buffers_kept(layer.module) if again else nullcontext():
-                again = True
-                return self._visit(layer, forward, args, kwargs)
+        def run(_: bool, *args: Any, **kwargs: Any) -> Any:
+            return self._visit(layer, forward, args, kwargs)
 
-        return checkpoint(run, args, kwargs, use_reentrant=False)
+        return self._again.call(layer.module, run, args, kwargs)
+
+    def run_block(
+        self,
+        block: Block,
+        module: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """One call of a block that is computed again as a whole, within a pass."""
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            observer = self.observer if _task() is None else None
+            if observer is None:
+                return forward(*args, **kwargs)
+            observer.enter((args, kwargs))
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                observer.leave()
+
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return self._again.block(module, block.path, block.layers[-1], watched, args, kwargs)
 
     def _visit(
         self, layer: StreamedLayer, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -163,6 +185,8 @@ class TrainingExecutor(Executor):
         if _task() is None:
             return super().visit(layer, watched, args, kwargs)
         index = layer.layer.index
+        if self._again.before_last(index):
+            return self._recompute(layer, watched, args, kwargs)
         begins = self._arrive(index)
         group = self.loader.acquire(layer)
         try:
@@ -170,9 +194,29 @@ class TrainingExecutor(Executor):
                 self.recorder.start()
             return self.loader.own(watched(*args, **kwargs))
         finally:  # a checkpoint stops its forward by an exception once it has what it needs
-            if index in self._recomputed:
+            if index in self._recomputed or self._again.at_last(index):
                 self.recorder.recomputed()
             self.loader.release(layer, group)
+
+    def _recompute(
+        self, layer: StreamedLayer, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A visit of its own, in a block that is computed again."""
+        index = layer.layer.index
+        self._enter_backward()
+        self._leave()
+        self.take_turn((Kind.RECOMPUTE, index))
+        self.recorder.arrive(index, Kind.RECOMPUTE)
+        self.counters.visits += 1
+        position = self.cursor.advance((Kind.RECOMPUTE, index))
+        group = self.loader.acquire(layer)
+        try:
+            self.recorder.start()
+            return self.loader.own(forward(*args, **kwargs))
+        finally:  # as above
+            self.recorder.finish()
+            self.loader.release(layer, group)
+            self.cursor.issue_after(position)
 
     # -- backward -------------------------------------------------------------------------------------------------
 
@@ -263,17 +307,6 @@ class TrainingExecutor(Executor):
         self._tasks.clear()
         self._visiting = self._due = None
         self._updated = True
-
-
-@contextmanager
-def _buffers_kept(module: nn.Module) -> Iterator[None]:
-    """What a forward writes, such as a running mean, it writes once. Version counters see nothing of it."""
-    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    try:
-        yield
-    finally:
-        for buffer, value in before:
-            buffer.data.copy_(value)
 
 
 def _task() -> int | None:

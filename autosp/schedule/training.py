@@ -3,6 +3,10 @@
 The update between two passes changes the weights at rest, so every pass begins with an empty arena. Forward leaves the
 last layers there: at the turn they are not loaded again. So weights W of which a ring holds R are loaded as 2 W - R
 bytes a pass; layers whose backward needs no weights (an embedding) only once.
+
+[Note: a block computed again] Before the backward of a block that is computed again all its layers are visited as in
+the forward, the last of them once for both. So the ring loads the others for that, and again for their backward, unless
+it has room for the whole block.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from autosp.schedule.actions import Action, Kind, Ref, Schedule
 from autosp.schedule.streaming import Ring, build_ring, time_transfers
@@ -19,12 +24,17 @@ from autosp.spec import Candidate, Partition
 def lower_training(candidate: Candidate, partition: Partition) -> Schedule:
     """The action list of one training pass.
 
-    Raises: ValueError if layers rest on disk, or one is recomputed that the backward pass does not visit.
+    Raises: ValueError if layers rest on disk, or one is recomputed that the backward pass does not visit, or without
+    the rest of its block.
     """
     if candidate.on_disk:
         raise ValueError(f"layers {candidate.on_disk} rest on disk: in training, weights rest in host memory")
     if not {*candidate.recompute} <= {*partition.backward}:
         raise ValueError("a layer is recomputed whose backward needs no weights")
+    whole = {layer for block in partition.recomputed_blocks(candidate.recompute) for layer in block.layers}
+    parted = [block.path for block in partition.blocks if {*block.layers} & {*candidate.recompute} - whole]
+    if parted:
+        raise ValueError(f"some layers of block {parted[0]} are recomputed, and others are not")
     ring = training_ring(candidate, partition)
     actions = _Lowering(ring, candidate, partition).actions
     return Schedule(tuple(actions), (), candidate.residents, ring.arena_bytes)
@@ -35,10 +45,30 @@ def least_training(partition: Partition) -> Candidate:
     return Candidate(k=1, k_prime=1, recompute=tuple(sorted(set(partition.backward))))
 
 
+class Visit(NamedTuple):
+    """One visit of a pass. A BACKWARD comes after a RECOMPUTE of its layer if the layer is computed `again`."""
+
+    kind: Kind
+    layer: int
+    again: bool = False
+
+
+def visits_of(candidate: Candidate, partition: Partition) -> list[Visit]:
+    """A pass: its visits forward, then those backward, see [Note: a block computed again]."""
+    again = frozenset(candidate.recompute)
+    blocks = {block.layers[-1]: block.layers[:-1] for block in partition.recomputed_blocks(again)}
+    others = {layer for layers in blocks.values() for layer in layers}
+    visits = [Visit(Kind.FORWARD, layer) for layer in partition.visits]
+    for layer in partition.backward:
+        visits += (Visit(Kind.RECOMPUTE, one) for one in blocks.get(layer, ()))
+        visits.append(Visit(Kind.BACKWARD, layer, layer in again and layer not in others))
+    return visits
+
+
 def training_ring(candidate: Candidate, partition: Partition) -> Ring:
-    """Where streamed layers live, and when they move in a pass: its visits are those forward, then those backward."""
+    """Where streamed layers live, and when they move in a pass."""
     ring = build_ring(candidate, [layer.n_bytes for layer in partition.layers], partition.visits)
-    visits = (*partition.visits, *partition.backward)
+    visits = [visit.layer for visit in visits_of(candidate, partition)]
     return Ring(ring.groups, ring.arena_bytes, time_transfers(ring.groups, visits, walks=0))
 
 
@@ -48,7 +78,6 @@ class _Lowering:
     def __init__(self, ring: Ring, candidate: Candidate, partition: Partition) -> None:
         self.actions: list[Action] = []
         self._ring = ring
-        self._recomputed = frozenset(candidate.recompute)
         self._group_of = {layer: index for index, group in enumerate(ring.groups) for layer in group.layers}
         self._numbers: Counter[tuple[Kind, tuple[int, ...]]] = Counter()
         self._brought: dict[int, Ref] = {}
@@ -56,14 +85,16 @@ class _Lowering:
         self._held_up: tuple[Ref, ...] = ()
         """Gradients that must have left before compute goes on."""
         self._last_use: dict[int, Ref] = {}
-        visits = (*partition.visits, *partition.backward)
-        leaving = leaving_after(candidate, partition)
+        self._again: dict[int, Ref] = {}
+        """Layers whose activations are there again, and what computed them."""
+        visits = visits_of(candidate, partition)
+        leaving = leaving_after(candidate, partition, visits)
         held_up = held_up_by(leaving, partition)
         left_after: dict[int, Ref] = {}
         transfers = list(ring.transfers)
         for visit in range(-1, len(visits)):
             if visit >= 0:
-                done = self._compute(visits[visit], forward=visit < len(partition.visits))
+                done = self._compute(visits[visit])
                 for layer in leaving.get(visit, ()):
                     left_after[visit] = self._act(Kind.GRADIENTS, (layer,), (done,))
                 if visit in held_up:
@@ -79,16 +110,18 @@ class _Lowering:
         self.actions.append(Action(kind, layers, number, tuple(waits), offset))
         return self.actions[-1].ref
 
-    def _compute(self, layer: int, forward: bool) -> Ref:
+    def _compute(self, visit: Visit) -> Ref:
+        kind, layer, again = visit
         group = self._group_of.get(layer)
         waits = [*([self._brought[group]] if group is not None else []), *self._held_up]
         self._held_up = ()
-        if forward:
-            done = self._act(Kind.FORWARD, (layer,), waits)
-        else:
-            if layer in self._recomputed:
-                waits = [*waits, self._act(Kind.RECOMPUTE, (layer,), waits)]
-            done = self._act(Kind.BACKWARD, (layer,), waits)
+        if again:
+            self._again[layer] = self._act(Kind.RECOMPUTE, (layer,), waits)
+        if kind is Kind.BACKWARD and layer in self._again:
+            waits.append(self._again.pop(layer))
+        done = self._act(kind, (layer,), waits)
+        if kind is Kind.RECOMPUTE:
+            self._again[layer] = done
         if group is not None:
             self._last_use[group] = done
         return done
@@ -114,10 +147,9 @@ class _Lowering:
             self.actions[position] = replace(action, waits=action.waits + waits)
 
 
-def leaving_after(candidate: Candidate, partition: Partition) -> dict[int, list[int]]:
+def leaving_after(candidate: Candidate, partition: Partition, visits: Sequence[Visit]) -> dict[int, list[int]]:
     """Visit -> the streamed layers whose gradients leave after it: their last one backward, or the last of all."""
-    visits = (*partition.visits, *partition.backward)
-    last = {layer: visit for visit, layer in enumerate(partition.backward, len(partition.visits))}
+    last = {visit.layer: position for position, visit in enumerate(visits) if visit.kind is Kind.BACKWARD}
     leaving: dict[int, list[int]] = {}
     for layer in partition.layers:
         if layer.gradient_bytes and layer.index not in candidate.residents:

@@ -15,9 +15,10 @@ from autosp.spec.profile import Reading
 from autosp.spec.record import DeviceInfo, Mode, Record, Tier
 from autosp.spec.trial import Candidate, Measurement, Prediction
 
-PLAN_SCHEMA_VERSION = 6
+PLAN_SCHEMA_VERSION = 7
 """Also read: 1, before lookup tables; 2, before `Layer.weight_bytes` and disks behind the host; 3, before `Leaf` and
-`reading`; 4, before training; 5, before `Layer.disk_bytes`."""
+`reading`; 4, before training; 5, before `Layer.disk_bytes`; 6, before blocks: each layer is computed again by itself.
+"""
 
 
 class Plan(Record):
@@ -52,6 +53,10 @@ class Plan(Record):
             raise ValueError(f"a visit, a resident or a layer on disk is none of the {count} layers")
         if not {*backward} <= {*visits} or not {*candidate.recompute} <= {*backward}:
             raise ValueError("only what a pass visits goes backward, and only that is recomputed")
+        whole = {layer for block in self.partition.recomputed_blocks(candidate.recompute) for layer in block.layers}
+        for block in self.partition.blocks:
+            if not {*block.layers} <= {*backward} or {*block.layers} & {*candidate.recompute} - whole:
+                raise ValueError(f"block {block.path} goes backward, and is computed again, as a whole or not at all")
         if self.mode == "training" and (candidate.on_disk or self.device.slow_tier is Tier.DISK):
             raise ValueError("layers rest on disk: in training, weights rest in host memory")
         if self.mode == "training" and self.partition.leaves:

@@ -8,7 +8,7 @@ from autosp.spec.layers import Partition
 from autosp.spec.record import DeviceInfo, Mode, Record, Tier
 from autosp.spec.trial import Candidate, Trial
 
-PROFILE_SCHEMA_VERSION = 3
+PROFILE_SCHEMA_VERSION = 4
 """Raised when a figure of a profile comes to mean something else: profiles of other versions are measured anew."""
 
 
@@ -20,8 +20,14 @@ class LayerProfile(Record):
     forward_s: float
     peak_bytes: int = Field(description="most memory beyond the plan's own buffers during the visit")
     output_bytes: int
-    kept_bytes: int = Field(default=0, description="activations kept for its backward, if none are computed again")
-    input_bytes: int = Field(default=0, description="what is kept of it where its activations are computed again")
+    kept_bytes: int = Field(
+        default=0,
+        description="activations kept for its backward, if none are computed again; in a block, until its next layer's",
+    )
+    input_bytes: int = Field(
+        default=0,
+        description="what is kept of it where its activations are computed again: of a block by its first layer only",
+    )
 
 
 class BackwardProfile(Record):
@@ -29,7 +35,9 @@ class BackwardProfile(Record):
 
     layer: int
     before_s: float = Field(description="compute between the previous visit's end and this visit: the loss, before all")
-    recompute_s: float = Field(description="its activations computed again, where they are")
+    recompute_s: float = Field(
+        description="its activations computed again, where they are: in a block, from the end of the layer before"
+    )
     backward_s: float = Field(description="from there until the next visit")
 
 
@@ -44,7 +52,7 @@ class Reading(Record):
     """How files are read: a transfer's blocks, one per system call, are spread over the readers."""
 
     readers: int = Field(default=1, ge=1)
-    block_bytes: int = Field(default=32 * 2**20, ge=4096, multiple_of=4096)
+    block_bytes: int = Field(default=32 * 2**20, ge=4096, multiple_of=4096, description="exceeded by up to an eighth")
     from_cache: bool = Field(default=False, description="copy what the page cache has, instead of reading the disk")
 
 

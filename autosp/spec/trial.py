@@ -15,7 +15,8 @@ class Candidate(Record):
 
     `residents` never leave; the other `k - len(residents)` layers are the ring that streamed layers share. Layers
     `on_disk` rest behind the host: they are read into a ring of `read_ahead` groups in host memory, and loaded from it.
-    In training, of layers to `recompute` only the inputs are kept for the backward pass.
+    In training, of layers to `recompute` only the inputs are kept for the backward pass, and of a block all of whose
+    layers are among them only the block's.
     """
 
     k: int = Field(ge=0)

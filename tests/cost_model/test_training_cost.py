@@ -14,12 +14,12 @@ from autosp.cost_model.calibrate import calibrated
 from autosp.cost_model.floor import floor_s
 from autosp.cost_model.predict import contended_periods, predict, with_rings
 from autosp.cost_model.simulate import costs_of, simulate
-from autosp.cost_model.training_memory import TrainingMemory, used_up_after
+from autosp.cost_model.training_memory import TrainingMemory, freed_bytes, used_up_after
 from autosp.schedule.actions import Kind
 from autosp.schedule.training import lower_training
 from autosp.search.space import rank
-from autosp.spec import BackwardProfile, Candidate, Prediction, Profile, Tier, Usage
-from builders import candidates, link, profile, profiles, quick, seconds, thorough, trial
+from autosp.spec import BackwardProfile, Block, Candidate, Prediction, Profile, Tier, Usage
+from builders import blocks, candidates, link, profile, profiles, quick, recomputed, seconds, thorough, trial
 
 
 def trained(
@@ -157,12 +157,19 @@ def test_floor_of_links() -> None:
     assert floor_s(SMALL.model_copy(update={"links": (SMALL.links[0], back)}), 12 + 20) == 200  # half of 20 B stay
 
 
+def with_blocks(measured: Profile, found: tuple[Block, ...]) -> Profile:
+    """The profile, of a model that has blocks."""
+    return measured.model_copy(update={"partition": measured.partition.model_copy(update={"blocks": found})})
+
+
 @st.composite
 def training_profiles(draw: st.DrawFn, *, contention: bool = False) -> Profile:
     """A small model that is trained on any machine."""
     measured = draw(profiles(contention=contention))
     visits = measured.partition.visits
-    backward = tuple(draw(st.lists(st.sampled_from(visits), max_size=8)))
+    reverse = visits[::-1][: draw(st.integers(0, len(visits)))]
+    backward = draw(st.one_of(st.just(reverse), st.lists(st.sampled_from(visits), max_size=8).map(tuple)))
+    measured = with_blocks(measured, draw(blocks(visits, backward)))
     count = len(backward)
     sizes = st.tuples(st.integers(0, 40), st.integers(0, 20))
     return trained(
@@ -180,8 +187,7 @@ def training_profiles(draw: st.DrawFn, *, contention: bool = False) -> Profile:
 def training_candidates(draw: st.DrawFn, measured: Profile) -> Candidate:
     """Any setting that `autosp.plan` would accept."""
     parts = measured.partition
-    again = draw(st.lists(st.sampled_from(parts.backward), unique=True)) if parts.backward else []
-    return draw(candidates(parts.visits)).model_copy(update={"recompute": tuple(sorted(again))})
+    return draw(candidates(parts.visits)).model_copy(update={"recompute": draw(recomputed(parts))})
 
 
 @thorough
@@ -222,17 +228,22 @@ def test_activations_by_the_action_list(measured: Profile, data: st.DataObject) 
     parts = measured.partition
     until = used_up_after(parts.visits, parts.backward)
     again = set(candidate.recompute)
+    block_of = {layer: set(block.layers) for block in parts.blocks for layer in block.layers}
     held = [one.input_bytes if one.layer in again else one.kept_bytes for one in measured.visits]
     anew = [max(0, one.kept_bytes - one.input_bytes) if one.layer in again else 0 for one in measured.visits]
     now = peak = backward = forward = 0
+    there: set[int] = set()
     for action in lower_training(candidate, parts).actions:
         if action.kind is Kind.FORWARD:
             now += held[forward]
             forward += 1
         elif action.kind is Kind.BACKWARD:
             mine = [visit for visit, last in enumerate(until) if last == backward]
-            peak = max(peak, now + sum(anew[visit] for visit in mine))
+            with_it = {one for visit in mine for one in block_of.get(parts.visits[visit], ())}
+            there |= {visit for visit, layer in enumerate(parts.visits) if visit in mine or layer in with_it}
+            peak = max(peak, now + sum(anew[visit] for visit in there))
             now -= sum(held[visit] for visit in mine)
+            there -= set(mine)
             backward += 1
         peak = max(peak, now)
     assert TrainingMemory(measured).activation_bytes(candidate.recompute) == peak
@@ -276,6 +287,21 @@ def test_gradients_as_the_executor_lets_them_go(measured: Profile, data: st.Data
 )
 def test_what_uses_activations_up(visits: tuple[int, ...], backward: tuple[int, ...], expected: list[int]) -> None:
     assert used_up_after(visits, backward) == expected
+
+
+def test_a_block_by_hand() -> None:
+    """Its inputs are kept, all of it is there again from its first backward visit, and one more pass of it is made."""
+    block = Block(path="block", layers=(0, 1, 2))
+    found = with_blocks(SMALL, (block,))
+    visits = tuple(visit.model_copy(update={"input_bytes": 4 if visit.layer == 0 else 0}) for visit in found.visits)
+    found = found.model_copy(update={"visits": visits})
+    (kept, again) = predict(found, [Candidate(k=1, k_prime=1), Candidate(k=1, k_prime=1, recompute=(0, 1, 2))])
+    # 5 resident, 7 workspace, an arena of 10; 4 of inputs and 16 + 20 + 20 beyond them, with 10 of gradients.
+    assert (kept.peak_bytes, again.peak_bytes) == (5 + 7 + 10 + 60 + 10, 5 + 7 + 10 + 60 + 10)
+    # As kept until 6; loads 0: 6-7, again 7-8; 1: 8-9, 9-10; 2: 10-11, again and backward 11-14; as kept from there.
+    assert (kept.latency_s, again.latency_s) == (15, 15 + 3 + 3)
+    assert (kept.moved_bytes, again.moved_bytes) == (50, 80)
+    assert freed_bytes(found) == {(0, 1, 2): 56}
 
 
 def test_what_is_computed_again_is_not_slower_compute() -> None:

@@ -82,6 +82,7 @@ def test_prediction_and_execution_are_the_same_numbers(plan: str, apply: Apply) 
     costs = Costs(
         before_s=[0.0] * 7,
         forward_s=[FORWARD_S[number % 3] for number in range(7)],
+        backward=parts.backward,
         before_backward_s=[LOSS_S, *[0.0] * 6],
         recompute_s=[FORWARD_S[number % 3] for number in reversed(range(7))],
         backward_s=[BACKWARD_S[number % 3] for number in reversed(range(7))],
