@@ -75,7 +75,7 @@ def test_what_a_block_keeps_is_freed(residents: int, profiled: autosp.Profile) -
     freed = 16 * INPUT_BYTES * (BLOCKS - 1)  # the last one's are there again at once
     predicted = predict(profiled, [kept[1], again[1]])
     assert predicted[0].peak_bytes - predicted[1].peak_bytes == pytest.approx(freed, rel=0.02)  # and a gradient more
-    assert kept[0] - again[0] == pytest.approx(freed, rel=0.1)
+    assert kept[0] - again[0] == pytest.approx(freed, rel=0.25)  # two peaks, with the noise of two heaps
 
 
 def test_the_tuner_computes_blocks_again_where_that_fits(profiled: autosp.Profile) -> None:
