@@ -203,7 +203,7 @@ class _ActivationObserver(MemoryObserver):
         self._saved: list[Storages] = []
         self._inputs: list[Storages] = []
         self._open: list[Storages] = [{}]
-        """What was saved since the last visit, then one of the block and one of each visit under way: the last takes."""
+        """What was saved since the last visit, then in the block, then in each visit under way: see the last."""
         self._hooks: list[saved_tensors_hooks] = []
         self._block: Storages | None = None
         """Inside a block: its inputs."""

@@ -40,7 +40,7 @@ def recompute_choices(profile: Profile, budget_bytes: int) -> list[tuple[int, ..
 
 
 def filled(profile: Profile, budget_bytes: int) -> Iterator[Candidate]:
-    """For each ring and choice, resident sets that use up the budget. What is resident is only computed again in a block."""
+    """For each ring and choice, resident sets that use up the budget. Residents are computed again in blocks only."""
     memory = TrainingMemory(profile)
     of = Pass.of(profile)
     in_blocks = _in_blocks(profile)
