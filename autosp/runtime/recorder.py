@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from autosp.devices import Copied, CopyTimes, Device, Stamp
 from autosp.schedule.actions import Action, Kind
@@ -41,8 +41,7 @@ class VisitTimes:
     compute_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
+class Load(NamedTuple):
     """One transfer, to `offset` of the arena, and the groups that it overwrote."""
 
     layers: tuple[int, ...]
@@ -51,8 +50,7 @@ class Load:
     evicted: tuple[tuple[int, ...], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Read:
+class Read(NamedTuple):
     """One read from disk, to `offset` of the staging ring."""
 
     layers: tuple[int, ...]
@@ -61,8 +59,7 @@ class Read:
     times: CopyTimes
 
 
-@dataclass(frozen=True, slots=True)
-class Update:
+class Update(NamedTuple):
     """One layer's update on the host."""
 
     layer: int
@@ -87,20 +84,21 @@ class Recorder:
 
     def __init__(self, device: Device) -> None:
         self._device = device
+        self._stamp = device.stamp
         self._passes: deque[Pass] = deque(maxlen=KEPT_PASSES)
         self._now: Pass | None = None
         self._open: list[Visit] = []
 
     def begin_pass(self) -> None:
         """The outermost call starts."""
-        self._now = Pass(self._device.stamp())
+        self._now = Pass(self._stamp())
         self._open.clear()
 
     def end_pass(self) -> None:
         """The outermost call returned, or its backward; what was dropped does not end."""
         if self._now is None:
             return
-        self._now.end = self._device.stamp()
+        self._now.end = self._stamp()
         self._passes.append(self._now)
         self._now = None
 
@@ -110,20 +108,20 @@ class Recorder:
 
     def arrive(self, layer: int, kind: Kind = Kind.FORWARD) -> None:
         """A layer is called, or its backward begins; nothing was waited for yet."""
-        self._open.append(Visit(kind, layer, self._device.stamp()))
+        self._open.append(Visit(kind, layer, self._stamp()))
 
     def start(self) -> None:
         """Its weights are there."""
-        self._open[-1].start = self._device.stamp()
+        self._open[-1].start = self._stamp()
 
     def recomputed(self) -> None:
         """Its activations are there again."""
-        self._open[-1].recomputed = self._device.stamp()
+        self._open[-1].recomputed = self._stamp()
 
     def finish(self) -> None:
         """Its forward returned, or its backward is over."""
         visit = self._open.pop()
-        visit.finish = self._device.stamp()
+        visit.finish = self._stamp()
         if self._now is not None:
             self._now.visits.append(visit)
 

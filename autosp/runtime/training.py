@@ -84,7 +84,7 @@ class TrainingExecutor(Executor):
         """From the schedule's beginning, whatever came before."""
         self._abandon_backward()
         self.loader.updates.give_back()
-        with self.loader.updates.inside():
+        with self.loader.updates.inside:
             self._gradients.watch()
             if self._updated:
                 groups = self.loader.groups.values()
@@ -134,7 +134,7 @@ class TrainingExecutor(Executor):
         self, layer: StreamedLayer, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """One call of a layer: in a forward, or where a checkpoint around it computes its activations again."""
-        index = layer.layer.index
+        index = layer.index
         if _task() is None:
             self._leave()  # of a group's microbatch that went backward before
         if not torch.is_grad_enabled():
@@ -165,7 +165,7 @@ class TrainingExecutor(Executor):
 
         if _task() is None:
             return super().visit(layer, watched, args, kwargs)
-        index = layer.layer.index
+        index = layer.index
         begins = self._arrive(index)
         group = self.loader.acquire(layer)
         try:

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -109,6 +108,19 @@ def _is_unhooked(step: Any) -> bool:
     return not getattr(step, "hooked", False)
 
 
+class _Inside:
+    """Within, what is done to guarded parameters does not touch their data, nor their gradients'."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+
+    def __enter__(self) -> None:
+        self.depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.depth -= 1
+
+
 class Updates:
     """Those of one model. Nothing is ever under way unless an optimizer is watched."""
 
@@ -122,7 +134,7 @@ class Updates:
         """Layer -> its update, in their order."""
         self._aside: list[tuple[nn.Parameter, torch.Tensor]] = []
         """Gradients that `step()` must not see."""
-        self._inside = False
+        self.inside = _Inside()
         self._class = guarded(self._before_use)
         self._hooks: list[Any] = []
         self._before: Any = None
@@ -167,15 +179,6 @@ class Updates:
             failure.told = True
             raise failure.error
 
-    @contextmanager
-    def inside(self) -> Iterator[None]:
-        """What is done to guarded parameters here does not touch their data, nor their gradients'."""
-        before, self._inside = self._inside, True
-        try:
-            yield
-        finally:
-            self._inside = before
-
     # -- what the user asks ---------------------------------------------------------------------------------------
 
     def settle(self) -> None:
@@ -216,7 +219,7 @@ class Updates:
             self._layer_of, self._optimizer = {}, None
 
     def _before_use(self) -> None:
-        if not self._inside:
+        if not self.inside.depth:
             self.settle()
 
     # -- around the user's step -----------------------------------------------------------------------------------
@@ -305,7 +308,7 @@ class _ZeroGrad:
         if not set_to_none:
             self._own(set_to_none=False)
             return
-        with self._updates.inside():
+        with self._updates.inside:
             self._own(set_to_none=True)
 
     def remove(self) -> None:
