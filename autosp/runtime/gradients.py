@@ -27,6 +27,7 @@ from autosp.partition import BoundLayer
 from autosp.partition.placed import tensors_of
 from autosp.partition.tensors import EXTENT_ALIGNMENT, align
 from autosp.runtime.loader import Counters
+from autosp.runtime.recorder import Recorder
 
 
 @dataclass(eq=False)
@@ -80,6 +81,7 @@ class Gradients:
         self._layers = layers
         self._device = device
         self._counters = Counters()
+        self._recorder = Recorder(device)
         self._on_gradient: Callable[[], None] = lambda: None
         self._known: dict[int, _Gradient] = {}
         self._calls: Counter[tuple[int | None, int]] = Counter()
@@ -92,9 +94,9 @@ class Gradients:
         self._staging: list[torch.Tensor] = []
         self._find()
 
-    def connect(self, counters: Counters, on_gradient: Callable[[], None]) -> None:
+    def connect(self, counters: Counters, recorder: Recorder, on_gradient: Callable[[], None]) -> None:
         """`on_gradient` is called before anything is done with one."""
-        self._counters, self._on_gradient = counters, on_gradient
+        self._counters, self._recorder, self._on_gradient = counters, recorder, on_gradient
 
     def watch(self) -> None:
         """Before a pass: hooks on every parameter that requires a gradient."""
@@ -236,16 +238,17 @@ class Gradients:
         elif aside is None:
             target = gradient.target(value)
             parameter.grad = target
-            self._send(value, target, None)
+            self._send(gradient, value, target, None)
         else:
             parameter.grad = aside
-            self._send(value, self._staged(value), aside)
+            self._send(gradient, value, self._staged(value), aside)
 
-    def _send(self, value: torch.Tensor, target: torch.Tensor, total: torch.Tensor | None) -> None:
+    def _send(self, gradient: _Gradient, value: torch.Tensor, target: torch.Tensor, total: torch.Tensor | None) -> None:
         most = self._most_in_flight - value.numel() * value.element_size()  # a layer's with this one
         while self._leaving and (self._device.finished(self._leaving[0].copied) or self._in_flight() > most):
             self._settle_oldest()
         copied = self._device.send(_bytes_of(value), _bytes_of(target), self._device.record())
+        self._recorder.sent(gradient.layer, gradient.begin, copied)
         self._leaving.append(_Leaving(copied, value, target, total))
         self._counters.gradient_bytes += value.numel() * value.element_size()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, NamedTuple
@@ -59,6 +60,14 @@ class Read(NamedTuple):
     times: CopyTimes
 
 
+class Sent(NamedTuple):
+    """One gradient that left the device, and its place among those of its layer."""
+
+    layer: int
+    place: int
+    times: CopyTimes
+
+
 class Update(NamedTuple):
     """One layer's update on the host."""
 
@@ -75,6 +84,7 @@ class Pass:
     visits: list[Visit] = field(default_factory=list)
     loads: list[Load] = field(default_factory=list)
     reads: list[Read] = field(default_factory=list)
+    gradients: list[Sent] = field(default_factory=list)
     updates: list[Update] = field(default_factory=list)
     """By the step before it."""
 
@@ -136,6 +146,11 @@ class Recorder:
         """A read was issued."""
         if self._now is not None:
             self._now.reads.append(Read(layers, offset, n_bytes, read.times))
+
+    def sent(self, layer: int, place: int, copied: Copied) -> None:
+        """A gradient leaves."""
+        if self._now is not None:
+            self._now.gradients.append(Sent(layer, place, copied.times))
 
     def updated(self, layer: int, updated: Copied) -> None:
         """An update is over, which may have begun before the pass."""
@@ -238,6 +253,8 @@ class Recorder:
                 begin, end = at(load.times.began), at(load.times.ended)
                 spans += (Span(action(Kind.EVICT, gone), period, begin, begin) for gone in load.evicted)
                 spans.append(Span(action(Kind.LOAD, load.layers, load.offset), period, begin, end))
+            for layer, first, last in _by_layer(one.gradients):
+                spans.append(Span(action(Kind.GRADIENTS, (layer,)), period, at(first.began), at(last.ended)))
             for update in one.updates:
                 begin, end = max(0.0, at(update.times.began)), max(0.0, at(update.times.ended))
                 spans.append(Span(action(Kind.STEP, (update.layer,)), period, begin, end))
@@ -249,3 +266,16 @@ class Recorder:
                     arrive = start = at(visit.recomputed)
                 spans.append(Span(action(visit.kind, (visit.layer,)), period, start, finish, start - arrive))
         return Timeline(tuple(spans), tuple(at(one.end) for one in self._passes))
+
+
+def _by_layer(gradients: Sequence[Sent]) -> list[tuple[int, CopyTimes, CopyTimes]]:
+    """Layers whose gradients left one after another, with the first and the last; one that comes again begins anew."""
+    runs: list[list[Sent]] = []
+    places: set[int] = set()
+    for one in gradients:
+        if not runs or runs[-1][0].layer != one.layer or one.place in places:
+            runs.append([])
+            places.clear()
+        runs[-1].append(one)
+        places.add(one.place)
+    return [(run[0].layer, run[0].times, run[-1].times) for run in runs]

@@ -48,7 +48,7 @@ class TrainingExecutor(Executor):
             settle_heap(TRAINING_CHUNK_BYTES)
         self._recomputed = schedule.recomputed
         self._gradients = gradients
-        self._gradients.connect(self.counters, self._enter_backward)
+        self._gradients.connect(self.counters, self.recorder, self._enter_backward)
         self._saved = SavedTensors(self.loader, self._needed)
         self._tasks: set[int] = set()
         """Backward passes under way, the innermost last; one that raised is still among them."""
