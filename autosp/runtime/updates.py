@@ -17,7 +17,8 @@ import inspect
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, wraps
+from types import MethodType
 from typing import Any
 
 import torch
@@ -138,7 +139,7 @@ class Updates:
         self._class = guarded(self._before_use)
         self._hooks: list[Any] = []
         self._before: Any = None
-        self._methods: list[_ZeroGrad] = []
+        self._methods: list[_ZeroGrad | _Step] = []
 
     def watch(self, optimizer: Optimizer, model: nn.Module, layers: Sequence[BoundLayer], order: Sequence[int]) -> None:
         """Update these streamed layers beside passes, in that order. `check_optimizer` has no objections."""
@@ -154,7 +155,7 @@ class Updates:
         loading = optimizer.register_load_state_dict_pre_hook(lambda *_: self.settle())
         self._hooks = [after, saving, loading]
         self._before = optimizer.register_step_pre_hook(self._take)
-        self._methods = [_ZeroGrad(one, self) for one in (optimizer, model)]
+        self._methods = [*(_ZeroGrad(one, self) for one in (optimizer, model)), _Step(optimizer, self)]
 
     # -- what a pass asks -----------------------------------------------------------------------------------------
 
@@ -292,6 +293,32 @@ def _alone(optimizer: Optimizer) -> Optimizer:
     alone.__dict__.update(optimizer.__dict__)
     alone.param_groups, alone.state = [], defaultdict(dict)
     return alone
+
+
+class _Step:
+    """An optimizer's `step`, which leaves gradients where they were if it raises."""
+
+    def __init__(self, optimizer: Optimizer, updates: Updates) -> None:
+        own = optimizer.step
+        self._attributes = optimizer.__dict__
+        self._before = {"step": own} if "step" in self._attributes else {}  # a scheduler's wrapper, say
+
+        @wraps(own)
+        def step(_: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return own(*args, **kwargs)
+            except BaseException:
+                updates.give_back()
+                raise
+
+        self._method = MethodType(step, optimizer)  # whose function schedulers look for
+        self._attributes["step"] = self._method
+
+    def remove(self) -> None:
+        """Give the optimizer its own back; where somebody's wrapper is around this one, it stays, and does nothing."""
+        if self._attributes.get("step") is self._method:
+            del self._attributes["step"]
+            self._attributes |= self._before
 
 
 class _ZeroGrad:
