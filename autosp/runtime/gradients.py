@@ -28,6 +28,7 @@ from autosp.partition.placed import tensors_of
 from autosp.partition.tensors import EXTENT_ALIGNMENT, align
 from autosp.runtime.loader import Counters
 from autosp.runtime.recorder import Recorder
+from autosp.tiers.host import check_free
 
 
 @dataclass(eq=False)
@@ -77,7 +78,10 @@ class Gradients:
     """Those of one model's streamed parameters. Host memory for them is taken, and pinned, once."""
 
     def __init__(self, layers: Sequence[BoundLayer], device: Device) -> None:
-        """Of the parameters that require one now; of others when they do."""
+        """Of the parameters that require one now; of others when they do.
+
+        Raises: HostMemoryError if RAM has no room for them.
+        """
         self._layers = layers
         self._device = device
         self._counters = Counters()
@@ -167,12 +171,11 @@ class Gradients:
         self._layers = ()
 
     def _find(self) -> None:
-        for layer in self._layers:
-            found = [named.tensor for named in tensors_of(layer.placed) if isinstance(named.tensor, nn.Parameter)]
-            new = [one for one in found if one.requires_grad and id(one) not in self._known]
-            if not new:
-                continue
-            sizes = [align(one.numel() * one.element_size(), EXTENT_ALIGNMENT) for one in new]
+        found = [(layer, new) for layer in self._layers if (new := self._new_in(layer))]
+        if found:
+            self._check_room([_aligned_bytes(one) for _, new in found for one in new])
+        for layer, new in found:
+            sizes = [_aligned_bytes(one) for one in new]
             memory = self._take(sum(sizes))
             for position, parameter in enumerate(new):
                 begin = sum(sizes[:position])
@@ -180,6 +183,20 @@ class Gradients:
             self._most_in_flight = max(self._most_in_flight, sum(sizes))
             if not self._staging or max(sizes) > self._staging[0].numel():
                 self._staging = [self._take(max(sizes)) for _ in range(2)]
+
+    def _new_in(self, layer: BoundLayer) -> list[nn.Parameter]:
+        found = [named.tensor for named in tensors_of(layer.placed) if isinstance(named.tensor, nn.Parameter)]
+        return [one for one in found if one.requires_grad and id(one) not in self._known]
+
+    def _check_room(self, sizes: Sequence[int]) -> None:
+        """Before any is taken. Raises: HostMemoryError."""
+        largest = max(sizes, default=0)
+        staging = 2 * largest if not self._staging or largest > self._staging[0].numel() else 0
+        check_free(
+            sum(sizes) + staging,
+            f"room for the gradients of {len(sizes)} streamed parameters",
+            "close other programs, train fewer parameters, or keep more layers on the device",
+        )
 
     def _take(self, n_bytes: int) -> torch.Tensor:
         memory = anonymous(n_bytes)
@@ -283,6 +300,10 @@ def follow(parameters: Iterable[nn.Parameter]) -> None:
         if value is not None and value.device != parameter.device:
             parameter.grad = None
             parameter.grad = value.to(parameter.device)
+
+
+def _aligned_bytes(parameter: nn.Parameter) -> int:
+    return align(parameter.numel() * parameter.element_size(), EXTENT_ALIGNMENT)
 
 
 def _is_plain(value: torch.Tensor, parameter: nn.Parameter) -> bool:
