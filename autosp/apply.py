@@ -47,7 +47,8 @@ def apply(model: M, plan: Plan, *, optimizer: Optimizer | None = None) -> Stream
 
     Raises: PlanMismatchError if the plan was made for another model, SettingError if its device is not here or the
     optimizer cannot be stepped layer by layer, DiskFullError or HostMemoryError if there is no room for the streamed
-    weights, ReadError if a file that weights are mapped from was truncated or replaced (the model is unchanged then).
+    weights, or in training for their gradients, ReadError if a file that weights are mapped from was truncated or
+    replaced (the model is unchanged then).
     """
     if not isinstance(plan, Plan):
         raise SettingError(f"plan is a {type(plan).__name__}; use autosp.tune, autosp.plan or Plan.load")

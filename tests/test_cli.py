@@ -366,6 +366,18 @@ def test_db_upgrade_tells_the_revisions_and_the_copy(shell: Path) -> None:
     assert "already at 0001" in autosp("db", "upgrade", "--storage", "old.db")
 
 
+def test_db_upgrade_makes_no_folder_of_a_mistyped_path(shell: Path) -> None:
+    said = autosp("db", "upgrade", "--storage", "studys/old.db", code=2)
+    assert f"there is no folder {shell / 'studys'} for the database {shell / 'studys' / 'old.db'}" in said
+    assert not (shell / "studys").exists()
+
+
+def test_db_upgrade_makes_the_folder_of_the_default_database(shell: Path, monkeypatch: Environment) -> None:
+    monkeypatch.setenv("AUTOSP_STORAGE", str(shell / "data" / "autosp.db"))
+    assert "no schema -> 0001" in autosp("db", "upgrade")
+    assert (shell / "data" / "autosp.db").is_file()
+
+
 def test_demo_passes_its_options_on(shell: Path, monkeypatch: Environment) -> None:
     calls: list[tuple[Any, ...]] = []
     monkeypatch.setattr("autosp.demo.run", lambda *arguments, **options: calls.append((arguments, options)))

@@ -205,13 +205,14 @@ class Executor:
     ) -> Any:
         """One call of a layer within a pass."""
         observer, recorder = self.observer, self.recorder
-        index = layer.layer.index
-        self.take_turn((Kind.FORWARD, index))
+        index = layer.index
+        visit = (Kind.FORWARD, index)
+        self.take_turn(visit)
         if observer is not None:
             observer.arrive(index, (args, kwargs))
         recorder.arrive(index)
         self.counters.visits += 1
-        position = self.cursor.advance((Kind.FORWARD, index))
+        position = self.cursor.advance(visit)
         group = self.loader.acquire(layer)
         try:
             recorder.start()

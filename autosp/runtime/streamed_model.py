@@ -171,7 +171,7 @@ class StreamedModel(Generic[M]):
         """
         if not isinstance(self._executor, TrainingExecutor):
             raise SettingError("the plan is for inference: make one with mode='training'")
-        with self._executor.loader.updates.inside():
+        with self._executor.loader.updates.inside:
             parameters = list(self.model.parameters())
         with gradients_kept(parameters), torch.enable_grad():
             return self.run_group(batches, partial(backward, step))
@@ -263,13 +263,13 @@ class StreamedModel(Generic[M]):
 
     def _intercept(self, moving: Sequence[Resting], recomputed: Sequence[Block]) -> None:
         """Streamed layers load themselves; whatever contains one begins a pass when it is called from outside."""
-        layers = {layer.layer.index: layer for layer in self._layers}
-        runs = {run.layer.index: run for run in self._runs}
+        layers = {layer.index: layer for layer in self._layers}
+        runs = {run.index: run for run in self._runs}
         around: dict[nn.Module, Around] = {}
         for piece in moving:
             module = piece.layers[0].module
             if piece.leaf is None:
-                around[module] = self._around_layer(layers[piece.layers[0].layer.index])
+                around[module] = partial(self._executor.run_layer, layers[piece.layers[0].layer.index])
             else:
                 its = [runs.get(one.layer.index) or ResidentRun(one, self._residents) for one in piece.layers]
                 self._cut.append(CutLeaf(piece.leaf, piece.layers, its, self._executor))
@@ -307,14 +307,6 @@ class StreamedModel(Generic[M]):
                 return executor.run_block(block, module, forward, args, kwargs)
 
             return self._around_pass(run, args, kwargs)
-
-        return around
-
-    def _around_layer(self, layer: StreamedLayer) -> Around:
-        run_layer = self._executor.run_layer
-
-        def around(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return run_layer(layer, forward, args, kwargs)
 
         return around
 

@@ -47,7 +47,7 @@ class TrainingExecutor(Executor):
         self._recomputed = schedule.recomputed.difference(*(block.layers for block in blocks))
         self._again = Recomputed()
         self._gradients = gradients
-        self._gradients.connect(self.counters, self._enter_backward)
+        self._gradients.connect(self.counters, self.recorder, self._enter_backward)
         self._saved = SavedTensors(self.loader, self._needed, self._again.beginning)
         self._tasks: set[int] = set()
         """Backward passes under way, the innermost last; one that raised is still among them."""
@@ -83,7 +83,7 @@ class TrainingExecutor(Executor):
         """From the schedule's beginning, whatever came before."""
         self._abandon_backward()
         self.loader.updates.give_back()
-        with self.loader.updates.inside():
+        with self.loader.updates.inside:
             self._gradients.watch()
             if self._updated:
                 groups = self.loader.groups.values()
@@ -133,7 +133,7 @@ class TrainingExecutor(Executor):
         self, layer: StreamedLayer, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """One call of a layer: in a forward, or where a checkpoint around it computes its activations again."""
-        index = layer.layer.index
+        index = layer.index
         if _task() is None:
             self._leave()  # of a group's microbatch that went backward before
         if not torch.is_grad_enabled():
@@ -184,7 +184,7 @@ class TrainingExecutor(Executor):
 
         if _task() is None:
             return super().visit(layer, watched, args, kwargs)
-        index = layer.layer.index
+        index = layer.index
         if self._again.before_last(index):
             return self._recompute(layer, watched, args, kwargs)
         begins = self._arrive(index)
@@ -202,7 +202,7 @@ class TrainingExecutor(Executor):
         self, layer: StreamedLayer, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """A visit of its own, in a block that is computed again."""
-        index = layer.layer.index
+        index = layer.index
         self._enter_backward()
         self._leave()
         self.take_turn((Kind.RECOMPUTE, index))

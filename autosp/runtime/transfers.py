@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from autosp.devices import Copied, Piece, Region
-from autosp.runtime.streamed_layer import StreamedLayer
+from autosp.runtime.streamed_layer import StreamedLayer, version_of
 from autosp.schedule.actions import COMPUTES, Action, Kind, Ref, Schedule
 from autosp.tiers import Store
 
@@ -58,20 +58,21 @@ class TransferGroup:
     """Of one read."""
     pieces: tuple[Piece, ...] = field(init=False)
     """What a load from staging copies."""
+    n_bytes: int = field(init=False)
+    """Of one load."""
+    tensors: tuple[torch.Tensor, ...] = field(init=False)
+    """Of its layers."""
 
     def __post_init__(self) -> None:
-        self.indices = tuple(layer.layer.index for layer in self.layers)
+        self.indices = tuple(layer.index for layer in self.layers)
         self.read_bytes = sum(layer.layer.read_bytes for layer in self.layers)
         self.pieces = _joined(self.layers)
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of one load."""
-        return self.end - self.begin
+        self.n_bytes = self.end - self.begin
+        self.tensors = tuple(tensor for layer in self.layers for tensor in layer.tensors)
 
     def version(self) -> int:
-        """Changes when its weights at rest are written to."""
-        return sum(layer.version() for layer in self.layers)
+        """Changes when its weights at rest are written to, in place and under autograd's eyes."""
+        return sum(map(version_of, self.tensors))
 
     def take_sample(self) -> None:
         """Of its weights at rest, for `written_since`."""
