@@ -16,12 +16,13 @@ class DeviceMemory:
     def __init__(self, profile: Profile) -> None:
         self._partition = profile.partition
         self._layer_bytes = [layer.n_bytes for layer in profile.partition.layers]
-        self._fixed_bytes = profile.partition.resident_bytes + profile.workspace_bytes
+        self._fixed_bytes = profile.partition.resident_bytes + profile.planned_workspace_bytes
 
     def peak_bytes(self, candidate: Candidate, arena_bytes: int) -> int:
         """Resident tensors and layers, the arena, and the workspace.
 
-        The workspace (activations, kernels' buffers, the allocator's own) was observed under the least-memory plan.
+        The workspace (activations, kernels' buffers, the allocator's own) was observed under the plans that the profile
+        was made from; with it comes how far such an observation scatters.
         """
         return self._fixed_bytes + sum(map(self._layer_bytes.__getitem__, candidate.residents)) + arena_bytes
 

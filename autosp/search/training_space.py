@@ -48,7 +48,7 @@ def filled(profile: Profile, budget_bytes: int) -> Iterator[Candidate]:
     memory = TrainingMemory(profile)
     of = Pass.of(profile)
     freed = freed_bytes(profile)
-    fixed = profile.partition.resident_bytes + profile.workspace_bytes
+    fixed = profile.partition.resident_bytes + profile.planned_workspace_bytes
     count = len(of.layers)
     for recompute in recompute_choices(profile, budget_bytes):
         kept = [freed[layer] if layer in recompute else 0 for layer in range(len(of.layer_bytes))]
