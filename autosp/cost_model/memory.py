@@ -30,8 +30,12 @@ class DeviceMemory:
         """Whether the candidate fits in the smallest arena that could hold its groups; found without placing them."""
         if self.peak_bytes(candidate, 0) > usable_bytes:
             return False
+        return self.peak_bytes(candidate, self.least_arena_bytes(candidate)) <= usable_bytes
+
+    def least_arena_bytes(self, candidate: Candidate) -> int:
+        """The smallest arena that could hold the candidate's groups; found without placing them."""
         sizes = [sum(map(self._layer_bytes.__getitem__, group)) for group in candidate.groups(self._partition.visits)]
-        return self.peak_bytes(candidate, arena_bytes(sizes, candidate.depth)) <= usable_bytes
+        return arena_bytes(sizes, candidate.depth)
 
 
 def host_bytes(profile: Profile, candidate: Candidate, staging_bytes: int) -> int:

@@ -19,8 +19,10 @@ from functools import lru_cache
 import numpy as np
 
 from autosp.cost_model.memory import DeviceMemory
-from autosp.schedule.arena import arena_bytes
 from autosp.spec import Candidate, Profile
+
+FEW = 64
+"""Sets of residents of which the gradients are remembered: neighbouring candidates often have the same."""
 
 
 def memory_of(profile: Profile) -> DeviceMemory | TrainingMemory:
@@ -41,6 +43,7 @@ class TrainingMemory:
         self._gradients = np.array([layer.gradient_bytes for layer in profile.partition.layers], np.int64)
         self._gradient_visits = self._last_backward_visits()
         self._curve = lru_cache(maxsize=None)(self._activations)
+        self._gradient_curve = lru_cache(maxsize=FEW)(self._gradients_of)
 
     def peak_bytes(self, candidate: Candidate, arena_bytes: int) -> int:
         """See the formula at this module's top."""
@@ -49,15 +52,15 @@ class TrainingMemory:
 
     def may_fit(self, candidate: Candidate, usable_bytes: int) -> bool:
         """Whether the candidate fits in the smallest arena that could hold its groups; found without placing them."""
-        layers = self._partition.layers
-        sizes = [sum(layers[one].n_bytes for one in group) for group in candidate.groups(self._partition.visits)]
-        return self.peak_bytes(candidate, arena_bytes(sizes, candidate.depth)) <= usable_bytes
+        if self.peak_bytes(candidate, 0) > usable_bytes:
+            return False
+        return self.peak_bytes(candidate, self._weights.least_arena_bytes(candidate)) <= usable_bytes
 
     def activation_bytes(self, recompute: tuple[int, ...]) -> int:
         """Activations at their peak."""
         return int(self._curve(recompute).max(initial=0))
 
-    def gradient_bytes(self, residents: Sequence[int] = ()) -> int:
+    def gradient_bytes(self, residents: tuple[int, ...] = ()) -> int:
         """Gradients at their peak: those of residents, and those under way."""
         return int(self._gradient_curve(residents).max(initial=0))
 
@@ -74,7 +77,7 @@ class TrainingMemory:
         np.add.at(anew, self._used_up, np.where(again, np.maximum(0, self._kept - self._inputs), 0))
         return np.concatenate([curve, during + anew[: len(backward)]])
 
-    def _gradient_curve(self, residents: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    def _gradients_of(self, residents: tuple[int, ...]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         """Bytes at the end of each visit. [F + B]"""
         forward, backward = len(self._partition.visits), len(self._partition.backward)
         curve = np.zeros(forward + backward, np.int64)

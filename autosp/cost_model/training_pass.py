@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from autosp.cost_model.simulate import Costs
-from autosp.cost_model.steady import Array, Flags, Indices, by_visit
+from autosp.cost_model.steady import Array, Flags, Indices
 from autosp.schedule.streaming import Ring
 from autosp.schedule.timeline import SEEN_STALL_S
 from autosp.schedule.training import held_up_by, leaving_after
@@ -31,33 +31,22 @@ class TrainingTraffic:
 
     def __init__(self, partition: Partition, pairs: Iterable[tuple[Candidate, Ring]]) -> None:
         n_visits = len(partition.visits) + len(partition.backward)
-        loads: list[list[int]] = []
-        afters: list[list[int]] = []
-        agains: list[list[int]] = []
-        sends: list[list[int]] = []
-        sent: list[list[int]] = []
-        holds: list[list[int]] = []
+        backward = np.array(partition.backward, np.intp)
+        loads: list[Indices] = []
+        agains: list[Indices] = []
+        returns: list[Indices] = []
+        returns_of: dict[tuple[int, ...], Indices] = {}
+        before: Ring | None = None
         for candidate, ring in pairs:
-            load_bytes, after, layers, gradients = [-1] * n_visits, [0] * n_visits, [0] * n_visits, [0] * n_visits
-            for transfer in ring.transfers:
-                load_bytes[transfer.before] = ring.groups[transfer.group].n_bytes
-                after[transfer.before] = transfer.after
-            leaving = leaving_after(candidate, partition)
-            for visit, mine in leaving.items():
-                layers[visit] = len(mine)
-                gradients[visit] = sum(partition.layers[layer].gradient_bytes for layer in mine)
-            held_up = held_up_by(leaving, partition)
-            holds.append([held_up.get(visit - 1, -1) for visit in range(n_visits)])
-            again = frozenset(candidate.recompute)
-            loads.append(load_bytes)
-            afters.append(after)
-            agains.append([int(layer in again) for layer in partition.backward])
-            sends.append(layers)
-            sent.append(gradients)
-        self._load_bytes, self._after = by_visit(loads, n_visits), by_visit(afters, n_visits)
-        self._again = by_visit(agains, len(partition.backward))
-        self._leaving, self._gradient_bytes = by_visit(sends, n_visits), by_visit(sent, n_visits)
-        self._held_up = by_visit(holds, n_visits)
+            loads.append(loads[-1] if ring is before else _loads(ring, n_visits))
+            before = ring
+            if candidate.residents not in returns_of:
+                returns_of[candidate.residents] = _returns(candidate, partition, n_visits)
+            returns.append(returns_of[candidate.residents])
+            agains.append(np.isin(backward, candidate.recompute).astype(np.intp))
+        self._load_bytes, self._after = _side_by_side(loads, (2, n_visits))
+        self._leaving, self._gradient_bytes, self._held_up = _side_by_side(returns, (3, n_visits))
+        self._again = _side_by_side(agains, backward.shape)
 
     def timed(self, costs: Costs) -> TrainingPass:
         """At the costs' latencies and bandwidths."""
@@ -74,6 +63,32 @@ class TrainingTraffic:
             self._leaving * costs.return_latency_s + self._gradient_bytes / costs.return_bytes_per_s,
             self._held_up,
         )
+
+
+def _loads(ring: Ring, n_visits: int) -> Indices:
+    """What a visit loads, -1: nothing; and the visit that frees the memory for it. [2, V]"""
+    found = np.stack([np.full(n_visits, -1, np.intp), np.zeros(n_visits, np.intp)])
+    if ring.transfers:
+        groups, after, before, _ = zip(*ring.transfers, strict=True)
+        found[:, before] = [[ring.groups[group].n_bytes for group in groups], after]
+    return found
+
+
+def _returns(candidate: Candidate, partition: Partition, n_visits: int) -> Indices:
+    """After a visit, how many gradients leave, and their bytes; and the visit whose must have left before it. [3, V]"""
+    found = np.zeros((3, n_visits), np.intp)
+    leaving = leaving_after(candidate, partition)
+    for visit, mine in leaving.items():
+        found[:2, visit] = len(mine), sum(partition.layers[layer].gradient_bytes for layer in mine)
+    found[2] = -1
+    for visit, other in held_up_by(leaving, partition).items():
+        found[2, visit + 1 : visit + 2] = other
+    return found
+
+
+def _side_by_side(columns: list[Indices], shape: tuple[int, ...]) -> Indices:
+    """Equal arrays of this shape, one per candidate, as one. [..., C]"""
+    return np.stack(columns, axis=-1) if columns else np.zeros((*shape, 0), np.intp)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from autosp.schedule.actions import Action, Kind, Ref, Schedule
-from autosp.schedule.streaming import Ring, build_ring, time_transfers
+from autosp.schedule.streaming import Ring, place_groups, time_transfers
 from autosp.spec import Candidate, Partition
 
 
@@ -37,9 +37,8 @@ def least_training(partition: Partition) -> Candidate:
 
 def training_ring(candidate: Candidate, partition: Partition) -> Ring:
     """Where streamed layers live, and when they move in a pass: its visits are those forward, then those backward."""
-    ring = build_ring(candidate, [layer.n_bytes for layer in partition.layers], partition.visits)
-    visits = (*partition.visits, *partition.backward)
-    return Ring(ring.groups, ring.arena_bytes, time_transfers(ring.groups, visits, walks=0))
+    groups, arena_bytes = place_groups(candidate, [layer.n_bytes for layer in partition.layers], partition.visits)
+    return Ring(groups, arena_bytes, time_transfers(groups, (*partition.visits, *partition.backward), walks=0))
 
 
 class _Lowering:

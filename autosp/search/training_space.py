@@ -71,9 +71,10 @@ def filled(profile: Profile, budget_bytes: int) -> Iterator[Candidate]:
 
 
 def recomputing(profile: Profile, candidates: Sequence[Candidate], budget_bytes: int) -> Iterator[Candidate]:
-    """Each candidate with every choice of what is computed again; and the least-memory plan."""
-    for recompute in recompute_choices(profile, budget_bytes):
-        for candidate in candidates:
+    """Each candidate, one after another, with every choice of what is computed again; and the least-memory plan."""
+    choices = recompute_choices(profile, budget_bytes)
+    for candidate in candidates:
+        for recompute in choices:
             streamed = tuple(layer for layer in recompute if layer not in candidate.residents)
             yield candidate.model_copy(update={"recompute": streamed})
     yield least_training(profile.partition)
