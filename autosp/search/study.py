@@ -18,7 +18,7 @@ from autosp.cost_model.calibrate import observations
 from autosp.search.finals import fastest, pooled, undecided
 from autosp.search.learned import Learned, Lessons
 from autosp.search.limits import Limits
-from autosp.search.sampler import PARAMETERS, CostModelSampler, running_keys
+from autosp.search.sampler import PARAMETERS, CostModelSampler, least_traffic, running_keys
 from autosp.search.space import Key, acceptable_bytes, all_resident, key_of, usable_bytes
 from autosp.search.validate import LEAST_PASSES
 from autosp.spec import Candidate, Measurement, Outcome, Prediction, Profile, Trial
@@ -87,7 +87,8 @@ def run_study(
     usable = usable_bytes(profile, budget_bytes)
     acceptable = acceptable_bytes(profile, budget_bytes)
     lessons = Lessons(profile, ranked)
-    sampler = CostModelSampler(ranked, usable, [*_baselines(profile, ranked), key_of(ranked[0].candidate)])
+    favourite = key_of(least_traffic(ranked).candidate)
+    sampler = CostModelSampler(ranked, usable, [*_baselines(profile, ranked), favourite])
     with repository.turn(name):
         study = optuna.create_study(study_name=name, storage=storage, sampler=sampler, load_if_exists=True)
         study.set_user_attr("autosp_fingerprint", repository.study_key(name).fingerprint)
