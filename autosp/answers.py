@@ -105,7 +105,7 @@ def draw_front(
     from autosp.search.space import all_resident, rank
 
     with_all = memory_of(profile).peak_bytes(all_resident(profile), arena_bytes=0)
-    whole = round(1.05 * max(with_all, profile.partition.total_bytes + profile.workspace_bytes))
+    whole = round(1.05 * max(with_all, profile.partition.total_bytes + profile.planned_workspace_bytes))
     budgets = {*budgets_bytes, max(*budgets_bytes, whole)}
     ranked = [rank(profile, budget_bytes, host_budget_bytes) for budget_bytes in budgets]
     predictions = {prediction.candidate: prediction for some in ranked for prediction in some}

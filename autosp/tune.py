@@ -12,6 +12,7 @@ from torch import nn
 
 from autosp.apart import import_apart
 from autosp.batch import Step
+from autosp.cost_model.calibrate import observations
 from autosp.cost_model.floor import floor_s
 from autosp.cost_model.reading import measured_reading, planned_reading
 from autosp.devices import Device, choose_device
@@ -221,6 +222,8 @@ class _Found:
     """Open, unless trials are isolated and the profile was stored: it would be in their way."""
     output: Any
     """Of the pass that showed the layers; None in training."""
+    stored: bool
+    """Whether the profile was in the database before."""
 
 
 @dataclass(frozen=True)
@@ -253,12 +256,12 @@ class _Study:
         known = stored or known_profile(repository, self.key, parts, host_bytes)
         budgets = self.key.budget_bytes, host_bytes
         if known is not None and self.search.isolation is not None:
-            return _Found(known, budgets, None, output)
+            return _Found(known, budgets, None, output, stored=True)
         bench = Bench(workload.model, parts, device, settings().cache_dir, host_bytes, workload.mode)
         self.opened.enter_context(bench)
         profile = known or measure(bench, workload, self.show, self.key.budget_bytes)
         bench.readers.use(measured_reading(profile))
-        return _Found(profile, budgets, bench, output)
+        return _Found(profile, budgets, bench, output, stored=known is not None)
 
     def validated(self, found: _Found, ranked: Sequence[Prediction]) -> Validate:
         """What measures a candidate: in this process, or, isolated, in another."""
@@ -282,6 +285,7 @@ class _Study:
 
         repository, budget_bytes = self.search.repository, found.budgets[0]
         known = known_measurements(repository, self.name, found.profile, budget_bytes)
+        observed = [trial.measurement for trial in observations(found.profile)] if found.stored else []
         return run_study(
             repository,
             self.name,
@@ -293,6 +297,7 @@ class _Study:
             progress=self.show,
             hold_device=self.hold_device,
             repeat=validated,
+            stored=[*observed, *known.values()],
         )
 
 

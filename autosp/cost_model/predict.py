@@ -53,8 +53,18 @@ def predict(profile: Profile, candidates: Sequence[Candidate]) -> list[Predictio
 
 
 def with_rings(profile: Profile, candidates: Iterable[Candidate]) -> Iterator[Pair]:
-    """Each candidate with its ring, built when it is asked for."""
-    return ((candidate, ring_for(profile.mode, candidate, profile.partition)) for candidate in candidates)
+    """Each candidate with its ring, built when it is asked for.
+
+    Neighbours that differ in nothing but the layers that they compute again in their backward visits have one ring,
+    which is built once; a block that is computed again is visited, and loaded, once more.
+    """
+    found: tuple[Candidate, Ring] | None = None
+    in_blocks = {layer for block in profile.partition.blocks for layer in block.layers}
+    for candidate in candidates:
+        loads_as = candidate.model_copy(update={"recompute": tuple(in_blocks.intersection(candidate.recompute))})
+        if found is None or found[0] != loads_as:
+            found = loads_as, ring_for(profile.mode, candidate, profile.partition)
+        yield candidate, found[1]
 
 
 def predict_rings(profile: Profile, pairs: Iterable[Pair]) -> list[Prediction]:
@@ -69,25 +79,17 @@ class Predictor:
     """
 
     def __init__(self, profile: Profile, pairs: Iterable[Pair]) -> None:
-        partition = profile.partition
-        repeats = partition.repeats
         memory = memory_of(profile)
         self._figures: list[dict[str, Any]] = []
 
         def noted() -> Iterator[Pair]:
+            before: Ring | None = None
+            traffic: dict[str, int] = {}
             for candidate, ring in pairs:
-                moved = sum(ring.groups[transfer.group].n_bytes for transfer in ring.transfers)
-                read = sum(ring.staging.group_bytes[read.group] for read in ring.staging.reads)
-                host = host_bytes(profile, candidate, ring.staging.n_bytes)
-                self._figures.append(
-                    {
-                        "candidate": candidate,
-                        "moved_bytes": moved * repeats,
-                        "peak_bytes": memory.peak_bytes(candidate, ring.arena_bytes),
-                        "read_bytes": read * repeats,
-                        "host_bytes": host + _gradients_at_rest(profile, candidate),
-                    }
-                )
+                if ring is not before:
+                    before, traffic = ring, _bytes_of(profile, candidate, ring)
+                peak_bytes = memory.peak_bytes(candidate, ring.arena_bytes)
+                self._figures.append({"candidate": candidate, "peak_bytes": peak_bytes, **traffic})
                 yield candidate, ring
 
         self._traffic = _traffic(profile, noted())
@@ -100,6 +102,15 @@ class Predictor:
             Prediction(latency_s=float(period_s) * repeats, stall_s=float(stall_s) * repeats, **figures)
             for figures, period_s, stall_s in zip(self._figures, periods.period_s, periods.stall_s, strict=True)
         ]
+
+
+def _bytes_of(profile: Profile, candidate: Candidate, ring: Ring) -> dict[str, int]:
+    """What a pass moves and reads, and what rests on the host: the same for all candidates of one ring."""
+    moved = sum(ring.groups[transfer.group].n_bytes for transfer in ring.transfers)
+    read = sum(ring.staging.group_bytes[read.group] for read in ring.staging.reads)
+    host = host_bytes(profile, candidate, ring.staging.n_bytes) + _gradients_at_rest(profile, candidate)
+    repeats = profile.partition.repeats
+    return {"moved_bytes": moved * repeats, "read_bytes": read * repeats, "host_bytes": host}
 
 
 def _gradients_at_rest(profile: Profile, candidate: Candidate) -> int:

@@ -21,7 +21,6 @@ from functools import lru_cache
 import numpy as np
 
 from autosp.cost_model.memory import DeviceMemory
-from autosp.schedule.arena import arena_bytes
 from autosp.spec import Candidate, Profile
 
 CURVES = 512
@@ -56,9 +55,9 @@ class TrainingMemory:
 
     def may_fit(self, candidate: Candidate, usable_bytes: int) -> bool:
         """Whether the candidate fits in the smallest arena that could hold its groups; found without placing them."""
-        layers = self._partition.layers
-        sizes = [sum(layers[one].n_bytes for one in group) for group in candidate.groups(self._partition.visits)]
-        return self.peak_bytes(candidate, arena_bytes(sizes, candidate.depth)) <= usable_bytes
+        if self.peak_bytes(candidate, 0) > usable_bytes:
+            return False
+        return self.peak_bytes(candidate, self._weights.least_arena_bytes(candidate)) <= usable_bytes
 
     def moving_bytes(self, recompute: tuple[int, ...], residents: tuple[int, ...] = ()) -> int:
         """Activations and gradients at the peak of both together."""

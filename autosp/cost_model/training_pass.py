@@ -14,13 +14,13 @@ memory of the j-th copy, h(i) is what must have left for the gradients before i 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from autosp.cost_model.simulate import Costs
-from autosp.cost_model.steady import Array, Flags, Indices, by_visit
+from autosp.cost_model.steady import Array, Flags, Indices
 from autosp.schedule.actions import Kind
 from autosp.schedule.streaming import Ring
 from autosp.schedule.timeline import SEEN_STALL_S
@@ -35,35 +35,28 @@ class TrainingTraffic:
         everything = tuple(set(partition.backward))
         self._visits = visits = visits_of(Candidate(k=1, k_prime=1, recompute=everything), partition)
         n_visits = len(visits)
-        loads: list[list[int]] = []
-        afters: list[list[int]] = []
-        agains: list[list[int]] = []
-        sends: list[list[int]] = []
-        sent: list[list[int]] = []
-        holds: list[list[int]] = []
+        layer_of = np.array([visit.layer for visit in visits], np.intp)
+        in_every_pass = np.array([visit.kind is not Kind.RECOMPUTE for visit in visits], bool)
+        can_compute_again = np.array([computes_again(visit) for visit in visits], bool)
+        loads: list[Indices] = []
+        agains: list[Indices] = []
+        returns: list[Indices] = []
+        returns_of: dict[tuple[int, ...], Indices] = {}
+        before: Ring | None = None
         for candidate, ring in pairs:
-            again = frozenset(candidate.recompute)
-            made = [row for row, visit in enumerate(visits) if visit.kind is not Kind.RECOMPUTE or visit.layer in again]
-            load_bytes, after, layers, gradients = [-1] * n_visits, [0] * n_visits, [0] * n_visits, [0] * n_visits
-            for transfer in ring.transfers:
-                row = made[transfer.before]
-                load_bytes[row] = ring.groups[transfer.group].n_bytes
-                after[row] = made[transfer.after] if transfer.after >= 0 else -1
-            leaving = leaving_after(candidate, partition, visits)
-            for visit, mine in leaving.items():
-                layers[visit] = len(mine)
-                gradients[visit] = sum(partition.layers[layer].gradient_bytes for layer in mine)
-            held_up = held_up_by(leaving, partition)
-            holds.append([held_up.get(visit - 1, -1) for visit in range(n_visits)])
-            loads.append(load_bytes)
-            afters.append(after)
-            agains.append([int(visit.layer in again and computes_again(visit)) for visit in visits])
-            sends.append(layers)
-            sent.append(gradients)
-        self._load_bytes, self._after = by_visit(loads, n_visits), by_visit(afters, n_visits)
-        self._again = by_visit(agains, n_visits)
-        self._leaving, self._gradient_bytes = by_visit(sends, n_visits), by_visit(sent, n_visits)
-        self._held_up = by_visit(holds, n_visits)
+            again = np.isin(layer_of, candidate.recompute)
+            if ring is not before:
+                loads.append(_loads(ring, np.flatnonzero(in_every_pass | again), n_visits))
+            else:
+                loads.append(loads[-1])
+            before = ring
+            if candidate.residents not in returns_of:
+                returns_of[candidate.residents] = _returns(candidate, partition, visits)
+            returns.append(returns_of[candidate.residents])
+            agains.append((can_compute_again & again).astype(np.intp))
+        self._load_bytes, self._after = _side_by_side(loads, (2, n_visits))
+        self._leaving, self._gradient_bytes, self._held_up = _side_by_side(returns, (3, n_visits))
+        self._again = _side_by_side(agains, (n_visits,))
 
     def timed(self, costs: Costs) -> TrainingPass:
         """At the costs' latencies and bandwidths."""
@@ -105,6 +98,38 @@ class TrainingTraffic:
 def computes_again(visit: Visit) -> bool:
     """Whether the layer's activations are computed in this visit, where they are computed again."""
     return visit.again or visit.kind is Kind.RECOMPUTE
+
+
+def _loads(ring: Ring, made: Indices, n_visits: int) -> Indices:
+    """What a visit loads, -1: nothing; and the visit that frees the memory for it. [2, V]
+
+    `made`: which of all visits the ring's are.
+    """
+    found = np.stack([np.full(n_visits, -1, np.intp), np.zeros(n_visits, np.intp)])
+    if ring.transfers:
+        groups, afters, before, _ = zip(*ring.transfers, strict=True)
+        after = np.array(afters, np.intp)
+        at = made[list(before)]
+        found[0, at] = [ring.groups[group].n_bytes for group in groups]
+        found[1, at] = np.where(after >= 0, made[after], -1)
+    return found
+
+
+def _returns(candidate: Candidate, partition: Partition, visits: Sequence[Visit]) -> Indices:
+    """After a visit, how many gradients leave, and their bytes; and the visit whose must have left before it. [3, V]"""
+    found = np.zeros((3, len(visits)), np.intp)
+    leaving = leaving_after(candidate, partition, visits)
+    for visit, mine in leaving.items():
+        found[:2, visit] = len(mine), sum(partition.layers[layer].gradient_bytes for layer in mine)
+    found[2] = -1
+    for visit, other in held_up_by(leaving, partition).items():
+        found[2, visit + 1 : visit + 2] = other
+    return found
+
+
+def _side_by_side(columns: list[Indices], shape: tuple[int, ...]) -> Indices:
+    """Equal arrays of this shape, one per candidate, as one. [..., C]"""
+    return np.stack(columns, axis=-1) if columns else np.zeros((*shape, 0), np.intp)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,11 @@ applied, activations are laid into the holes: each into the one that fits best, 
 through all of them, and every page that they touch stays. Of live activations of 1.8 MB a hole of 28 MB was seen to
 make 10 MB; in a process without such holes they made 2.5 MB. And where small holes are resident, a pass takes memory
 that no peak shows. So while a peak is measured no hole may be used: see `Plugs`.
+
+What a pass itself leaves scattered stays so. For its alignment torch asks for a little more than it needs; what is cut
+off goes to the thread's cache (tcache), and while it is there a freed activation does not join its neighbours, and is
+too small for one of its own size. A pass with 14 MB alive took 15 to 33 MB, plan by plan and run by run; in a process
+started with GLIBC_TUNABLES=glibc.malloc.tcache_count=0 it took 16 to 19 MB.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from autosp.schedule.actions import Action, Kind, Ref, Schedule
-from autosp.schedule.streaming import Ring, build_ring, time_transfers
+from autosp.schedule.streaming import Ring, place_groups, time_transfers
 from autosp.spec import Candidate, Partition
 
 
@@ -66,10 +66,10 @@ def visits_of(candidate: Candidate, partition: Partition) -> list[Visit]:
 
 
 def training_ring(candidate: Candidate, partition: Partition) -> Ring:
-    """Where streamed layers live, and when they move in a pass."""
-    ring = build_ring(candidate, [layer.n_bytes for layer in partition.layers], partition.visits)
+    """Where streamed layers live, and when they move in a pass: see `visits_of`."""
+    groups, arena_bytes = place_groups(candidate, [layer.n_bytes for layer in partition.layers], partition.visits)
     visits = [visit.layer for visit in visits_of(candidate, partition)]
-    return Ring(ring.groups, ring.arena_bytes, time_transfers(ring.groups, visits, walks=0))
+    return Ring(groups, arena_bytes, time_transfers(groups, visits, walks=0))
 
 
 class _Lowering:

@@ -38,13 +38,13 @@ HEAP_GROWTH_OF_WORKSPACE = 0.3
 HEAP_NOISE_OF_BUDGET = 0.01
 """On a CPU the heap fragments differently in every run. A plan's first passes in a new process were seen to take up to
 0.3 of the workspace more than its validation did: so the growth is left free of what was measured, and the noise, which
-has a validation's own scatter in it, of what is predicted. An accelerator's caching allocator has no such noise, and a
-cap that holds."""
+has a validation's own scatter in it, of what is predicted: as far as the prediction has not left it free itself. An
+accelerator's caching allocator has no such noise, and a cap that holds."""
 
 
 def usable_bytes(profile: Profile, budget_bytes: int) -> int:
     """What may be predicted to be in use."""
-    return budget_bytes - _left_free(profile, budget_bytes, HEAP_NOISE_OF_WORKSPACE)
+    return budget_bytes - _left_free(profile, budget_bytes, HEAP_NOISE_OF_WORKSPACE) + profile.heap_scatter_bytes
 
 
 def acceptable_bytes(profile: Profile, budget_bytes: int) -> int:
@@ -173,15 +173,15 @@ def all_resident(profile: Profile) -> Candidate:
 
 
 def least_bytes(profile: Profile) -> int:
-    """The least budget in which the observed peak of the least-memory plan is usable."""
-    return budget_for(profile, profile.observed.measurement.peak_bytes)
+    """The least budget in which what is predicted of the least-memory plan is usable."""
+    return budget_for(profile, profile.observed.prediction.peak_bytes)
 
 
 def budget_for(profile: Profile, peak_bytes: int) -> int:
     """The least budget of which so much may be predicted to be in use."""
     if profile.device.kind != "cpu":
         return peak_bytes
-    heap_bytes = _heap_bytes(profile, HEAP_NOISE_OF_WORKSPACE)
+    heap_bytes = _heap_bytes(profile, HEAP_NOISE_OF_WORKSPACE) - profile.heap_scatter_bytes
     return math.ceil((peak_bytes + heap_bytes) / (1 - HEAP_NOISE_OF_BUDGET)) + 1
 
 
@@ -244,7 +244,7 @@ def _filled(profile: Profile, budget_bytes: int) -> Iterator[Candidate]:
     if profile.mode == "training":
         yield from training_space.filled(profile, budget_bytes)
         return
-    free = budget_bytes - profile.partition.resident_bytes - profile.workspace_bytes
+    free = budget_bytes - profile.partition.resident_bytes - profile.planned_workspace_bytes
     of = Pass.of(profile)
     count = len(of.layers)
     for k_prime in rungs(count):

@@ -44,7 +44,7 @@ def filled(profile: Profile, budget_bytes: int) -> Iterator[Candidate]:
     memory = TrainingMemory(profile)
     of = Pass.of(profile)
     in_blocks = _in_blocks(profile)
-    free = budget_bytes - profile.partition.resident_bytes - profile.workspace_bytes
+    free = budget_bytes - profile.partition.resident_bytes - profile.planned_workspace_bytes
     count = len(of.layers)
     for recompute in recompute_choices(profile, budget_bytes):
         moving = partial(_moving_bytes, memory, in_blocks, recompute)
@@ -60,10 +60,11 @@ def filled(profile: Profile, budget_bytes: int) -> Iterator[Candidate]:
 
 
 def recomputing(profile: Profile, candidates: Sequence[Candidate], budget_bytes: int) -> Iterator[Candidate]:
-    """Each candidate with every choice of what is computed again; and the least-memory plan."""
+    """Each candidate, one after another, with every choice of what is computed again; and the least-memory plan."""
     in_blocks = _in_blocks(profile)
-    for recompute in recompute_choices(profile, budget_bytes):
-        for candidate in candidates:
+    choices = recompute_choices(profile, budget_bytes)
+    for candidate in candidates:
+        for recompute in choices:
             again = _again_beside(candidate.residents, in_blocks, recompute)
             yield candidate.model_copy(update={"recompute": again})
     yield least_training(profile.partition)

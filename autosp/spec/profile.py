@@ -89,6 +89,9 @@ class Profile(Record):
         description="observed peak beyond the plan's own buffers: activations, workspace. In training, beyond what the "
         "cost model knows of activations and gradients, too"
     )
+    heap_scatter_bytes: int = Field(
+        default=0, description="how much more of it a plan may turn out to take, where activations live in a C heap"
+    )
     observed: Trial = Field(description="the least-memory plan's own trial, on which the model is calibrated")
     overlapped: Trial | None = Field(
         default=None, description="the same of a ring that overlaps loads with compute; None if there was no room"
@@ -101,6 +104,11 @@ class Profile(Record):
         period = sum(visit.before_s + visit.forward_s for visit in self.visits)
         backward_s = sum(visit.before_s + visit.backward_s for visit in self.backward)
         return period * self.partition.repeats + backward_s + self.tail_s
+
+    @property
+    def planned_workspace_bytes(self) -> int:
+        """What a prediction leaves for activations and workspace: no plan is to turn out to take more."""
+        return self.workspace_bytes + self.heap_scatter_bytes
 
     def compute_of(self, candidate: Candidate) -> float:
         """The same under a candidate: with what it computes again."""
