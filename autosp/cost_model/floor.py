@@ -38,7 +38,14 @@ def floor_s(profile: Profile, budget_bytes: int, host_budget_bytes: int | None =
 
 
 def training_floor_s(profile: Profile, budget_bytes: int) -> float:
-    """`max(C + recompute, (max(0, W - M) + max(0, V - M_turn)) / B, max(0, G - M / 2) / B_return)`.
+    """The largest of `training_floors`."""
+    return max(training_floors(profile, budget_bytes).values())
+
+
+def training_floors(profile: Profile, budget_bytes: int) -> dict[str, float]:
+    """What each resource needs at least, in seconds, by its name: compute, weights in, gradients out.
+
+    `max(C + recompute, (max(0, W - M) + max(0, V - M_turn)) / B, max(0, G - M / 2) / B_return)`.
 
     C is the compute forward and backward, each visit at the fastest it was seen; recompute the least time that makes
     activations fit at the turn, from forward to backward, beside no weights at all. W and V are the bytes of the layers
@@ -57,8 +64,11 @@ def training_floor_s(profile: Profile, budget_bytes: int) -> float:
     gradients = max(0.0, sum(layer.gradient_bytes for layer in partition.layers) - room / 2)
     back = profile.return_link
     return_s = gradients / back.bytes_per_s if back else 0.0
-    compute_s = profile.least_compute_s + least_recompute_s(profile, room)
-    return max(compute_s, moved / profile.link.bytes_per_s, return_s)
+    return {
+        "compute": profile.least_compute_s + least_recompute_s(profile, room),
+        "weights in": moved / profile.link.bytes_per_s,
+        "gradients out": return_s,
+    }
 
 
 def least_recompute_s(profile: Profile, room_bytes: int) -> float:

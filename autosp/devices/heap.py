@@ -15,14 +15,20 @@ started with GLIBC_TUNABLES=glibc.malloc.tcache_count=0 it took 16 to 19 MB.
 from __future__ import annotations
 
 import ctypes
+import mmap
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from weakref import finalize
 
 import torch
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+TOP_PAD_BYTES = 128 * 2**10
+"""glibc's default of what the heap grows by beyond what is asked for."""
+
 INFERENCE_CHUNK_BYTES = 32 * 2**20
 """glibc's most for its dynamic threshold: larger pieces always have pages of their own."""
 
@@ -31,34 +37,25 @@ TRAINING_CHUNK_BYTES = 128 * 2**10
 between activations were seen to leave holes of three times what was alive; and with activations of 0.4 to 0.8 MB on the
 heap, passes that needed 41 MB came to take 47 to 60 MB, more each time."""
 
-LARGEST_PLUG_BYTES, SMALLEST_PLUG_BYTES = INFERENCE_CHUNK_BYTES // 2, 2 * 2**10
-"""Below the smallest, pieces of a page come and go that hold little."""
+PLUG_SIZES = tuple(INFERENCE_CHUNK_BYTES >> halvings for halvings in range(1, 15))
+"""16 MiB to 2 KiB, in bytes. Below, pieces of a page come and go that hold little."""
+
+MOST_PLUGS = 2**12
+"""In a heap with 10^6 crumbs the smallest stay free: as many plugs take 20 ms already, most of it the kernel's."""
+
+PATIENCE = 2
+"""So many new pieces of one size in a row, and no hole is so large: at the first, something else may have grown."""
+
+HEADER_BYTES = 16
+"""Between a piece of a plug's size and the one right behind it."""
 
 _LIBC = ctypes.CDLL(None)
-_malloc, _free = _LIBC.malloc, _LIBC.free
+_QUICK = ctypes.PyDLL(None)
+"""For calls of a microsecond, by the thousand: no other thread gets the interpreter meanwhile."""
+
+_malloc, _free = _QUICK.malloc, _QUICK.free
 _malloc.argtypes, _malloc.restype = (ctypes.c_size_t,), ctypes.c_void_p
 _free.argtypes, _free.restype = (ctypes.c_void_p,), None
-
-
-class _HeapFigures(ctypes.Structure):
-    """struct mallinfo2 (mallinfo(3)): what all arenas and mapped pieces took from the kernel, and what of it is free.
-
-    `free_end` is the end of the main arena alone: the one that the kernel takes back.
-    """
-
-    _fields_ = (
-        ("arenas", ctypes.c_size_t),
-        ("_counts", ctypes.c_size_t * 3),
-        ("mapped", ctypes.c_size_t),
-        ("_more", ctypes.c_size_t * 3),
-        ("free", ctypes.c_size_t),
-        ("free_end", ctypes.c_size_t),
-    )
-
-    @property
-    def edges(self) -> tuple[int, int, int]:
-        """What no piece changes that fits into a hole."""
-        return self.arenas, self.mapped, self.free_end
 
 
 class Plugs:
@@ -70,45 +67,105 @@ class Plugs:
     """
 
     def __init__(self) -> None:
-        self._pieces: list[int] = []
-        finalize(self, _release, self._pieces).atexit = False
+        self._pieces = _Pieces()
+        finalize(self, self._pieces.free).atexit = False
 
     def fill(self) -> None:
-        """Let no free piece of the heap remain but its end, and crumbs. Does nothing where the C library is no glibc.
+        """Let no free piece of the heap remain but its end, and crumbs: smaller than a plug, or beyond `MOST_PLUGS`.
 
-        For a heap that was just trimmed: then the holes have no memory.
+        For a heap that was just trimmed: then the holes have no memory. Does nothing where the C library is no glibc,
+        or the kernel does not say what is mapped.
         """
-        figures = getattr(_LIBC, "mallinfo2", None)
-        if figures is None:
+        if not hasattr(_LIBC, "mallopt"):
             return
-        figures.restype = _HeapFigures
-        n_bytes = LARGEST_PLUG_BYTES
-        while n_bytes >= SMALLEST_PLUG_BYTES:
-            self._fill_with(n_bytes, figures)
-            n_bytes //= 2
-        trim_heap()
+        with _mapped_pages() as mapped_pages, _grown_by_the_page() as grown:
+            if mapped_pages():
+                for n_bytes in PLUG_SIZES:
+                    self._fill_with(n_bytes, mapped_pages, *grown)
 
-    def _fill_with(self, n_bytes: int, figures: Callable[[], _HeapFigures]) -> None:
-        """Let no hole of `n_bytes` remain, asking for the figures, which walk all that is free, log(holes) times."""
-        count, most = 1, True
-        while count:
-            before = figures()
-            pieces = [_malloc(n_bytes) for _ in range(min(count, before.free // n_bytes))]
-            if pieces and figures().edges == before.edges:
-                self._pieces += pieces
-                count = 2 * count if most else count // 2
-            else:  # fewer holes than that are so large: the rest was new, and goes back
-                _release(pieces)
-                count, most = count // 2, False
+    def _fill_with(self, n_bytes: int, mapped_pages: Callable[[], int], new: list[int], ends: list[int]) -> None:
+        """Let no hole of `n_bytes` remain: until a piece makes the heap grow, or is in what others made it grow by.
+
+        glibc itself would have to walk over all that is free, which takes 0.1 s in a heap of 1 GB (mallinfo2).
+        """
+        patience, before = PATIENCE, mapped_pages()
+        while patience and self._pieces.count < MOST_PLUGS:
+            piece = _malloc(n_bytes)
+            if piece is None:
+                return
+            now = mapped_pages()
+            if now > before:
+                patience -= 1
+            if now > before or piece in ends:
+                new.append(piece)
+                ends.append(piece + n_bytes + HEADER_BYTES)
+            else:
+                self._pieces.append(piece)
+                patience = PATIENCE
+            before = now
 
     def release(self) -> None:
         """Give the holes back to the heap."""
-        _release(self._pieces)
+        self._pieces.free()
 
 
-def _release(pieces: list[int]) -> None:
-    while pieces:
-        _free(pieces.pop())
+class _Pieces:
+    """A list on pages of its own: it must not grow on the heap while that is filled."""
+
+    def __init__(self) -> None:
+        self._addresses = memoryview(mmap.mmap(-1, 8 * MOST_PLUGS)).cast("Q")
+        self.count = 0
+
+    def append(self, address: int) -> None:
+        self._addresses[self.count] = address
+        self.count += 1
+
+    def free(self) -> None:
+        while self.count:
+            self.count -= 1
+            _free(self._addresses[self.count])
+
+
+@contextmanager
+def _mapped_pages() -> Iterator[Callable[[], int]]:
+    """What says how many private pages the process may write to (proc(5), statm, `data`); 0 where nothing says it.
+
+    Of such is what a heap grows by, in whatever arena, and a piece with pages of its own.
+    """
+    try:
+        statm = os.open("/proc/self/statm", os.O_RDONLY)
+    except OSError:
+        yield lambda: 0
+        return
+    text = ctypes.create_string_buffer(128)
+    read = partial(_QUICK.pread, statm, text, ctypes.c_size_t(len(text)), ctypes.c_long(0))
+
+    def pages() -> int:
+        read()
+        return int(text.value.split(None, 6)[5])
+
+    try:
+        yield pages
+    finally:
+        os.close(statm)
+
+
+@contextmanager
+def _grown_by_the_page() -> Iterator[tuple[list[int], list[int]]]:
+    """What the heap grows by while this is open, which is no more than it must: pieces, and where they end.
+
+    They are kept until then, or smaller pieces would be laid where they were. At the end the heap is as it was.
+    """
+    new: list[int] = []
+    _set(M_TOP_PAD, 0)
+    try:
+        yield new, []
+    finally:
+        _set(M_TRIM_THRESHOLD, 0)
+        while new:  # the last first, which joins the heap's end
+            _free(new.pop())
+        _set(M_TOP_PAD, TOP_PAD_BYTES)
+        settle_heap()
 
 
 _training = 0
@@ -136,10 +193,15 @@ def settle_heap() -> None:
     different thresholds the two would have different peaks.
     """
     chunk_bytes = TRAINING_CHUNK_BYTES if _training else INFERENCE_CHUNK_BYTES
+    _set(M_MMAP_THRESHOLD, chunk_bytes)
+    _set(M_TRIM_THRESHOLD, 2 * chunk_bytes)
+
+
+def _set(parameter: int, value: int) -> None:
+    """mallopt(3), where the C library has it."""
     mallopt = getattr(_LIBC, "mallopt", None)
     if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, chunk_bytes)
-        mallopt(M_TRIM_THRESHOLD, 2 * chunk_bytes)
+        mallopt(parameter, value)
 
 
 def trim_heap() -> None:

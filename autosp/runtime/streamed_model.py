@@ -98,7 +98,8 @@ class StreamedModel(Generic[M]):
             hide_from_compiler()
             if mode == "training":
                 self._trained.enter_context(device.training())
-            device.start_measuring()
+            if originals is Originals.KEPT or not device.is_host:  # else it begins once they are freed
+                device.start_measuring()
             self._residents = Residents([*staying, *copied], device)
             self._residents.move_in()
             self._move_opaque()

@@ -33,6 +33,10 @@ BOOKKEEPING_BYTES, BOOKKEEPING_BYTES_PER_LAYER = 250_000, 20_000
 """On a CPU: what the objects that run a plan take. A study does not see them, in a process that has freed as many: of
 26 to 75 layers in a new process they were 0.6 to 0.9 MB, with a scatter of a part of Python's own arena, 1 MiB."""
 
+BACKWARD_KERNEL_BYTES = 4_500_000
+"""On a CPU: what the kernels of training take once in a process. A study's own passes have taken it before a plan is
+tried: in a new process a vision transformer's peak was 4.5 MB above what its study saw, that of linear layers 0.8 MB."""
+
 HEAP_NOISE_OF_WORKSPACE = 0.45
 HEAP_GROWTH_OF_WORKSPACE = 0.3
 HEAP_NOISE_OF_BUDGET = 0.01
@@ -60,7 +64,8 @@ def _left_free(profile: Profile, budget_bytes: int, share_of_workspace: float) -
 
 def _heap_bytes(profile: Profile, share_of_workspace: float) -> float:
     bookkeeping_bytes = BOOKKEEPING_BYTES + BOOKKEEPING_BYTES_PER_LAYER * len(profile.partition.layers)
-    return share_of_workspace * profile.workspace_bytes + bookkeeping_bytes
+    kernel_bytes = BACKWARD_KERNEL_BYTES if profile.mode == "training" else 0
+    return share_of_workspace * profile.workspace_bytes + bookkeeping_bytes + kernel_bytes
 
 
 Key = tuple[int, int, int, int, int, int]
