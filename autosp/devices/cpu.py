@@ -20,7 +20,6 @@ from autosp.devices.heap import (
     free_kernel_buffers,
     heap_of_training,
     settle_heap,
-    trim_heap,
 )
 from autosp.devices.memory import anonymous, copy_bytes, memory_of, read_regions, status_bytes
 from autosp.devices.worker import CopyEvent, Worker
@@ -138,8 +137,6 @@ class CpuDevice:
         _start_thread_pools()
         settle_heap()
         free_kernel_buffers()
-        self._plugs.release()
-        trim_heap()
         self._plugs.fill()
         self.restart_peak()
         self._baseline = status_bytes("RssAnon")

@@ -17,10 +17,12 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 from weakref import finalize
 
 import torch
@@ -64,24 +66,35 @@ class Plugs:
     What is allocated meanwhile goes to the heap's end, as it does in a process that has freed nothing. The heap is the
     calling thread's arena. That is not the main one in another thread than the process's first, nor in any
     thread that once asked for more than there was (arena_get_retry in glibc's malloc/arena.c).
+
+    The heap is the process's, and so are its plugs: they stay until none wants them any more. One that is collected in
+    the middle of another's pass would open holes that the pass then wanders through.
     """
 
+    _pieces: ClassVar[_Pieces]
+    _wanted_by: ClassVar[set[int]] = set()
+    _lock: ClassVar[threading.RLock] = threading.RLock()
+    """Reentrant, for the collector may come while holes are filled."""
+
     def __init__(self) -> None:
-        self._pieces = _Pieces()
-        finalize(self, self._pieces.free).atexit = False
+        finalize(self, Plugs._let_go, id(self)).atexit = False
 
     def fill(self) -> None:
         """Let no free piece of the heap remain but its end, and crumbs: smaller than a plug, or beyond `MOST_PLUGS`.
 
-        For a heap that was just trimmed: then the holes have no memory. Does nothing where the C library is no glibc,
+        Free memory is given to the kernel first: then the holes have none. That is all where the C library is no glibc,
         or the kernel does not say what is mapped.
         """
-        if not hasattr(_LIBC, "mallopt"):
-            return
-        with _mapped_pages() as mapped_pages, _grown_by_the_page() as grown:
-            if mapped_pages():
-                for n_bytes in PLUG_SIZES:
-                    self._fill_with(n_bytes, mapped_pages, *grown)
+        with self._lock:
+            self._wanted_by.add(id(self))
+            self._pieces.free()
+            trim_heap()
+            if not hasattr(_LIBC, "mallopt"):
+                return
+            with _mapped_pages() as mapped_pages, _grown_by_the_page() as grown:
+                if mapped_pages():
+                    for n_bytes in PLUG_SIZES:
+                        self._fill_with(n_bytes, mapped_pages, *grown)
 
     def _fill_with(self, n_bytes: int, mapped_pages: Callable[[], int], new: list[int], ends: list[int]) -> None:
         """Let no hole of `n_bytes` remain: until a piece makes the heap grow, or is in what others made it grow by.
@@ -105,8 +118,15 @@ class Plugs:
             before = now
 
     def release(self) -> None:
-        """Give the holes back to the heap."""
-        self._pieces.free()
+        """Give the holes back to the heap, unless others want them closed."""
+        self._let_go(id(self))
+
+    @classmethod
+    def _let_go(cls, which: int) -> None:
+        with cls._lock:
+            cls._wanted_by.discard(which)
+            if not cls._wanted_by:
+                cls._pieces.free()
 
 
 class _Pieces:
@@ -124,6 +144,9 @@ class _Pieces:
         while self.count:
             self.count -= 1
             _free(self._addresses[self.count])
+
+
+Plugs._pieces = _Pieces()
 
 
 @contextmanager

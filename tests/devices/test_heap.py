@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import count
@@ -187,3 +188,15 @@ def test_holes_are_free_again_with_the_device(end: Callable[[CpuDevice], None]) 
     del device
     assert are_used(holes, pieces_that_fit(64))
     assert len(kept) == 32
+
+
+def test_a_device_that_is_collected_opens_no_holes_that_another_has_closed() -> None:
+    first, second = CpuDevice(), CpuDevice()
+    first.start_measuring()
+    kept, holes = with_holes()
+    second.start_measuring()
+    del first
+    gc.collect()
+    assert not are_used(holes, pieces_that_fit(32))
+    assert len(kept) == 32
+    second.close()
