@@ -5,7 +5,8 @@
 - fixed is what is resident for every plan, and the workspace: what the least-memory plan was observed to take beyond
   this formula, so that what is kept outside of any layer, and kernels' own memory, are in it;
 - activations at a visit are what the forward has kept so far, or the backward has not used up: of a layer that is
-  computed again its inputs, and during its own backward all;
+  computed again its inputs, and during its own backward all. Of a group each microbatch keeps its own, and one at a
+  time computes a layer again;
 - gradients are those that resident layers have by then, and, once the first one leaves, as much as the largest streamed
   layer's on their way: more is not let under way.
 """
@@ -44,7 +45,7 @@ class TrainingMemory:
 
     def peak_bytes(self, candidate: Candidate, arena_bytes: int) -> int:
         """See the formula at this module's top."""
-        moving = self._curve(candidate.recompute) + self._gradient_curve(candidate.residents)
+        moving = self._curve(candidate.recompute, candidate.group) + self._gradient_curve(candidate.residents)
         return self._weights.peak_bytes(candidate, arena_bytes) + int(moving.max(initial=0))
 
     def may_fit(self, candidate: Candidate, usable_bytes: int) -> bool:
@@ -53,19 +54,19 @@ class TrainingMemory:
         sizes = [sum(layers[one].n_bytes for one in group) for group in candidate.groups(self._partition.visits)]
         return self.peak_bytes(candidate, arena_bytes(sizes, candidate.depth)) <= usable_bytes
 
-    def activation_bytes(self, recompute: tuple[int, ...]) -> int:
+    def activation_bytes(self, recompute: tuple[int, ...], group: int = 1) -> int:
         """Activations at their peak."""
-        return int(self._curve(recompute).max(initial=0))
+        return int(self._curve(recompute, group).max(initial=0))
 
     def gradient_bytes(self, residents: Sequence[int] = ()) -> int:
         """Gradients at their peak: those of residents, and those under way."""
         return int(self._gradient_curve(residents).max(initial=0))
 
-    def _activations(self, recompute: tuple[int, ...]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    def _activations(self, recompute: tuple[int, ...], group: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         """Bytes during each visit, forward and backward. [F + B]"""
         backward = self._partition.backward
         again = np.isin(self._layers, recompute)
-        held = np.where(again, self._inputs, self._kept)
+        held = group * np.where(again, self._inputs, self._kept)
         curve = np.cumsum(held)
         left = np.zeros(len(backward) + 1, np.int64)
         np.add.at(left, self._used_up, held)

@@ -81,6 +81,7 @@ def measure(
         least_compute_s=observed.least_compute_s,
         links=links,
         workspace_bytes=0,
+        waiting_bytes=observed.waiting_bytes,
         observed=_trial(least, observed.measurement),
     )
     profile = _with_workspace(profile, bench, least, observed)
@@ -102,7 +103,7 @@ def measure(
 def _observed(bench: Bench, candidate: Candidate, workload: Workload, progress: Callable[[str], None]) -> Observation:
     if workload.mode == "training":
         return observe_training(bench, candidate, workload, progress)
-    return observe(bench, candidate, workload.run, progress)
+    return observe(bench, candidate, workload, progress)
 
 
 def _with_workspace(profile: Profile, bench: Bench, candidate: Candidate, observed: Observation) -> Profile:

@@ -7,7 +7,8 @@ batch are there anyway.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,7 +21,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from autosp.batch import tensors_in
 from autosp.devices import Device
-from autosp.profiler.layers import LEAST_MEMORY, MemoryObserver, Observation, measured_passes, timed_pass
+from autosp.profiler.layers import LEAST_MEMORY, MemoryObserver, Observation, Storages, measured_passes, timed_pass
 from autosp.runtime.bench import Bench
 from autosp.runtime.recorder import VisitTimes
 from autosp.runtime.streamed_model import StreamedModel
@@ -136,6 +137,7 @@ def observe_training(
         tail_s=0.0,  # the last visit ends with autograd; what follows is the wait for its gradients
         least_compute_s=_least_compute_s([*forward, *backward]),
         measurement=measurement,
+        waiting_bytes=memory.waiting_bytes,
     )
 
 
@@ -156,27 +158,33 @@ def _least_compute_s(visits: Sequence[Sequence[VisitTimes]]) -> float:
     return sum(min((one.before_s + one.compute_s for one in mine), default=0.0) for mine in visits)
 
 
-Storages = dict[StorageWeakRef, int]
-"""Bytes of each. A weak reference keeps the identity from being used twice, and no memory."""
-
-
 class _ActivationObserver(MemoryObserver):
-    """Peaks of forward visits, and what is kept of each for its backward: see [Note: activations kept]."""
+    """Peaks of forward visits, and what is kept of each for its backward: see [Note: activations kept].
+
+    What a microbatch that waits holds beyond that was saved between layers, by a functional attention or a loss.
+    """
 
     def __init__(self, bench: Bench, candidate: Candidate, workload: Workload) -> None:
-        super().__init__(bench.device, bench.partition.resident_bytes + bench.arena_bytes(candidate))
-        self._workload = workload
-        self._there: Storages = {}
+        super().__init__(bench.device, bench.partition.resident_bytes + bench.arena_bytes(candidate), workload)
         self._saved: list[Storages] = []
         self._inputs: list[Storages] = []
+        self._outside: Storages = {}
         self._hooks: list[saved_tensors_hooks] = []
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Visits that raise do not finish: their hooks end with the pass."""
+        self._there = self._before()
+        with saved_tensors_hooks(self._pack_outside, lambda tensor: tensor):
+            try:
+                yield
+            finally:
+                while self._hooks:
+                    self._hooks.pop().__exit__(None, None, None)
 
     def arrive(self, layer: int, inputs: Any) -> None:
         """Its inputs are what is kept if it is computed again."""
         super().arrive(layer, inputs)
-        if not self._saved:
-            model = self._workload.model
-            self._there = _storages([*model.parameters(), *model.buffers(), *tensors_in(self._workload.batch)])
         self._saved.append({})
         self._inputs.append(self._counted(tensors_in(inputs)))
 
@@ -201,10 +209,11 @@ class _ActivationObserver(MemoryObserver):
         self._hooks.pop().__exit__(None, None, None)
         super().finish(layer, output)
 
-    def close(self) -> None:
-        """Visits that raised never finished: without this their hooks would outlive the pass."""
-        while self._hooks:
-            self._hooks.pop().__exit__(None, None, None)
+    def returned(self, output: Any) -> None:
+        """What layers were given is kept with their activations."""
+        given = {one for inputs in self._inputs for one in inputs}
+        self.waiting_bytes = sum(n_bytes for one, n_bytes in self._outside.items() if one not in given)
+        super().returned(output)
 
     def kept_bytes(self) -> list[int]:
         """Forward visit -> what is kept of it, and of none before it."""
@@ -228,10 +237,10 @@ class _ActivationObserver(MemoryObserver):
             counted |= new
         return sizes
 
-    def _counted(self, tensors: Sequence[torch.Tensor]) -> Storages:
-        return {one: n_bytes for one, n_bytes in _storages(tensors).items() if one not in self._there}
+    def _note(self, value: Any) -> None:
+        """What passes from layer to layer is kept, and counted, as activations."""
 
-
-def _storages(tensors: Sequence[torch.Tensor]) -> Storages:
-    storages = (tensor.untyped_storage() for tensor in tensors if tensor.layout is torch.strided)
-    return {StorageWeakRef(storage): storage.nbytes() for storage in storages}
+    def _pack_outside(self, tensor: torch.Tensor) -> torch.Tensor:
+        if not self._hooks:
+            self._outside |= self._counted([tensor])
+        return tensor

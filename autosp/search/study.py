@@ -82,8 +82,9 @@ def run_study(
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = repository.optuna_storage()
-    usable = usable_bytes(profile, budget_bytes)
-    acceptable = acceptable_bytes(profile, budget_bytes)
+    group = ranked[0].candidate.group
+    usable = usable_bytes(profile, budget_bytes, group)
+    acceptable = acceptable_bytes(profile, budget_bytes, group)
     lessons = Lessons(profile, ranked)
     sampler = CostModelSampler(ranked, usable, [*_baselines(profile, ranked), key_of(ranked[0].candidate)])
     with repository.turn(name):

@@ -15,9 +15,9 @@ from autosp.spec.profile import Reading
 from autosp.spec.record import DeviceInfo, Mode, Record, Tier
 from autosp.spec.trial import Candidate, Measurement, Prediction
 
-PLAN_SCHEMA_VERSION = 6
+PLAN_SCHEMA_VERSION = 7
 """Also read: 1, before lookup tables; 2, before `Layer.weight_bytes` and disks behind the host; 3, before `Leaf` and
-`reading`; 4, before training; 5, before `Layer.disk_bytes`."""
+`reading`; 4, before training; 5, before `Layer.disk_bytes`; 6, before `Candidate.group`."""
 
 
 class Plan(Record):

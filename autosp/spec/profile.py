@@ -8,7 +8,7 @@ from autosp.spec.layers import Partition
 from autosp.spec.record import DeviceInfo, Mode, Record, Tier
 from autosp.spec.trial import Candidate, Trial
 
-PROFILE_SCHEMA_VERSION = 3
+PROFILE_SCHEMA_VERSION = 4
 """Raised when a figure of a profile comes to mean something else: profiles of other versions are measured anew."""
 
 
@@ -63,7 +63,7 @@ class LinkProfile(Record):
 
 
 class Profile(Record):
-    """Everything the cost model needs, measured once per model, batch and device."""
+    """Everything the cost model needs, measured once per model, batch and device: of passes of one microbatch."""
 
     schema_version: int = Field(default=1, description="1 where there is none: in databases of autosp 0.1.0")
     model_name: str
@@ -81,6 +81,12 @@ class Profile(Record):
         description="observed peak beyond the plan's own buffers: activations, workspace. In training, beyond what the "
         "cost model knows of activations and gradients, too"
     )
+    waiting_bytes: int = Field(
+        default=0,
+        description="what a microbatch of a group holds, at most, while others run: its batch, its activations between "
+        "two layers, its answer and that of the pass before. In training, beyond what the cost model knows of "
+        "activations",
+    )
     observed: Trial = Field(description="the least-memory plan's own trial, on which the model is calibrated")
     overlapped: Trial | None = Field(
         default=None, description="the same of a ring that overlaps loads with compute; None if there was no room"
@@ -95,9 +101,14 @@ class Profile(Record):
         return period * self.partition.repeats + backward_s + self.tail_s
 
     def compute_of(self, candidate: Candidate) -> float:
-        """The same under a candidate: with what it computes again."""
+        """The same under a candidate: with what it computes again, for all microbatches of its group."""
         again = frozenset(candidate.recompute)
-        return self.compute_s + sum(visit.recompute_s for visit in self.backward if visit.layer in again)
+        recompute_s = sum(visit.recompute_s for visit in self.backward if visit.layer in again)
+        return candidate.group * (self.compute_s + recompute_s)
+
+    def workspace_of(self, group: int) -> int:
+        """The workspace of one microbatch, and what the others of its group hold meanwhile."""
+        return self.workspace_bytes + (group - 1) * self.waiting_bytes
 
     @property
     def link(self) -> LinkProfile:
