@@ -31,17 +31,19 @@ def profile(
     mode: str = "inference",
     step: Step | None = None,
     device: torch.device | str | Device | None = None,
+    group: int = 1,
     progress: bool = True,
 ) -> Profile:
     """Measure every layer and link, under the least-memory plan and under a ring that overlaps loads with compute.
 
     The disk is measured, too, where the host has no room for all. With mode="training", where `step` returns the loss,
-    passes are forward and backward.
+    passes are forward and backward. With `group`, so many microbatches share a pass under the least-memory plan, and
+    what they hold is measured: groups of other sizes are predicted from that.
 
     The model is as before when this returns or raises.
     """
     chosen = choose_device(device, mode)
-    workload = Workload.of(model, sample_batch, step, mode, chosen)
+    workload = Workload.of(model, sample_batch, step, mode, chosen, group=group)
     refuse_host_budget(mode, max_cpu_gb)
     with progress_bar(progress) as show:
         show("order of the layers")
@@ -61,7 +63,7 @@ def estimate(
     With `group`, of passes that so many microbatches of the profiled shapes share.
 
     Raises: BudgetError, BudgetTooSmallError; SettingError if `group` is no positive number, or if the profile does not
-    know the disk and settings need it.
+    know groups, or the disk, and settings need it.
     """
     budgets = parse_budgets(max_gpu_gb, max_cpu_gb, profile.device.slow_tier)
     return rank(profile, *budgets, checked_group(group))

@@ -65,6 +65,7 @@ def estimate(
             mode=mode,
             step=subject.step,
             device=device,
+            group=group or 1,
             progress=sys.stderr.isatty(),
         )
         group = group or 1

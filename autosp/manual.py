@@ -40,8 +40,8 @@ def plan(
     the host has no room for rests on disk, spread evenly too.
 
     With mode="training", `step` returns the loss, and weights rest in host memory. Of `recompute` layers, spread
-    evenly, only the inputs are kept for the backward pass, which computes their activations again. With `group` the plan
-    says how many microbatches share a pass, and more are refused.
+    evenly, only the inputs are kept for the backward pass, which computes their activations again. With `group` the
+    plan says how many microbatches share a pass, and more are refused.
 
     Raises: SettingError if the numbers do not fit together or the model has fewer layers; BudgetTooSmallError if the
     host has no room for a transfer.
@@ -108,6 +108,4 @@ def _candidate(k: int, k_prime: int, residents: int, visited: list[int], group: 
             f"k={k} with residents={residents} leaves {max(0, k - residents)} places for streamed layers, too few to "
             f"move k_prime={k_prime} at a time; raise k to at least {min(residents + k_prime, len(visited))}"
         )
-    return Candidate(
-        k=k, k_prime=k_prime, residents=tuple(sorted(evenly_spread(visited, residents))), group=group
-    )
+    return Candidate(k=k, k_prime=k_prime, residents=tuple(sorted(evenly_spread(visited, residents))), group=group)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-import torch
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from autosp.batch import tensors_in
 from autosp.devices import Device, Stamp
@@ -23,6 +21,8 @@ LEAST_PASSES = 2
 MOST_PASSES = 12
 ENOUGH_S = 0.8
 """Short passes are repeated until they fill this time: medians over a busy moment are wrong."""
+GROUP_PASSES = 3
+"""For a group's memory: the third was seen to take little more than the second."""
 LONG_S = 1.0
 """No busy moment is all of a pass that is so long: it need not be repeated."""
 
@@ -40,15 +40,13 @@ class Observation:
     least_compute_s: float
     """With each visit at the fastest that it was seen."""
     measurement: Measurement
-    waiting_bytes: int
-    """See `Profile.waiting_bytes`."""
     backward: tuple[BackwardProfile, ...] = ()
 
 
-def observe(bench: Bench, candidate: Candidate, workload: Workload, progress: Callable[[str], None]) -> Observation:
+def observe(bench: Bench, candidate: Candidate, run: Callable[[], Any], progress: Callable[[str], None]) -> Observation:
     """Run a plan, wherever its layers rest: a cold pass, one for each visit's memory, and some for time."""
-    partition, run = bench.partition, workload.run
-    memory = MemoryObserver(bench.device, partition.resident_bytes + bench.arena_bytes(candidate), workload)
+    partition = bench.partition
+    memory = MemoryObserver(bench.device, partition.resident_bytes + bench.arena_bytes(candidate))
     passes: list[_TimeObserver] = []
 
     def time_pass(streamed: StreamedModel[nn.Module]) -> tuple[float, Any]:
@@ -66,7 +64,6 @@ def observe(bench: Bench, candidate: Candidate, workload: Workload, progress: Ca
         tail_s=median(timer.tail_s() for timer in passes),
         least_compute_s=_least_compute_s(passes),
         measurement=measurement,
-        waiting_bytes=memory.waiting_bytes,
     )
 
 
@@ -89,9 +86,8 @@ def measured_passes(
         cold_s, output = timed_pass(bench.device, run)
         progress("memory pass")
         streamed.observe(memory)
-        with memory.watching():
+        with closing(memory):
             output = run()
-        memory.returned(output)
         streamed.observe(None)
         moved_before = streamed.stats().moved_bytes
         while not _enough(samples):
@@ -113,6 +109,20 @@ def measured_passes(
         misses=stats.misses,
         usage=usage,
     )
+
+
+def group_peak_bytes(bench: Bench, candidate: Candidate, workload: Workload, progress: Callable[[str], None]) -> int:
+    """Most memory of a workload's group under a plan, over some passes: answers live until the next ones are there."""
+    with workload.trial():
+        streamed = bench.apply(candidate)
+        try:
+            for number in range(GROUP_PASSES):
+                progress(f"pass {number + 1} of {candidate.group} microbatches")
+                output = workload.run_under(streamed)
+            del output
+            return streamed.stats().peak_bytes
+        finally:
+            streamed.remove()
 
 
 def timed_pass(device: Device, run: Callable[[], Any]) -> tuple[float, Any]:
@@ -198,33 +208,16 @@ class _TimeObserver:
 
 
 class MemoryObserver:
-    """Peak and output bytes of every visit, and what a microbatch that waits before one of them would hold.
+    """Peak and output bytes of every visit."""
 
-    That is its batch, and what is alive then of all that went into layers or came out of them. Its answer is held until
-    the others have theirs, beside that of the pass before.
-    """
-
-    def __init__(self, device: Device, plan_bytes: int, workload: Workload) -> None:
-        self.peak_bytes = 0
-        self.visits: dict[int, tuple[int, int]] = {}
-        self.waiting_bytes = 0
+    def __init__(self, device: Device, plan_bytes: int) -> None:
         self._device = device
         self._plan_bytes = plan_bytes
-        self._workload = workload
-        self._there: Storages = {}
-        self._passing: Storages = {}
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Around the pass."""
-        self._there = self._before()
-        yield
+        self.peak_bytes = 0
+        self.visits: dict[int, tuple[int, int]] = {}
 
     def arrive(self, layer: int, inputs: Any) -> None:
         """A new peak begins."""
-        self._note(inputs)
-        self._passing = {one: n_bytes for one, n_bytes in self._passing.items() if not one.expired()}
-        self.waiting_bytes = max(self.waiting_bytes, sum(self._passing.values()))
         self._device.restart_peak()
 
     def start(self, layer: int) -> None:
@@ -237,35 +230,9 @@ class MemoryObserver:
         out = sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(output))
         known = self.visits.get(layer, (0, 0))
         self.visits[layer] = (max(known[0], peak - self._plan_bytes), max(known[1], out))
-        self._note(output)
 
-    def returned(self, output: Any) -> None:
-        """The pass's answer."""
-        answer_bytes = sum(self._counted(tensors_in(output)).values())
-        batch_bytes = sum(storages(tensors_in(self._workload.batch)).values())
-        self.waiting_bytes = batch_bytes + answer_bytes + max(self.waiting_bytes, answer_bytes)
-
-    def _note(self, value: Any) -> None:
-        self._passing |= self._counted(tensors_in(value))
-
-    def _before(self) -> Storages:
-        """What is there before a pass."""
-        model = self._workload.model
-        return storages([*model.parameters(), *model.buffers(), *tensors_in(self._workload.batch)])
-
-    def _counted(self, tensors: Sequence[torch.Tensor]) -> Storages:
-        return {one: n_bytes for one, n_bytes in storages(tensors).items() if one not in self._there}
-
-
-
-Storages = dict[StorageWeakRef, int]
-"""Bytes of each. A weak reference keeps the identity from being used twice, and no memory."""
-
-
-def storages(tensors: Sequence[torch.Tensor]) -> Storages:
-    """Those of dense tensors; of tensors that share one, once."""
-    found = (tensor.untyped_storage() for tensor in tensors if tensor.layout is torch.strided)
-    return {StorageWeakRef(storage): storage.nbytes() for storage in found}
+    def close(self) -> None:
+        """The pass is over, or raised."""
 
 
 def _least_compute_s(passes: list[_TimeObserver]) -> float:

@@ -7,8 +7,7 @@ batch are there anyway.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,7 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from autosp.batch import tensors_in
 from autosp.devices import Device
-from autosp.profiler.layers import LEAST_MEMORY, MemoryObserver, Observation, Storages, measured_passes, timed_pass
+from autosp.profiler.layers import LEAST_MEMORY, MemoryObserver, Observation, measured_passes, timed_pass
 from autosp.runtime.bench import Bench
 from autosp.runtime.recorder import VisitTimes
 from autosp.runtime.streamed_model import StreamedModel
@@ -137,7 +136,6 @@ def observe_training(
         tail_s=0.0,  # the last visit ends with autograd; what follows is the wait for its gradients
         least_compute_s=_least_compute_s([*forward, *backward]),
         measurement=measurement,
-        waiting_bytes=memory.waiting_bytes,
     )
 
 
@@ -158,33 +156,27 @@ def _least_compute_s(visits: Sequence[Sequence[VisitTimes]]) -> float:
     return sum(min((one.before_s + one.compute_s for one in mine), default=0.0) for mine in visits)
 
 
-class _ActivationObserver(MemoryObserver):
-    """Peaks of forward visits, and what is kept of each for its backward: see [Note: activations kept].
+Storages = dict[StorageWeakRef, int]
+"""Bytes of each. A weak reference keeps the identity from being used twice, and no memory."""
 
-    What a microbatch that waits holds beyond that was saved between layers, by a functional attention or a loss.
-    """
+
+class _ActivationObserver(MemoryObserver):
+    """Peaks of forward visits, and what is kept of each for its backward: see [Note: activations kept]."""
 
     def __init__(self, bench: Bench, candidate: Candidate, workload: Workload) -> None:
-        super().__init__(bench.device, bench.partition.resident_bytes + bench.arena_bytes(candidate), workload)
+        super().__init__(bench.device, bench.partition.resident_bytes + bench.arena_bytes(candidate))
+        self._workload = workload
+        self._there: Storages = {}
         self._saved: list[Storages] = []
         self._inputs: list[Storages] = []
-        self._outside: Storages = {}
         self._hooks: list[saved_tensors_hooks] = []
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Visits that raise do not finish: their hooks end with the pass."""
-        self._there = self._before()
-        with saved_tensors_hooks(self._pack_outside, lambda tensor: tensor):
-            try:
-                yield
-            finally:
-                while self._hooks:
-                    self._hooks.pop().__exit__(None, None, None)
 
     def arrive(self, layer: int, inputs: Any) -> None:
         """Its inputs are what is kept if it is computed again."""
         super().arrive(layer, inputs)
+        if not self._saved:
+            model = self._workload.model
+            self._there = _storages([*model.parameters(), *model.buffers(), *tensors_in(self._workload.batch)])
         self._saved.append({})
         self._inputs.append(self._counted(tensors_in(inputs)))
 
@@ -209,11 +201,10 @@ class _ActivationObserver(MemoryObserver):
         self._hooks.pop().__exit__(None, None, None)
         super().finish(layer, output)
 
-    def returned(self, output: Any) -> None:
-        """What layers were given is kept with their activations."""
-        given = {one for inputs in self._inputs for one in inputs}
-        self.waiting_bytes = sum(n_bytes for one, n_bytes in self._outside.items() if one not in given)
-        super().returned(output)
+    def close(self) -> None:
+        """Visits that raised never finished: without this their hooks would outlive the pass."""
+        while self._hooks:
+            self._hooks.pop().__exit__(None, None, None)
 
     def kept_bytes(self) -> list[int]:
         """Forward visit -> what is kept of it, and of none before it."""
@@ -237,10 +228,10 @@ class _ActivationObserver(MemoryObserver):
             counted |= new
         return sizes
 
-    def _note(self, value: Any) -> None:
-        """What passes from layer to layer is kept, and counted, as activations."""
+    def _counted(self, tensors: Sequence[torch.Tensor]) -> Storages:
+        return {one: n_bytes for one, n_bytes in _storages(tensors).items() if one not in self._there}
 
-    def _pack_outside(self, tensor: torch.Tensor) -> torch.Tensor:
-        if not self._hooks:
-            self._outside |= self._counted([tensor])
-        return tensor
+
+def _storages(tensors: Sequence[torch.Tensor]) -> Storages:
+    storages = (tensor.untyped_storage() for tensor in tensors if tensor.layout is torch.strided)
+    return {StorageWeakRef(storage): storage.nbytes() for storage in storages}

@@ -288,7 +288,7 @@ def _setting(candidate: Candidate) -> tuple[str, str, str]:
 
 
 def _remarks(candidate: Candidate) -> str:
-    """The baseline that a candidate is, if it is one; what of it rests on disk; what of it is computed again; its group."""
+    """The baseline that a candidate is, if it is one; what rests on disk; what is computed again; its group."""
     baseline = "" if candidate.residents else "sliding window"
     if not candidate.ring:
         baseline = "everything resident"

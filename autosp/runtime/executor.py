@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
+from autosp.devices.heap import HEAP_CHUNK_BYTES, TRAINING_CHUNK_BYTES, settle_heap
 from autosp.errors import SettingError
 from autosp.runtime.cursor import Cursor
 from autosp.runtime.loader import Loader
@@ -46,7 +47,14 @@ class Microbatches(Protocol):
 
 
 class Executor:
-    """Streams the layers of one model through one arena. One pass at a time: other threads wait for their turn."""
+    """Streams the layers of one model through one arena. One pass at a time: other threads wait for their turn.
+
+    [Note: the heap of a group] Where the device is the host, each microbatch's thread has a part of the C library's
+    heap to itself, in which freed memory would stay: eight microbatches were seen to take 110 MB instead of 74. So
+    while they run, large pieces are given back at once, as in training.
+    """
+
+    heap_chunk_bytes = HEAP_CHUNK_BYTES
 
     def __init__(self, schedule: Schedule, loader: Loader, issue: Issue = prefetches) -> None:
         """`loader` is of the same schedule; `issue` reads from it what to issue when."""
@@ -116,6 +124,8 @@ class Executor:
             raise SettingError("a group of microbatches begins inside a pass: give a step that calls the model only")
         with self._lock:
             self._group = group
+            if self.device.is_host:
+                settle_heap(TRAINING_CHUNK_BYTES)
             try:
                 with self.modes():
                     self.begin_pass()
@@ -127,6 +137,8 @@ class Executor:
             finally:
                 self.begin_turn(None, others_follow=False)
                 self.loader.take_samples()
+                if self.device.is_host:
+                    settle_heap(self.heap_chunk_bytes)
                 self._group = None
 
     def close(self) -> None:

@@ -144,9 +144,9 @@ class StreamedModel(Generic[M]):
 
         So weights move as often as for one batch, however many there are; activations of all of them are in memory at
         the same time: a plan that was tuned with `group` has counted that many, and refuses more. Outputs are those of
-        the loop, bit for bit, and so are running statistics. But random numbers are drawn per batch: `step` finds torch's generators as after
-        `torch.manual_seed(seed)`, with that batch's number of `torch.randint(2**63 - 1, (len(batches),))`, which is all
-        that is drawn from the caller's generators.
+        the loop, bit for bit, and so are running statistics. But random numbers are drawn per batch: `step` finds
+        torch's generators as after `torch.manual_seed(seed)`, with that batch's number of
+        `torch.randint(2**63 - 1, (len(batches),))`, which is all that is drawn from the caller's generators.
 
         Each batch is in a thread of its own; one runs at a time, until the model comes to the next layers. If one
         raises, or Ctrl-C comes, all of them end, and this raises it.

@@ -41,11 +41,13 @@ from autosp.schedule.actions import Kind, Schedule
 class TrainingExecutor(Executor):
     """An executor whose passes may go on backward. Without autograd its passes are those of inference."""
 
+    heap_chunk_bytes = TRAINING_CHUNK_BYTES
+
     def __init__(self, schedule: Schedule, loader: Loader, gradients: Gradients) -> None:
         """`gradients` of the layers that `loader` loads."""
         super().__init__(schedule, loader, prefetches_of_one_pass)
         if loader.device.is_host:
-            settle_heap(TRAINING_CHUNK_BYTES)
+            settle_heap(self.heap_chunk_bytes)
         self._recomputed = schedule.recomputed
         self._gradients = gradients
         self._gradients.connect(self.counters, self._enter_backward)

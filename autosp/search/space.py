@@ -67,9 +67,7 @@ Key = tuple[int, int, int, int, int, int]
 """See `key_of`."""
 
 
-def rank(
-    profile: Profile, budget_bytes: int, host_budget_bytes: int | None = None, group: int = 1
-) -> list[Prediction]:
+def rank(profile: Profile, budget_bytes: int, host_budget_bytes: int | None = None, group: int = 1) -> list[Prediction]:
     """Every candidate predicted to fit, the fastest first; of equally fast ones, the one with less memory.
 
     All of them are of passes of `group` microbatches.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from autosp.errors import SettingError
 from autosp.spec.layers import Partition
 from autosp.spec.record import DeviceInfo, Mode, Record, Tier
 from autosp.spec.trial import Candidate, Trial
 
-PROFILE_SCHEMA_VERSION = 4
+PROFILE_SCHEMA_VERSION = 3
 """Raised when a figure of a profile comes to mean something else: profiles of other versions are measured anew."""
 
 
@@ -81,11 +82,10 @@ class Profile(Record):
         description="observed peak beyond the plan's own buffers: activations, workspace. In training, beyond what the "
         "cost model knows of activations and gradients, too"
     )
-    waiting_bytes: int = Field(
-        default=0,
-        description="what a microbatch of a group holds, at most, while others run: its batch, its activations between "
-        "two layers, its answer and that of the pass before. In training, beyond what the cost model knows of "
-        "activations",
+    waiting_bytes: int | None = Field(
+        default=None,
+        description="what each microbatch of a group holds, beyond what the cost model knows of activations, while "
+        "another one computes; None if no group was observed",
     )
     observed: Trial = Field(description="the least-memory plan's own trial, on which the model is calibrated")
     overlapped: Trial | None = Field(
@@ -107,7 +107,17 @@ class Profile(Record):
         return candidate.group * (self.compute_s + recompute_s)
 
     def workspace_of(self, group: int) -> int:
-        """The workspace of one microbatch, and what the others of its group hold meanwhile."""
+        """The workspace of one microbatch, and what the others of its group hold meanwhile.
+
+        Raises: SettingError if the profile does not know the latter.
+        """
+        if group == 1:
+            return self.workspace_bytes
+        if self.waiting_bytes is None:
+            raise SettingError(
+                f"the profile is of one microbatch, and knows nothing of the memory of {group} that share a pass: make "
+                f"it with group={group}"
+            )
         return self.workspace_bytes + (group - 1) * self.waiting_bytes
 
     @property
