@@ -61,7 +61,7 @@ def assert_within_budget(plan: Plan) -> None:
 
 def test_outputs_of_a_group_under_its_plan() -> None:
     model, batch = stack()
-    budget_bytes = int(1.2 * least_bytes(profiled(model, batch), GROUP))
+    budget_bytes = int(2 * least_bytes(profiled(model, batch), GROUP))
     plan = tune(model, batch, f"{budget_bytes}B")
     assert_within_budget(plan)
     assert plan.candidate.group == GROUP
@@ -84,15 +84,16 @@ def test_outputs_of_a_group_under_its_plan() -> None:
 def test_gradients_of_a_group_under_its_plan() -> None:
     model, batch = stack()
     training: dict[str, Any] = {"mode": "training", "step": loss_step}
-    budget_bytes = int(1.2 * least_bytes(profiled(model.train(), batch, **training), GROUP))
+    budget_bytes = int(2 * least_bytes(profiled(model.train(), batch, **training), GROUP))
     plan = tune(model, batch, f"{budget_bytes}B", **training)
     assert_within_budget(plan)
     model, plain = twins(model)
+    expected = []
+    for one in microbatches(batch):
+        expected.append(loss_step(plain, one))
+        expected[-1].backward()
     streamed = autosp.apply(model, plan)
     for _ in range(2):
-        expected = [loss_step(plain, one) for one in microbatches(batch)]
-        for loss in expected:
-            loss.backward()
         with pytest.raises(
             SettingError, match=r"4 microbatches: .* computed for 3\. Make a plan with group=4, or run 2"
         ):
@@ -100,17 +101,18 @@ def test_gradients_of_a_group_under_its_plan() -> None:
         losses = streamed.backward_group(microbatches(batch), loss_step)
         assert equal(losses, [loss.detach() for loss in expected])
         assert_same_gradients(model, plain)
-        loss_step(model, batch).backward()
-        loss_step(plain, batch).backward()
-        assert_same_gradients(model, plain)
+        model.zero_grad()
     assert streamed.stats().peak_bytes <= budget_bytes
+    plain.zero_grad()
+    loss_step(model, batch).backward()
+    loss_step(plain, batch).backward()
+    assert_same_gradients(model, plain)
     streamed.remove()
 
 
 def test_another_group_is_another_study_of_the_same_profile() -> None:
     model, batch = stack()
-    measured = profiled(model, batch)
-    budget = f"{int(1.5 * least_bytes(measured, GROUP))}B"
+    budget = "0.1GB"
     grouped = tune(model, batch, budget, max_trials=1)
     alone = tune(model, batch, budget, max_trials=1, group=1)
     assert grouped.study_name != alone.study_name
