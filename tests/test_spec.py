@@ -81,6 +81,7 @@ def test_file_is_readable_json(tmp_path: Path) -> None:
         "on_disk": [],
         "read_ahead": 0,
         "recompute": [],
+        "group": 1,
     }
     assert data["device"]["slow_tier"] == "disk"
     assert data["why"] == "für Zoë: ≤ 5 GB ✓"

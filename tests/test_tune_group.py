@@ -133,7 +133,7 @@ def test_another_group_is_another_study_of_the_same_profile() -> None:
 def test_a_profile_of_one_microbatch_is_not_enough_for_a_group() -> None:
     model, batch = stack(4)
     alone = tune(model, batch, "1GB", group=1, max_trials=1)
-    grouped = tune(model, batch, "1GB", max_trials=1)
+    grouped = tune(model, batch, "1GB", max_trials=1, isolate=True)
     with Repository() as repository:
         before, found = (repository.profile(plan.study_name or "") for plan in (alone, grouped))
     assert before is not None and before.waiting_bytes is None
