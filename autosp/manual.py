@@ -32,6 +32,7 @@ def plan(
     step: Step | None = None,
     device: torch.device | str | Device | None = None,
     recompute: int = 0,
+    group: int = 1,
 ) -> Plan:
     """The plan with the k and k' that the user sets, as the Superpipeline paper uses them: nothing is searched.
 
@@ -40,19 +41,20 @@ def plan(
 
     With mode="training", `step` returns the loss, and weights rest in host memory. Of `recompute` blocks of the model,
     such as decoder layers, and layers that are in none, spread evenly, only the inputs are kept for the backward pass,
-    which computes their activations again.
+    which computes their activations again. With `group` the plan says how many microbatches share a pass, and more are
+    refused.
 
     Raises: SettingError if the numbers do not fit together or the model has fewer layers; BudgetTooSmallError if the
     host has no room for a transfer.
     """
     chosen = choose_device(device, mode)
-    workload = Workload.of(model, sample_batch, step, mode, chosen)
+    workload = Workload.of(model, sample_batch, step, mode, chosen, group=group)
     if mode == "training":
         return _training_plan(workload, chosen, k, k_prime, residents, recompute, max_cpu_gb)
     if recompute:
         raise SettingError(f"recompute={recompute!r}: activations are computed again in mode='training' only")
     parts = workload.layers(chosen)
-    candidate = _candidate(k, k_prime, residents, list(dict.fromkeys(parts.visits)))
+    candidate = _candidate(k, k_prime, residents, list(dict.fromkeys(parts.visits)), group)
     host_bytes = None if max_cpu_gb is None else parse_budget(max_cpu_gb, "max_cpu_gb")
     host_bytes = binding_host_budget(parts, chosen, host_bytes)
     if host_bytes is not None:
@@ -82,7 +84,7 @@ def _training_plan(
     """`plan` for training: a training pass is observed too."""
     refuse_host_budget(workload.mode, max_cpu_gb)
     parts = training_partition(workload, device, settings().cache_dir)
-    candidate = _candidate(k, k_prime, residents, list(dict.fromkeys(parts.visits)))
+    candidate = _candidate(k, k_prime, residents, list(dict.fromkeys(parts.visits)), workload.group)
     units = parts.recomputable
     if isinstance(recompute, bool) or not isinstance(recompute, int) or not 0 <= recompute <= len(units):
         raise SettingError(
@@ -99,7 +101,7 @@ def _training_plan(
     )
 
 
-def _candidate(k: int, k_prime: int, residents: int, visited: list[int]) -> Candidate:
+def _candidate(k: int, k_prime: int, residents: int, visited: list[int], group: int) -> Candidate:
     """The user's numbers, checked. k' beyond the ring would move layers that have no place to go."""
     for name, value, least in (("k", k, 1), ("k_prime", k_prime, 1), ("residents", residents, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -111,4 +113,4 @@ def _candidate(k: int, k_prime: int, residents: int, visited: list[int]) -> Cand
             f"k={k} with residents={residents} leaves {max(0, k - residents)} places for streamed layers, too few to "
             f"move k_prime={k_prime} at a time; raise k to at least {min(residents + k_prime, len(visited))}"
         )
-    return Candidate(k=k, k_prime=k_prime, residents=tuple(sorted(evenly_spread(visited, residents))))
+    return Candidate(k=k, k_prime=k_prime, residents=tuple(sorted(evenly_spread(visited, residents))), group=group)

@@ -52,6 +52,7 @@ def tune(
     mode: str = "inference",
     step: Step | None = None,
     device: torch.device | str | Device | None = None,
+    group: int = 1,
     storage: str | os.PathLike[str] | None = None,
     study_name: str | None = None,
     max_trials: int | None = None,
@@ -74,6 +75,8 @@ def tune(
             gradients and loss are those of plain training, and the plan's time is a pass's without its update.
         step: `step(model, batch)` instead of the plain call, for a `generate`. In training it returns the loss.
         device: default: the accelerator if there is one.
+        group: how many microbatches, each like the sample batch, share a pass: see `StreamedModel.run_group`, and in
+            training `backward_group`. Time and memory of the plan are those of all of them.
         storage: database, a path or a SQLAlchemy URL; default `AUTOSP_STORAGE`, else the user's data directory.
         study_name: default: made from the model's name. An unfinished study of that name is continued.
         max_trials, timeout_s: limits on validation; the stop rule usually ends it earlier. Default: those of `Limits`,
@@ -95,7 +98,7 @@ def tune(
     refuse_host_budget(mode, max_cpu_gb)
     budget = whole_device(chosen) if max_gpu_gb is None else max_gpu_gb
     budgets = parse_budgets(budget, max_cpu_gb, chosen.info.slow_tier)
-    workload = Workload.of(model, sample_batch, step, mode, chosen, seed)
+    workload = Workload.of(model, sample_batch, step, mode, chosen, seed, group)
     limits = Limits(max_trials, timeout_s)
     isolation = Isolation.of(isolate, trial_timeout_s)
     with Repository(storage) as repository:
@@ -103,7 +106,8 @@ def tune(
         known = repository.find_plan(key) if study_name is None else None
         if known is not None:
             return known
-        base = f"{key.model_name}-{key.mode}" + (f"-slack-{slack:g}" if slack else "")
+        base = f"{key.model_name}-{key.mode}" + (f"-group-{group}" if group > 1 else "")
+        base += f"-slack-{slack:g}" if slack else ""
         name = study_name or repository.find_study(key) or repository.unique_name(base)
         return _answer(Search(repository, workload, chosen, limits, isolation, progress), name, key)
 
@@ -134,7 +138,7 @@ def resume(
     with Repository(storage) as repository:
         entered = repository.study_key(study_name)
         chosen = choose_device(device, entered.mode)
-        workload = Workload.of(model, sample_batch, step, entered.mode, chosen, seed)
+        workload = Workload.of(model, sample_batch, step, entered.mode, chosen, seed, entered.group)
         key = workload.key(chosen, entered.budget_bytes, entered.host_budget_bytes, entered.slack)
         repository.has_study(study_name, key)
         known = repository.plan(study_name)
@@ -184,12 +188,12 @@ def _fastest(search: Search, name: str, key: StudyKey) -> Plan:
         study = _Study(search, name, key, show, opened)
         held.enter_context(study.hold_device())
         found = study.found_or_measured()
-        ranked = rank(found.profile, *found.budgets)
+        ranked = rank(found.profile, *found.budgets, key.group)
         repository.create_study(name, key)
         agreed = repository.agree_on_profile(name, found.profile)
         if agreed != found.profile:
             found = replace(found, profile=agreed)
-            ranked = rank(agreed, *found.budgets)
+            ranked = rank(agreed, *found.budgets, key.group)
         validated = study.validated(found, ranked)
         held.close()
         verdict = study.verdict(found, ranked, validated)
@@ -205,7 +209,7 @@ def _fastest(search: Search, name: str, key: StudyKey) -> Plan:
         reading=planned_reading(found.profile, verdict.best.prediction),
         prediction=verdict.best.prediction,
         measurement=verdict.best.measurement,
-        floor_s=floor_s(found.profile, *found.budgets),
+        floor_s=floor_s(found.profile, *found.budgets, key.group),
         why=verdict.why,
     )
     return repository.agree_on_plan(name, answer)

@@ -114,6 +114,15 @@ def study(tuned: Path, monkeypatch: Environment) -> Path:
 # What works
 
 
+def test_a_group_is_tuned_and_run(shell: Path) -> None:
+    said = autosp("tune", "tiny_models:make", *ROOM, "--group", "2", "--max-trials", "1", "-o", "plan.json")
+    assert "2 microbatches share a pass" in said
+    plan = Plan.load(shell / "plan.json")
+    assert plan.candidate.group == 2
+    assert "T/floor" in autosp("run", "tiny_models:make", "--plan", "plan.json", "--passes", "2")
+    assert "2 microbatches" in autosp("estimate", "--study", plan.study_name or "", *ROOM)
+
+
 def test_help_names_every_command() -> None:
     said = autosp("--help")
     for command in (

@@ -81,6 +81,7 @@ def test_file_is_readable_json(tmp_path: Path) -> None:
         "on_disk": [],
         "read_ahead": 0,
         "recompute": [],
+        "group": 1,
     }
     assert data["device"]["slow_tier"] == "disk"
     assert data["why"] == "für Zoë: ≤ 5 GB ✓"
@@ -475,10 +476,21 @@ def test_groups_of_a_candidate() -> None:
     assert candidate.label() == "k=3 k'=2 residents=1 on disk=3 read-ahead=1"
 
 
+def test_a_plan_of_before_groups_is_of_one_microbatch(tmp_path: Path) -> None:
+    data = PLAN.model_dump(mode="json")
+    data["schema_version"] = 6
+    for candidate in (data["candidate"], data["prediction"]["candidate"]):
+        del candidate["group"]
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(data), encoding="utf-8")
+    assert Plan.load(path) == PLAN.model_copy(update={"schema_version": 6})
+    assert Plan.load(path).candidate.group == 1
+
+
 def test_key_fingerprint() -> None:
     assert study_key().fingerprint == study_key().fingerprint
     assert len(study_key().fingerprint) == 32
-    numbers = {"budget_bytes", "host_budget_bytes", "slack"}
+    numbers = {"group", "budget_bytes", "host_budget_bytes", "slack"}
     others = [study_key(**{name: "other"}).fingerprint for name in set(StudyKey.model_fields) - {"mode", *numbers}]
     others += [study_key(**{name: 5}).fingerprint for name in numbers]
     assert len({study_key().fingerprint, *others}) == len(others) + 1

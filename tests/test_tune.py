@@ -162,11 +162,11 @@ def test_a_prediction_has_room_for_the_scatter_of_a_c_heap() -> None:
     profile = autosp.profile(model, batch, device="cpu", progress=False)
     assert profile.overlapped is not None
     warm = profile.overlapped
-    bare_bytes = warm.prediction.peak_bytes - profile.planned_workspace_bytes
+    bare_bytes = warm.prediction.peak_bytes - profile.planned_workspace_of(1)
     warm_bytes = warm.measurement.peak_bytes - bare_bytes
     wanted = max(profile.workspace_bytes, warm_bytes + int(HEAP_SCATTER_OF_WORKSPACE * warm_bytes))
-    assert profile.planned_workspace_bytes == wanted > 0
-    first_bytes = profile.observed.prediction.peak_bytes - profile.planned_workspace_bytes + profile.workspace_bytes
+    assert profile.planned_workspace_of(1) == wanted > 0
+    first_bytes = profile.observed.prediction.peak_bytes - profile.planned_workspace_of(1) + profile.workspace_bytes
     assert first_bytes >= profile.observed.measurement.peak_bytes
 
 

@@ -7,25 +7,26 @@ from autosp.errors import SettingError
 from autosp.spec import Profile
 
 
-def floor_s(profile: Profile, budget_bytes: int, host_budget_bytes: int | None = None) -> float:
+def floor_s(profile: Profile, budget_bytes: int, host_budget_bytes: int | None = None, group: int = 1) -> float:
     """The least time of a pass: `max(C, (W - R_max) / B, (W - R_max - H_max) / B_disk)` per period, and no more.
 
     C is the compute of a pass (each visit at the fastest it was seen), W the bytes of all visited layers, B and B_disk
     the bandwidths of the links measured alone, R_max = budget - workspace - always-resident bytes, all of it filled
     with resident layers and no ring at all, and H_max the host's budget less the lookup tables, without a staging ring:
     a bound that no real plan reaches exactly. `host_budget_bytes` None: the host has room for all. A pass has all of
-    its periods. Of a training pass it is `training_floor_s`.
+    its periods. Of a training pass it is `training_floor_s`. A pass of `group` microbatches computes as often, and
+    moves what one needs; beside R_max there are the activations of one.
 
     Raises: SettingError if the bound needs the disk's bandwidth and the profile does not know it.
     """
     if profile.mode == "training":
-        return training_floor_s(profile, budget_bytes)
+        return training_floor_s(profile, budget_bytes, group)
     partition = profile.partition
     visited = sum(partition.layers[index].n_bytes for index in set(partition.visits))
     residents = max(0, budget_bytes - profile.workspace_bytes - partition.resident_bytes)
     moved = max(0, visited - residents)
     transfer_s = moved / profile.link.bytes_per_s * partition.repeats
-    least_s = max(profile.least_compute_s, transfer_s)
+    least_s = max(group * profile.least_compute_s, transfer_s)
     if host_budget_bytes is None:
         return least_s
     tables = partition.lookups.n_bytes if partition.lookups else 0
@@ -37,12 +38,12 @@ def floor_s(profile: Profile, budget_bytes: int, host_budget_bytes: int | None =
     return max(least_s, read / profile.disk_link.bytes_per_s * partition.repeats)
 
 
-def training_floor_s(profile: Profile, budget_bytes: int) -> float:
+def training_floor_s(profile: Profile, budget_bytes: int, group: int = 1) -> float:
     """The largest of `training_floors`."""
-    return max(training_floors(profile, budget_bytes).values())
+    return max(training_floors(profile, budget_bytes, group).values())
 
 
-def training_floors(profile: Profile, budget_bytes: int) -> dict[str, float]:
+def training_floors(profile: Profile, budget_bytes: int, group: int = 1) -> dict[str, float]:
     """What each resource needs at least, in seconds, by its name: compute, weights in, gradients out.
 
     `max(C + recompute, (max(0, W - M) + max(0, V - M_turn)) / B, max(0, G - M / 2) / B_return)`.
@@ -52,7 +53,8 @@ def training_floors(profile: Profile, budget_bytes: int) -> dict[str, float]:
     visited forward and backward, G those of their gradients. M = budget - workspace - always-resident bytes is what may
     be on the device when a pass begins, M_turn what is left of it at the turn beside the least activations: only that
     need not be loaded, which for weights all of which move is 2 W - turn. A resident's gradient, as large as itself,
-    stays beside it. The update is no part of the pass, so nor is the optimizer.
+    stays beside it. The update is no part of the pass, so nor is the optimizer. A pass of `group` microbatches computes
+    as often; activations are those of one, for microbatches may go backward one after another.
     """
     partition = profile.partition
     sizes = {layer.index: layer.n_bytes for layer in partition.layers}
@@ -65,7 +67,7 @@ def training_floors(profile: Profile, budget_bytes: int) -> dict[str, float]:
     back = profile.return_link
     return_s = gradients / back.bytes_per_s if back else 0.0
     return {
-        "compute": profile.least_compute_s + least_recompute_s(profile, room),
+        "compute": group * (profile.least_compute_s + least_recompute_s(profile, room)),
         "weights in": moved / profile.link.bytes_per_s,
         "gradients out": return_s,
     }

@@ -81,6 +81,7 @@ class Predictor:
     def __init__(self, profile: Profile, pairs: Iterable[Pair]) -> None:
         memory = memory_of(profile)
         self._figures: list[dict[str, Any]] = []
+        self._groups: list[int] = []
 
         def noted() -> Iterator[Pair]:
             before: Ring | None = None
@@ -90,6 +91,7 @@ class Predictor:
                     before, traffic = ring, _bytes_of(profile, candidate, ring)
                 peak_bytes = memory.peak_bytes(candidate, ring.arena_bytes)
                 self._figures.append({"candidate": candidate, "peak_bytes": peak_bytes, **traffic})
+                self._groups.append(candidate.group)
                 yield candidate, ring
 
         self._traffic = _traffic(profile, noted())
@@ -97,7 +99,7 @@ class Predictor:
     def predict(self, profile: Profile) -> list[Prediction]:
         """One prediction per candidate, in their order."""
         repeats = profile.partition.repeats
-        periods = _periods(profile, self._traffic)
+        periods = _periods(profile, self._traffic, self._groups)
         return [
             Prediction(latency_s=float(period_s) * repeats, stall_s=float(stall_s) * repeats, **figures)
             for figures, period_s, stall_s in zip(self._figures, periods.period_s, periods.stall_s, strict=True)
@@ -122,7 +124,10 @@ def _gradients_at_rest(profile: Profile, candidate: Candidate) -> int:
 
 
 class Periods(NamedTuple):
-    """The steady period of each of C candidates, and how many times longer everything takes in it. Shapes: [C]."""
+    """The steady period of each of C candidates, and how many times longer everything takes in it. Shapes: [C].
+
+    A group computes as many times longer as it has microbatches.
+    """
 
     period_s: Array
     stall_s: Array
@@ -137,7 +142,8 @@ def contended_periods(profile: Profile, pairs: Iterable[Pair]) -> Periods:
     Each is slowed in proportion to the share of its own time in which the other is busy too. See `beside_compute_s`.
     What gradients on their way cost compute is not told apart from compute.
     """
-    return _periods(profile, _traffic(profile, pairs))
+    pairs = list(pairs)
+    return _periods(profile, _traffic(profile, pairs), [candidate.group for candidate, _ in pairs])
 
 
 def _traffic(profile: Profile, pairs: Iterable[Pair]) -> Traffic:
@@ -147,11 +153,11 @@ def _traffic(profile: Profile, pairs: Iterable[Pair]) -> Traffic:
     return SteadyTraffic((ring for _, ring in pairs), len(partition.visits))
 
 
-def _periods(profile: Profile, traffic: Traffic) -> Periods:
+def _periods(profile: Profile, traffic: Traffic, groups: Sequence[int]) -> Periods:
     link, disk = profile.link, profile.disk_link
     timed = traffic.timed(costs_of(profile))
-    ones = np.ones_like(timed.link_s)
-    found = Periods(*timed.run(ones, ones, ones), ones, ones, ones)
+    ones, often = np.ones_like(timed.link_s), np.array(groups, float)
+    found = Periods(*timed.run(often, ones, ones), often, ones, ones)
     slowdowns = [link.compute_slowdown, link.link_slowdown]
     slowdowns += [disk.compute_slowdown, disk.link_slowdown] if disk else [1.0, 1.0]
     if max(slowdowns) == 1:
@@ -162,7 +168,7 @@ def _periods(profile: Profile, traffic: Traffic) -> Periods:
         link_s, disk_s = timed.link_s * found.link_factor, timed.disk_s * found.disk_factor
         link_beside, disk_beside = beside_compute_s(link_s, found.stall_s), beside_compute_s(disk_s, found.stall_s)
         factors = (
-            1 + by_link * _share(link_beside, compute_s) + by_disk * _share(disk_beside, compute_s),
+            often * (1 + by_link * _share(link_beside, compute_s) + by_disk * _share(disk_beside, compute_s)),
             1 + on_link * _share(link_beside, link_s),
             1 + on_disk * _share(disk_beside, disk_s),
         )

@@ -5,7 +5,8 @@
 - fixed is what is resident for every plan, and the workspace: what the least-memory plan was observed to take beyond
   this formula, so that kernels' own memory, and gradients of activations, are in it;
 - activations at a visit are what the forward has kept so far, or the backward has not used up: of a layer that is
-  computed again its inputs, and during its own backward all; of a block likewise;
+  computed again its inputs, and during its own backward all; of a block likewise. Of a group each microbatch keeps its
+  own; one at a time computes a layer again, but all together a block;
 - gradients are those that resident layers have by then, that which the visit makes, and those of streamed layers before
   it that may still be under way: of these, no more than the largest layer's ([Note: gradients under way]).
 
@@ -43,6 +44,7 @@ class TrainingMemory:
         self._inputs = np.array([visit.input_bytes for visit in profile.visits], np.int64)
         self._used_up = np.array(used_up_after(profile.partition.visits, profile.partition.backward), np.intp)
         self._there_again = self._first_backward_visits()
+        self._in_block = np.isin(self._layers, [one for block in profile.partition.blocks for one in block.layers])
         self._gradients = np.array([layer.gradient_bytes for layer in profile.partition.layers], np.int64)
         self._gradient_visits = self._last_backward_visits()
         self._curve = lru_cache(maxsize=CURVES)(self._activations)
@@ -50,7 +52,7 @@ class TrainingMemory:
 
     def peak_bytes(self, candidate: Candidate, arena_bytes: int) -> int:
         """See the formula at this module's top."""
-        moving = self.moving_bytes(candidate.recompute, candidate.residents)
+        moving = self.moving_bytes(candidate.recompute, candidate.residents, candidate.group)
         return self._weights.peak_bytes(candidate, arena_bytes) + moving
 
     def may_fit(self, candidate: Candidate, usable_bytes: int) -> bool:
@@ -59,26 +61,26 @@ class TrainingMemory:
             return False
         return self.peak_bytes(candidate, self._weights.least_arena_bytes(candidate)) <= usable_bytes
 
-    def moving_bytes(self, recompute: tuple[int, ...], residents: tuple[int, ...] = ()) -> int:
+    def moving_bytes(self, recompute: tuple[int, ...], residents: tuple[int, ...] = (), group: int = 1) -> int:
         """Activations and gradients at the peak of both together."""
-        return int((self._curve(recompute) + self._gradient_curve(residents)).max(initial=0))
+        return int((self._curve(recompute, group) + self._gradient_curve(residents)).max(initial=0))
 
-    def activation_bytes(self, recompute: tuple[int, ...]) -> int:
+    def activation_bytes(self, recompute: tuple[int, ...], group: int = 1) -> int:
         """Activations at their peak."""
-        return int(self._curve(recompute).max(initial=0))
+        return int(self._curve(recompute, group).max(initial=0))
 
-    def _activations(self, recompute: tuple[int, ...]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    def _activations(self, recompute: tuple[int, ...], group: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         """Bytes during each visit, forward and backward, and at the end of the pass. [F + B + 1]"""
         backward = self._partition.backward
         again = np.isin(self._layers, recompute)
-        held = np.where(again, self._inputs, self._kept)
+        held = group * np.where(again, self._inputs, self._kept)
         curve = np.cumsum(held)
         left = np.zeros(len(backward) + 1, np.int64)
         np.add.at(left, self._used_up, held)
         during = held.sum() - np.concatenate([[0], np.cumsum(left)])[:-1]
         anew = np.zeros(len(backward) + 2, np.int64)
         again &= self._used_up < len(backward)  # what no backward visit uses up is not computed again
-        beyond = np.where(again, np.maximum(0, self._kept - self._inputs), 0)
+        beyond = np.where(again, np.maximum(0, self._kept - self._inputs), 0) * np.where(self._in_block, group, 1)
         np.add.at(anew, self._there_again, beyond)
         np.add.at(anew, self._used_up + 1, -beyond)
         return np.concatenate([curve, during + np.cumsum(anew)[:-1]])

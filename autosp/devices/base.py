@@ -162,7 +162,8 @@ class Device(Protocol):
         """Time between two stamps, those of copies and reads among them, after `synchronize`."""
 
     def training(self) -> AbstractContextManager[None]:
-        """While it is open a model is trained: large gradients come and go between activations that stay."""
+        """While it is open a model is trained, or microbatches share a pass: large pieces of memory come and go
+        between others that stay."""
 
     def start_measuring(self) -> None:
         """Give unused memory back and begin a new peak, counted from what is in use now."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from autosp.batch import signature
@@ -11,7 +12,7 @@ from autosp.cost_model.predict import predict
 from autosp.cost_model.training_memory import memory_of
 from autosp.errors import SettingError
 from autosp.partition import model_fingerprint
-from autosp.profiler.layers import LEAST_MEMORY, Observation, observe
+from autosp.profiler.layers import LEAST_MEMORY, Observation, group_peak_bytes, observe
 from autosp.profiler.links import HostProbe, measure_disk, measure_link, measure_return
 from autosp.profiler.reading import measure_reading
 from autosp.profiler.training import observe_training
@@ -104,7 +105,20 @@ def measure(
                 "overlapped": _trial(ring, together.measurement),
             }
         )
+    if workload.group > 1:
+        waiting_bytes = _waiting_bytes(profile, bench, least, workload, progress)
+        profile = profile.model_copy(update={"waiting_bytes": waiting_bytes})
     return _predicted(calibrated(profile, observations(profile)))
+
+
+def _waiting_bytes(
+    profile: Profile, bench: Bench, candidate: Candidate, workload: Workload, progress: Callable[[str], None]
+) -> int:
+    """What a group was seen to take beyond what the cost model knows of, for each microbatch but the one that runs."""
+    group = candidate.model_copy(update={"group": workload.group})
+    bare = memory_of(profile.model_copy(update={"waiting_bytes": 0}))
+    beyond = group_peak_bytes(bench, group, workload, progress) - bare.peak_bytes(group, bench.arena_bytes(group))
+    return max(0, math.ceil(beyond / (workload.group - 1)))
 
 
 def _observed(bench: Bench, candidate: Candidate, workload: Workload, progress: Callable[[str], None]) -> Observation:

@@ -15,11 +15,14 @@ from autosp.runtime.bench import Bench
 from autosp.runtime.executor import Observer
 from autosp.runtime.streamed_model import StreamedModel
 from autosp.spec import BackwardProfile, Candidate, LayerProfile, Measurement, Outcome
+from autosp.workload import Workload
 
 LEAST_PASSES = 2
 MOST_PASSES = 12
 ENOUGH_S = 0.8
 """Short passes are repeated until they fill this time: medians over a busy moment are wrong."""
+GROUP_PASSES = 3
+"""For a group's memory: the third was seen to take little more than the second."""
 LONG_S = 1.0
 """No busy moment is all of a pass that is so long: it need not be repeated."""
 
@@ -106,6 +109,20 @@ def measured_passes(
         misses=stats.misses,
         usage=usage,
     )
+
+
+def group_peak_bytes(bench: Bench, candidate: Candidate, workload: Workload, progress: Callable[[str], None]) -> int:
+    """Most memory of a workload's group under a plan, over some passes: answers live until the next ones are there."""
+    with workload.trial():
+        streamed = bench.apply(candidate)
+        try:
+            for number in range(GROUP_PASSES):
+                progress(f"pass {number + 1} of {candidate.group} microbatches")
+                output = workload.run_under(streamed)
+            del output
+            return streamed.stats().peak_bytes
+        finally:
+            streamed.remove()
 
 
 def timed_pass(device: Device, run: Callable[[], Any]) -> tuple[float, Any]:

@@ -52,7 +52,12 @@ class Microbatches(Protocol):
 
 
 class Executor:
-    """Streams the layers of one model through one arena. One pass at a time: other threads wait for their turn."""
+    """Streams the layers of one model through one arena. One pass at a time: other threads wait for their turn.
+
+    [Note: the heap of a group] Where the device is the host, each microbatch's thread has a part of the C library's
+    heap to itself, in which freed memory would stay: eight microbatches were seen to take 110 MB instead of 74. So
+    while they run, large pieces are given back at once, as in training.
+    """
 
     def __init__(self, schedule: Schedule, loader: Loader, issue: Issue = prefetches) -> None:
         """`loader` is of the same schedule; `issue` reads from it what to issue when."""
@@ -120,7 +125,7 @@ class Executor:
         """
         if self.running_here() or (self._group is not None and self._group.runs_here()):
             raise SettingError("a group of microbatches begins inside a pass: give a step that calls the model only")
-        with self._lock:
+        with self._lock, self.device.training():
             self._group = group
             try:
                 with self.modes():

@@ -53,8 +53,11 @@ class StreamedModel(Generic[M]):
         floor_s: float | None = None,
         mode: Mode = "inference",
         optimizer: Optimizer | None = None,
+        most_microbatches: int | None = None,
     ) -> None:
         """`on_close` frees the store once the model is at rest. `floor_s`: the least that one pass can take.
+
+        `most_microbatches`: those of a group that the plan's memory was computed for; None: nobody computed it.
 
         `optimizer`: of which `schedule` has the steps, see [Note: updates under way].
         """
@@ -65,6 +68,7 @@ class StreamedModel(Generic[M]):
         self._originals = originals
         self._on_close = on_close
         self._floor_s = floor_s
+        self._most_microbatches = most_microbatches
         self._disk_layers = schedule.on_disk
         self._wrappers: list[Intercepted] = []
         self._guests: Guests | None = None
@@ -145,19 +149,26 @@ class StreamedModel(Generic[M]):
         """`[step(model, batch) for batch in batches]`, in one pass: what a transfer brings serves all of the batches.
 
         So weights move as often as for one batch, however many there are; activations of all of them are in memory at
-        the same time, beyond what the plan counted. Outputs are those of the loop, bit for bit, and so are running
-        statistics. But random numbers are drawn per batch: `step` finds torch's generators as after
-        `torch.manual_seed(seed)`, with that batch's number of `torch.randint(2**63 - 1, (len(batches),))`, which is all
-        that is drawn from the caller's generators.
+        the same time: a plan that was tuned with `group` has counted that many, and refuses more. Outputs are those of
+        the loop, bit for bit, and so are running statistics. But random numbers are drawn per batch: `step` finds
+        torch's generators as after `torch.manual_seed(seed)`, with that batch's number of
+        `torch.randint(2**63 - 1, (len(batches),))`, which is all that is drawn from the caller's generators.
 
         Each batch is in a thread of its own; one runs at a time, until the model comes to the next layers. If one
         raises, or Ctrl-C comes, all of them end, and this raises it.
 
-        Raises: SettingError inside a pass, or after `remove()`.
+        Raises: SettingError inside a pass, after `remove()`, or for more batches than the plan has counted.
         """
         if self._removed:
             raise SettingError("the plan was removed: apply it again, or run the batches one after another")
-        return Group(self._executor, [partial(step, self.model, batch) for batch in batches]).run()
+        calls = [partial(step, self.model, batch) for batch in batches]
+        most = self._most_microbatches
+        if most is not None and len(calls) > most:
+            raise SettingError(
+                f"a group of {len(calls)} microbatches: the plan's memory was computed for {most}. Make a plan with "
+                f"group={len(calls)}, or run {-(-len(calls) // most)} groups of {most} one after another"
+            )
+        return Group(self._executor, calls).run()
 
     def backward_group(self, batches: Iterable[Any], step: Step) -> list[torch.Tensor]:
         """`run_group` of losses that `step` returns, with their backward passes: gradients are accumulated.
@@ -168,7 +179,7 @@ class StreamedModel(Generic[M]):
         the device, once. If this raises, gradients are what they were; to that end those that there were are kept
         twice meanwhile.
 
-        Raises: SettingError inside a pass, after `remove()`, for a plan for inference, or if `step` returns no loss.
+        Raises: SettingError as `run_group` does, for a plan for inference, or if `step` returns no loss.
         """
         if not isinstance(self._executor, TrainingExecutor):
             raise SettingError("the plan is for inference: make one with mode='training'")

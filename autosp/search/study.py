@@ -84,8 +84,9 @@ def run_study(
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = repository.optuna_storage()
-    usable = usable_bytes(profile, budget_bytes)
-    acceptable = acceptable_bytes(profile, budget_bytes)
+    group = ranked[0].candidate.group
+    usable = usable_bytes(profile, budget_bytes, group)
+    acceptable = acceptable_bytes(profile, budget_bytes, group)
     lessons = Lessons(profile, ranked)
     favourite = key_of(least_traffic(ranked).candidate)
     sampler = CostModelSampler(ranked, usable, [*_baselines(profile, ranked), favourite])

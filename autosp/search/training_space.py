@@ -20,11 +20,11 @@ SHARES = (1 / 4, 1 / 2, 3 / 4, 1)
 """Of the blocks and layers whose activations take more than their inputs: how many are computed again."""
 
 
-def recompute_choices(profile: Profile, budget_bytes: int) -> list[tuple[int, ...]]:
+def recompute_choices(profile: Profile, budget_bytes: int, group: int = 1) -> list[tuple[int, ...]]:
     """Sets of layers to compute again, blocks as a whole: none, all that free memory, shares, and just enough.
 
     A share is spread evenly, and taken where a byte costs least time. Just enough is the least number, of the cheapest,
-    with which one layer at a time fits the budget, and that with which two do.
+    with which one layer at a time fits the budget beside the activations of a group, and that with which two do.
     """
     cost_of = seconds_per_freed_byte(profile)
     useful = list(cost_of)
@@ -34,20 +34,20 @@ def recompute_choices(profile: Profile, budget_bytes: int) -> list[tuple[int, ..
     counts = {max(1, round(len(useful) * share)) for share in SHARES}
     chosen: list[tuple[Together, ...]] = [(), *(evenly_spread(useful, count) for count in sorted(counts))]
     memory = TrainingMemory(profile)
-    enough = {_just_enough(memory, cheapest, k, budget_bytes) for k in (1, 2)}
+    enough = {_just_enough(memory, cheapest, Candidate(k=k, k_prime=1, group=group), budget_bytes) for k in (1, 2)}
     chosen += (tuple(cheapest[:count]) for count in sorted(counts | enough))
     return list(dict.fromkeys(map(_layers_of, chosen)))
 
 
-def filled(profile: Profile, budget_bytes: int) -> Iterator[Candidate]:
+def filled(profile: Profile, budget_bytes: int, group: int = 1) -> Iterator[Candidate]:
     """For each ring and choice, resident sets that use up the budget. Residents are computed again in blocks only."""
     memory = TrainingMemory(profile)
     of = Pass.of(profile)
     in_blocks = _in_blocks(profile)
-    free = budget_bytes - profile.partition.resident_bytes - profile.planned_workspace_bytes
+    free = budget_bytes - profile.partition.resident_bytes - profile.planned_workspace_of(group)
     count = len(of.layers)
-    for recompute in recompute_choices(profile, budget_bytes):
-        moving = partial(_moving_bytes, memory, in_blocks, recompute)
+    for recompute in recompute_choices(profile, budget_bytes, group):
+        moving = partial(_moving_bytes, memory, in_blocks, recompute, group)
         for k_prime in K_PRIMES:
             for depth in DEPTHS:
                 if depth * k_prime > count:
@@ -59,10 +59,12 @@ def filled(profile: Profile, budget_bytes: int) -> Iterator[Candidate]:
                         yield Candidate(k=k, k_prime=k_prime, residents=residents, recompute=again)
 
 
-def recomputing(profile: Profile, candidates: Sequence[Candidate], budget_bytes: int) -> Iterator[Candidate]:
+def recomputing(
+    profile: Profile, candidates: Sequence[Candidate], budget_bytes: int, group: int = 1
+) -> Iterator[Candidate]:
     """Each candidate, one after another, with every choice of what is computed again; and the least-memory plan."""
     in_blocks = _in_blocks(profile)
-    choices = recompute_choices(profile, budget_bytes)
+    choices = recompute_choices(profile, budget_bytes, group)
     for candidate in candidates:
         for recompute in choices:
             again = _again_beside(candidate.residents, in_blocks, recompute)
@@ -71,9 +73,13 @@ def recomputing(profile: Profile, candidates: Sequence[Candidate], budget_bytes:
 
 
 def _moving_bytes(
-    memory: TrainingMemory, in_blocks: AbstractSet[int], recompute: tuple[int, ...], residents: AbstractSet[int]
+    memory: TrainingMemory,
+    in_blocks: AbstractSet[int],
+    recompute: tuple[int, ...],
+    group: int,
+    residents: AbstractSet[int],
 ) -> int:
-    return memory.moving_bytes(_again_beside(residents, in_blocks, recompute), tuple(sorted(residents)))
+    return memory.moving_bytes(_again_beside(residents, in_blocks, recompute), tuple(sorted(residents)), group)
 
 
 def _in_blocks(profile: Profile) -> AbstractSet[int]:
@@ -91,13 +97,13 @@ def _layers_of(chosen: Sequence[Together]) -> tuple[int, ...]:
     return tuple(sorted(layer for layers in chosen for layer in layers))
 
 
-def _just_enough(memory: TrainingMemory, cheapest: Sequence[Together], k: int, budget_bytes: int) -> int:
-    """How many of the cheapest must be computed again for a ring of `k` layers to fit; all, if that is not enough."""
+def _just_enough(memory: TrainingMemory, cheapest: Sequence[Together], ring: Candidate, budget_bytes: int) -> int:
+    """How many of the cheapest must be computed again for a ring to fit; all, if that is not enough."""
     low, high = 0, len(cheapest)
     while low < high:
         middle = (low + high) // 2
         again = _layers_of(cheapest[:middle])
-        if memory.may_fit(Candidate(k=k, k_prime=1, recompute=again), budget_bytes):
+        if memory.may_fit(ring.model_copy(update={"recompute": again}), budget_bytes):
             high = middle
         else:
             low = middle + 1

@@ -17,8 +17,8 @@ from autosp.spec.trial import Candidate, Measurement, Prediction
 
 PLAN_SCHEMA_VERSION = 7
 """Also read: 1, before lookup tables; 2, before `Layer.weight_bytes` and disks behind the host; 3, before `Leaf` and
-`reading`; 4, before training; 5, before `Layer.disk_bytes`; 6, before blocks: each layer is computed again by itself.
-"""
+`reading`; 4, before training; 5, before `Layer.disk_bytes`; 6, before `Candidate.group` and blocks: each layer is
+computed again by itself."""
 
 
 class Plan(Record):
