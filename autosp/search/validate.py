@@ -103,9 +103,8 @@ def validate(
                 samples: list[float] = []
                 while len(samples) < LEAST_PASSES or (sum(samples) < ENOUGH_S and len(samples) < MOST_PASSES):
                     progress(f"pass {len(samples) + 1}")
-                    seconds, output = _timed_pass(
-                        bench, workload, streamed
-                    )  # as in a loop, the last output lives meanwhile
+                    # as in a loop, the last output lives meanwhile
+                    seconds, output = _timed_pass(bench, workload, streamed)
                     samples.append(seconds)
                 stats = streamed.stats()
                 usage = streamed.usage(len(samples))
