@@ -9,7 +9,7 @@ that no peak shows. So while a peak is measured no hole may be used: see `Plugs`
 What a pass itself leaves scattered stays so. For its alignment torch asks for a little more than it needs; what is cut
 off goes to the thread's cache (tcache), and while it is there a freed activation does not join its neighbours, and is
 too small for one of its own size. A pass with 14 MB alive took 15 to 33 MB, plan by plan and run by run; in a process
-started with GLIBC_TUNABLES=glibc.malloc.tcache_count=0, which also had no fast bins (mallopt(3), M_MXFAST), 16 to 19 MB.
+started with GLIBC_TUNABLES=glibc.malloc.tcache_count=0 and without fast bins (mallopt(3), M_MXFAST) 16 to 19 MB.
 """
 
 from __future__ import annotations
