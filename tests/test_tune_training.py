@@ -113,7 +113,8 @@ def test_a_profile_knows_both_directions(profiled: autosp.Profile) -> None:
     # Of inputs of 0.5 MB a tanh of four times as much is kept; what one block gives is the next one's input.
     row_bytes = 4 * 512 * 256
     assert all(4 * row_bytes <= visit.kept_bytes <= 6 * row_bytes for visit in profiled.visits)
-    assert [visit.input_bytes for visit in profiled.visits] == [0] + [row_bytes] * 7  # the first has the batch's
+    # The first has the batch's, the last has what the loss saves, too.
+    assert [visit.input_bytes for visit in profiled.visits] == [0] + [row_bytes] * 6 + [2 * row_bytes]
     assert profiled.observed.prediction.candidate.recompute == tuple(range(1, 8))  # the first one's needs no weights
 
 

@@ -35,7 +35,7 @@ BOOKKEEPING_BYTES, BOOKKEEPING_BYTES_PER_LAYER = 250_000, 20_000
 
 BACKWARD_KERNEL_BYTES = 4_500_000
 """On a CPU: what the kernels of training take once in a process. A study's own passes have taken it before a plan is
-tried: in a new process a vision transformer's peak was 4.5 MB above what its study saw, that of linear layers 0.8 MB."""
+tried: in a new process a vision transformer's peak was 4.5 MB above what trials saw, that of linear layers 0.8 MB."""
 
 HEAP_NOISE_OF_WORKSPACE = 0.45
 HEAP_GROWTH_OF_WORKSPACE = 0.3
