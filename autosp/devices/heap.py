@@ -130,10 +130,13 @@ class Plugs:
 
 
 class _Pieces:
-    """A list on pages of its own: it must not grow on the heap while that is filled."""
+    """A list on pages of its own: it must not grow on the heap while that is filled.
+
+    A forked process has a heap of its own, and so a list of its own.
+    """
 
     def __init__(self) -> None:
-        self._addresses = memoryview(mmap.mmap(-1, 8 * MOST_PLUGS)).cast("Q")
+        self._addresses = memoryview(mmap.mmap(-1, 8 * MOST_PLUGS, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)).cast("Q")
         self.count = 0
 
     def append(self, address: int) -> None:

@@ -200,3 +200,24 @@ def test_a_device_that_is_collected_opens_no_holes_that_another_has_closed() -> 
     assert not are_used(holes, pieces_that_fit(32))
     assert len(kept) == 32
     second.close()
+
+
+FORKED = """
+import os
+import test_heap
+from autosp.devices import CpuDevice
+
+device = CpuDevice()
+device.start_measuring()
+child = os.fork()
+if child == 0:
+    kept = test_heap.with_holes()
+    device.start_measuring()
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+device.close()
+"""
+
+
+def test_a_forked_process_has_its_own() -> None:
+    start(FORKED).says()

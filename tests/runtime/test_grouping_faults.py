@@ -85,8 +85,16 @@ def test_an_exception_in_the_third_microbatch(place: str, error: str, accumulate
     assert_same_gradients(model, plain)
 
 
+@pytest.fixture
+def can_be_interrupted() -> Iterator[None]:
+    """Also where the tests were started in the background of a shell, which has them ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("backward", [False, True])
-def test_ctrl_c_comes_to_the_thread_that_waits(backward: bool, apply: Apply) -> None:
+def test_ctrl_c_comes_to_the_thread_that_waits(backward: bool, apply: Apply, can_be_interrupted: None) -> None:
     """As the kernel delivers it: to the main thread, while a microbatch computes."""
     model, batch = make("stack")
     model, plain = twins(model)
