@@ -43,7 +43,7 @@ PLUG_SIZES = tuple(INFERENCE_CHUNK_BYTES >> halvings for halvings in range(1, 15
 """16 MiB to 2 KiB, in bytes. Below, pieces of a page come and go that hold little."""
 
 MOST_PLUGS = 2**12
-"""In a heap with 10^6 crumbs the smallest stay free: as many plugs take 20 ms already, most of it the kernel's."""
+"""In a heap with 10^5 crumbs the smallest stay free: as many plugs take 30 ms already."""
 
 PATIENCE = 2
 """So many new pieces of one size in a row, and no hole is so large: at the first, something else may have grown."""
