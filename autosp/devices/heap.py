@@ -136,7 +136,8 @@ class _Pieces:
     """
 
     def __init__(self) -> None:
-        self._addresses = memoryview(mmap.mmap(-1, 8 * MOST_PLUGS, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)).cast("Q")
+        pages = mmap.mmap(-1, 8 * MOST_PLUGS, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._addresses = memoryview(pages).cast("Q")
         self.count = 0
 
     def append(self, address: int) -> None:
