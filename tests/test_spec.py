@@ -73,7 +73,7 @@ def test_file_is_readable_json(tmp_path: Path) -> None:
     text = (tmp_path / "plan.json").read_text(encoding="utf-8")
     assert text.endswith("}\n")
     data = json.loads(text)
-    assert data["schema_version"] == PLAN_SCHEMA_VERSION == 6
+    assert data["schema_version"] == PLAN_SCHEMA_VERSION == 7
     assert data["candidate"] == {
         "k": 3,
         "k_prime": 1,
@@ -81,6 +81,7 @@ def test_file_is_readable_json(tmp_path: Path) -> None:
         "on_disk": [],
         "read_ahead": 0,
         "recompute": [],
+        "offload": [],
     }
     assert data["device"]["slow_tier"] == "disk"
     assert data["why"] == "für Zoë: ≤ 5 GB ✓"

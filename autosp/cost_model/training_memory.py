@@ -20,6 +20,7 @@ import numpy as np
 
 from autosp.cost_model.memory import DeviceMemory
 from autosp.schedule.arena import arena_bytes
+from autosp.schedule.offload import used_up_after
 from autosp.spec import Candidate, Profile
 
 
@@ -110,19 +111,3 @@ def seconds_per_freed_byte(profile: Profile) -> dict[int, float]:
     for again in profile.backward:
         taken[again.layer] = taken.get(again.layer, 0.0) + again.recompute_s
     return {layer: seconds / freed[layer] for layer, seconds in taken.items() if freed[layer] > 0}
-
-
-def used_up_after(visits: Sequence[int], backward: Sequence[int]) -> list[int]:
-    """Forward visit -> the backward visit that uses up its activations; `len(backward)`: the end of the pass.
-
-    A layer's visits are used up from its last to its first; where it has fewer backward, all others by the last.
-    """
-    remaining: dict[int, list[int]] = {}
-    for position, layer in enumerate(backward):
-        remaining.setdefault(layer, []).append(position)
-    order = [len(backward)] * len(visits)
-    for visit in reversed(range(len(visits))):
-        mine = remaining.get(visits[visit])
-        if mine:
-            order[visit] = mine.pop(0) if len(mine) > 1 else mine[0]
-    return order

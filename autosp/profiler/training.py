@@ -8,6 +8,7 @@ batch are there anyway.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,6 +23,7 @@ from autosp.batch import tensors_in
 from autosp.devices import Device
 from autosp.profiler.layers import LEAST_MEMORY, MemoryObserver, Observation, measured_passes, timed_pass
 from autosp.runtime.bench import Bench
+from autosp.runtime.offload import can_be_offloaded
 from autosp.runtime.recorder import VisitTimes
 from autosp.runtime.streamed_model import StreamedModel
 from autosp.schedule.actions import Kind
@@ -51,10 +53,11 @@ def training_partition(workload: Workload, device: Device, cache_dir: Path) -> P
         expected = parts.model_copy(update={"visits": visits, "repeats": 1, "backward": tuple(reversed(visits))})
         with Bench(model, expected, device, cache_dir, mode="training") as bench:
             streamed = bench.apply(LEAST_MEMORY)
-            forward = _ForwardOrder()
+            there = [*model.parameters(), *model.buffers(), *tensors_in(workload.batch)]
+            forward = _ForwardOrder(there, device.torch_device)
             streamed.observe(forward)
             try:
-                with save_on_cpu():
+                with save_on_cpu(), closing(forward):
                     workload.run()
                 backward = streamed.backward_visits
             finally:
@@ -69,28 +72,55 @@ def training_partition(workload: Workload, device: Device, cache_dir: Path) -> P
         for layer in expected.layers
     )
     visits = tuple(forward.visits)  # a pass with autograd may visit others than one without, which found the layers
-    return expected.model_copy(update={"layers": layers, "visits": visits, "backward": backward})
+    saved = tuple(forward.saved_bytes)
+    return expected.model_copy(
+        update={"layers": layers, "visits": visits, "backward": backward, "activation_bytes": saved}
+    )
 
 
 class _ForwardOrder:
-    """The layers that a pass visits. One that is called inside its own call is part of the outer visit."""
+    """The layers that a pass visits, and what can be offloaded of what each visit is the first to save.
 
-    def __init__(self) -> None:
+    One that is called inside its own call is part of the outer visit.
+    """
+
+    def __init__(self, there: Sequence[torch.Tensor], device: torch.device) -> None:
+        """What is `there` is none of the pass's activations."""
         self.visits: list[int] = []
+        self.saved_bytes: list[int] = []
         self._open: list[int] = []
+        self._device = device
+        self._known = set(_storages(there))
+        self._hooks: list[saved_tensors_hooks] = []
 
     def arrive(self, layer: int, inputs: Any) -> None:
         """A visit begins, unless a checkpoint computes again for a backward that is under way."""
         if layer not in self._open and torch._C._current_graph_task_id() == -1:
             self.visits.append(layer)
+            self.saved_bytes.append(0)
         self._open.append(layer)
 
     def start(self, layer: int) -> None:
         """Its weights are there."""
+        self._hooks.append(_watching(self._saved))
+        self._hooks[-1].__enter__()
 
     def finish(self, layer: int, output: Any) -> None:
         """It is over."""
+        self._hooks.pop().__exit__(None, None, None)
         self._open.remove(layer)
+
+    def close(self) -> None:
+        """Visits that raised never finished: without this their hooks would outlive the pass."""
+        while self._hooks:
+            self._hooks.pop().__exit__(None, None, None)
+
+    def _saved(self, tensor: torch.Tensor) -> None:
+        if torch._C._current_graph_task_id() == -1 and can_be_offloaded(tensor, self._device):
+            storage = tensor.untyped_storage()
+            if (one := StorageWeakRef(storage)) not in self._known:
+                self._known.add(one)
+                self.saved_bytes[-1] += storage.nbytes()
 
 
 def observe_training(
@@ -183,17 +213,8 @@ class _ActivationObserver(MemoryObserver):
     def start(self, layer: int) -> None:
         """Autograd's saving is watched from here."""
         super().start(layer)
-        around, saved = hooks_around(True), self._saved[-1]
-
-        def pack(tensor: torch.Tensor) -> Any:
-            saved.update(self._counted([tensor]))
-            return tensor if around is None else around[0](tensor)
-
-        def unpack(packed: Any) -> torch.Tensor:
-            tensor: torch.Tensor = packed if around is None else around[1](packed)
-            return tensor
-
-        self._hooks.append(saved_tensors_hooks(pack, unpack))
+        saved = self._saved[-1]
+        self._hooks.append(_watching(lambda tensor: saved.update(self._counted([tensor]))))
         self._hooks[-1].__enter__()
 
     def finish(self, layer: int, output: Any) -> None:
@@ -230,6 +251,21 @@ class _ActivationObserver(MemoryObserver):
 
     def _counted(self, tensors: Sequence[torch.Tensor]) -> Storages:
         return {one: n_bytes for one, n_bytes in _storages(tensors).items() if one not in self._there}
+
+
+def _watching(saw: Callable[[torch.Tensor], object]) -> saved_tensors_hooks:
+    """Tells of each tensor that autograd saves. What hooks around make of it stays theirs."""
+    around = hooks_around(True)
+
+    def pack(tensor: torch.Tensor) -> Any:
+        saw(tensor)
+        return tensor if around is None else around[0](tensor)
+
+    def unpack(packed: Any) -> torch.Tensor:
+        tensor: torch.Tensor = packed if around is None else around[1](packed)
+        return tensor
+
+    return saved_tensors_hooks(pack, unpack)
 
 
 def _storages(tensors: Sequence[torch.Tensor]) -> Storages:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -69,6 +70,15 @@ class Update:
     times: CopyTimes
 
 
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """One layer's activations, to the host or back."""
+
+    kind: Kind
+    layer: int
+    times: tuple[CopyTimes, ...]
+
+
 @dataclass(slots=True)
 class Pass:
     """One outermost call of the model."""
@@ -80,6 +90,7 @@ class Pass:
     reads: list[Read] = field(default_factory=list)
     updates: list[Update] = field(default_factory=list)
     """By the step before it."""
+    moved: list[Moved] = field(default_factory=list)
 
 
 class Recorder:
@@ -143,6 +154,11 @@ class Recorder:
         """An update is over, which may have begun before the pass."""
         if self._now is not None:
             self._now.updates.append(Update(layer, updated.times))
+
+    def moved(self, kind: Kind, layer: int, copies: Sequence[Copied]) -> None:
+        """Copies of a layer's activations were issued."""
+        if self._now is not None and copies:
+            self._now.moved.append(Moved(kind, layer, tuple(copied.times for copied in copies)))
 
     # -- what is read from it: waits for the device, so not for use within a pass ------------------------------------
 
@@ -240,6 +256,9 @@ class Recorder:
                 begin, end = at(load.times.began), at(load.times.ended)
                 spans += (Span(action(Kind.EVICT, gone), period, begin, begin) for gone in load.evicted)
                 spans.append(Span(action(Kind.LOAD, load.layers, load.offset), period, begin, end))
+            for moved in one.moved:
+                begin, end = at(moved.times[0].began), at(moved.times[-1].ended)
+                spans.append(Span(action(moved.kind, (moved.layer,)), period, begin, end))
             for update in one.updates:
                 begin, end = max(0.0, at(update.times.began)), max(0.0, at(update.times.ended))
                 spans.append(Span(action(Kind.STEP, (update.layer,)), period, begin, end))

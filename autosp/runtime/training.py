@@ -32,24 +32,27 @@ from autosp.errors import ModelChangedError
 from autosp.runtime.executor import Executor, uncached_autocast
 from autosp.runtime.gradients import Gradients
 from autosp.runtime.loader import Loader
+from autosp.runtime.offload import Activation, Offload
 from autosp.runtime.saved import SavedTensors
 from autosp.runtime.streamed_layer import StreamedLayer
-from autosp.runtime.transfers import prefetches_of_one_pass
+from autosp.runtime.transfers import ComingBack, Issued, prefetches_of_one_pass
 from autosp.schedule.actions import Kind, Schedule
 
 
 class TrainingExecutor(Executor):
     """An executor whose passes may go on backward. Without autograd its passes are those of inference."""
 
-    def __init__(self, schedule: Schedule, loader: Loader, gradients: Gradients) -> None:
+    def __init__(self, schedule: Schedule, loader: Loader, gradients: Gradients, model: nn.Module) -> None:
         """`gradients` of the layers that `loader` loads."""
         super().__init__(schedule, loader, prefetches_of_one_pass)
         if loader.device.is_host:
             settle_heap(TRAINING_CHUNK_BYTES)
+        self._model = model
         self._recomputed = schedule.recomputed
         self._gradients = gradients
         self._gradients.connect(self.counters, self._enter_backward)
-        self._saved = SavedTensors(self.loader, self._needed)
+        self._offload = Offload(schedule.offloaded, loader.device, self.counters, self.recorder, self._constant)
+        self._saved = SavedTensors(self.loader, self._offload, self._needed, self._activations_needed)
         self._tasks: set[int] = set()
         """Backward passes under way, the innermost last; one that raised is still among them."""
         self._visiting: int | None = None
@@ -71,6 +74,7 @@ class TrainingExecutor(Executor):
         self._closed = True
         self._gradients.close()
         super().close()
+        self._offload.close()
 
     # -- forward --------------------------------------------------------------------------------------------------
 
@@ -80,9 +84,28 @@ class TrainingExecutor(Executor):
         modes.enter_context(uncached_autocast(self.device.torch_device.type))
         return modes
 
+    def run_pass(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """As for inference. What the model is given is kept by who gives it."""
+        if self.running_here():
+            return forward(*args, **kwargs)
+
+        def given(*args: Any, **kwargs: Any) -> Any:
+            self._offload.stays(tensors_in((args, kwargs)))
+            return forward(*args, **kwargs)
+
+        return super().run_pass(given, args, kwargs)
+
+    def issue(self, prefetch: Issued) -> None:
+        """A load, or activations that come back."""
+        if isinstance(prefetch, ComingBack):
+            self._offload.restore(prefetch.layer, prefetch.visits)
+        else:
+            super().issue(prefetch)
+
     def begin_pass(self) -> None:
         """From the schedule's beginning, whatever came before."""
         self._abandon_backward()
+        self._offload.begin_pass()
         self.loader.updates.give_back()
         with self.loader.updates.inside():
             self._gradients.watch()
@@ -113,6 +136,7 @@ class TrainingExecutor(Executor):
     def abort(self) -> None:
         """As for inference; of a group, microbatches may have been in their backward passes."""
         super().abort()
+        self._offload.settle()
         if self._group is not None:
             self._abandon_backward()
 
@@ -124,6 +148,7 @@ class TrainingExecutor(Executor):
     def begin_turn(self, microbatch: int | None, others_follow: bool) -> None:
         """See [Note: gradients of a group]."""
         self._gradients.begin_turn(microbatch, others_follow)
+        self._offload.begin_turn(microbatch)
 
     def end_round(self) -> None:
         """Gradients that waited for others leave."""
@@ -144,6 +169,7 @@ class TrainingExecutor(Executor):
             self._watch_inputs(index, (args, kwargs))
         if index not in self._recomputed:
             return self._visit(layer, forward, args, kwargs)
+        self._offload.stays(tensors_in((args, kwargs)))
         again = False
 
         def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -158,14 +184,18 @@ class TrainingExecutor(Executor):
         self, layer: StreamedLayer, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """A call with autograd."""
+        index = layer.layer.index
+        leaving: list[Activation] | None = [] if _task() is None and index in self._offload.layers else None
 
         def watched(*args: Any, **kwargs: Any) -> Any:
-            with self._saved.hooks():
-                return forward(*args, **kwargs)
+            with self._saved.hooks(index, leaving):
+                output = forward(*args, **kwargs)
+            if leaving is not None:
+                self._offload.send(index, leaving)
+            return output
 
         if _task() is None:
             return super().visit(layer, watched, args, kwargs)
-        index = layer.layer.index
         begins = self._arrive(index)
         group = self.loader.acquire(layer)
         try:
@@ -189,8 +219,19 @@ class TrainingExecutor(Executor):
         begins = self._arrive(index)
         elsewhere = self.loader.need(index)
         if begins:
+            self._offload.wait_for(index)
             self.recorder.start()
         return elsewhere
+
+    def _activations_needed(self, index: int) -> None:
+        """A backward node unpacks what a layer offloaded: its visit begins, too."""
+        if index != self._visiting or self._closed:
+            self._needed(index)
+
+    def _constant(self) -> Iterator[torch.Tensor]:
+        """What is on the device for all of a pass."""
+        yield from self._model.parameters()
+        yield from self._model.buffers()
 
     def _arrive(self, index: int) -> bool:
         """A layer's backward visit begins, unless it is its visit already."""
@@ -250,6 +291,8 @@ class TrainingExecutor(Executor):
         if outermost:
             self._leave()
         self._gradients.finish()
+        if outermost:
+            self._offload.settle()
         self._tasks.discard(task)
         if outermost:
             self.recorder.end_pass()
@@ -260,6 +303,7 @@ class TrainingExecutor(Executor):
         """If one raised."""
         if self._tasks:
             self._gradients.abandon()
+            self._offload.settle()
             self._close_backward()
 
     def _close_backward(self) -> None:

@@ -7,11 +7,12 @@ bytes a pass; layers whose backward needs no weights (an embedding) only once.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from autosp.schedule.actions import Action, Kind, Ref, Schedule
+from autosp.schedule.offload import Restore, held_up, link_queue, restores, saves_held_up
 from autosp.schedule.streaming import Ring, build_ring, time_transfers
 from autosp.spec import Candidate, Partition
 
@@ -19,12 +20,14 @@ from autosp.spec import Candidate, Partition
 def lower_training(candidate: Candidate, partition: Partition) -> Schedule:
     """The action list of one training pass.
 
-    Raises: ValueError if layers rest on disk, or one is recomputed that the backward pass does not visit.
+    Raises: ValueError if layers rest on disk, or one is recomputed or offloaded that the backward pass does not visit.
     """
     if candidate.on_disk:
         raise ValueError(f"layers {candidate.on_disk} rest on disk: in training, weights rest in host memory")
     if not {*candidate.recompute} <= {*partition.backward}:
         raise ValueError("a layer is recomputed whose backward needs no weights")
+    if not {*candidate.offload} <= {*partition.backward}:
+        raise ValueError("activations are offloaded of a layer whose backward needs no weights")
     ring = training_ring(candidate, partition)
     actions = _Lowering(ring, candidate, partition).actions
     return Schedule(tuple(actions), (), candidate.residents, ring.arena_bytes)
@@ -48,28 +51,42 @@ class _Lowering:
     def __init__(self, ring: Ring, candidate: Candidate, partition: Partition) -> None:
         self.actions: list[Action] = []
         self._ring = ring
-        self._recomputed = frozenset(candidate.recompute)
+        self._recomputed, self._offloaded = frozenset(candidate.recompute), frozenset(candidate.offload)
         self._group_of = {layer: index for index, group in enumerate(ring.groups) for layer in group.layers}
         self._numbers: Counter[tuple[Kind, tuple[int, ...]]] = Counter()
         self._brought: dict[int, Ref] = {}
         """Groups in the arena, and the loads that brought them."""
         self._held_up: tuple[Ref, ...] = ()
-        """Gradients that must have left before compute goes on."""
+        """Gradients, or activations, that must have left before compute goes on."""
+        self._saved: dict[int, Ref] = {}
+        """Visits forward whose activations leave."""
+        self._restored: dict[int, Ref] = {}
+        """Visits backward whose activations come back."""
         self._last_use: dict[int, Ref] = {}
         visits = (*partition.visits, *partition.backward)
         leaving = leaving_after(candidate, partition)
-        held_up = held_up_by(leaving, partition)
+        held = held_up_by(leaving, partition)
+        saves_held = saves_held_up(candidate, partition)
         left_after: dict[int, Ref] = {}
-        transfers = list(ring.transfers)
+        queue = list(link_queue(ring.transfers, restores(candidate, partition, ring.transfers)))
         for visit in range(-1, len(visits)):
             if visit >= 0:
-                done = self._compute(visits[visit], forward=visit < len(partition.visits))
+                forward = visit < len(partition.visits)
+                done = self._compute(visit, visits[visit], forward)
+                if forward and visits[visit] in self._offloaded:
+                    self._saved[visit] = self._act(Kind.SAVE, (visits[visit],), (done,))
                 for layer in leaving.get(visit, ()):
                     left_after[visit] = self._act(Kind.GRADIENTS, (layer,), (done,))
-                if visit in held_up:
-                    self._held_up = (left_after[held_up[visit]],)
-            while transfers and transfers[0].after <= visit:
-                self._load(transfers.pop(0).group)
+                if visit in held:
+                    self._held_up = (left_after[held[visit]],)
+                if visit in saves_held:
+                    self._held_up = (*self._held_up, self._saved[saves_held[visit]])
+            while queue and queue[0].after <= visit:
+                first = queue.pop(0)
+                if isinstance(first, Restore):
+                    self._restore(first, visits[first.before])
+                else:
+                    self._load(first.group)
         left = {group: self._evict(group) for group in sorted(self._brought)}
         self._wait_for_the_pass_before(left)
 
@@ -79,13 +96,15 @@ class _Lowering:
         self.actions.append(Action(kind, layers, number, tuple(waits), offset))
         return self.actions[-1].ref
 
-    def _compute(self, layer: int, forward: bool) -> Ref:
+    def _compute(self, visit: int, layer: int, forward: bool) -> Ref:
         group = self._group_of.get(layer)
         waits = [*([self._brought[group]] if group is not None else []), *self._held_up]
         self._held_up = ()
         if forward:
             done = self._act(Kind.FORWARD, (layer,), waits)
         else:
+            if visit in self._restored:
+                waits.append(self._restored[visit])
             if layer in self._recomputed:
                 waits = [*waits, self._act(Kind.RECOMPUTE, (layer,), waits)]
             done = self._act(Kind.BACKWARD, (layer,), waits)
@@ -98,6 +117,10 @@ class _Lowering:
         rivals = [other for other in self._brought if group.overlaps(self._ring.groups[other])]
         waits = [self._evict(rival) for rival in rivals]
         self._brought[index] = self._act(Kind.LOAD, group.layers, waits, group.offset)
+
+    def _restore(self, restore: Restore, layer: int) -> None:
+        saved = [self._saved[visit] for visit in restore.saved]
+        self._restored[restore.before] = self._act(Kind.RESTORE, (layer,), saved)
 
     def _evict(self, group: int) -> Ref:
         del self._brought[group]
@@ -132,13 +155,4 @@ def held_up_by(leaving: Mapping[int, Sequence[int]], partition: Partition) -> di
     """
     sizes = {visit: sum(partition.layers[layer].gradient_bytes for layer in mine) for visit, mine in leaving.items()}
     most = max((partition.layers[layer].gradient_bytes for mine in leaving.values() for layer in mine), default=0)
-    under_way: deque[int] = deque()
-    total = 0
-    found: dict[int, int] = {}
-    for visit in sorted(sizes):
-        while under_way and total + sizes[visit] > most:
-            found[visit] = under_way.popleft()
-            total -= sizes[found[visit]]
-        under_way.append(visit)
-        total += sizes[visit]
-    return found
+    return held_up(sizes, most)

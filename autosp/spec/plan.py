@@ -15,9 +15,9 @@ from autosp.spec.profile import Reading
 from autosp.spec.record import DeviceInfo, Mode, Record, Tier
 from autosp.spec.trial import Candidate, Measurement, Prediction
 
-PLAN_SCHEMA_VERSION = 6
+PLAN_SCHEMA_VERSION = 7
 """Also read: 1, before lookup tables; 2, before `Layer.weight_bytes` and disks behind the host; 3, before `Leaf` and
-`reading`; 4, before training; 5, before `Layer.disk_bytes`."""
+`reading`; 4, before training; 5, before `Layer.disk_bytes`; 6, before activations were offloaded."""
 
 
 class Plan(Record):
@@ -50,8 +50,8 @@ class Plan(Record):
         backward = self.partition.backward
         if any(not 0 <= index < count for index in (*visits, *backward, *candidate.residents, *candidate.on_disk)):
             raise ValueError(f"a visit, a resident or a layer on disk is none of the {count} layers")
-        if not {*backward} <= {*visits} or not {*candidate.recompute} <= {*backward}:
-            raise ValueError("only what a pass visits goes backward, and only that is recomputed")
+        if not {*backward} <= {*visits} or not {*candidate.recompute, *candidate.offload} <= {*backward}:
+            raise ValueError("only what a pass visits goes backward, and only that is recomputed, or offloaded")
         if self.mode == "training" and (candidate.on_disk or self.device.slow_tier is Tier.DISK):
             raise ValueError("layers rest on disk: in training, weights rest in host memory")
         if self.mode == "training" and self.partition.leaves:

@@ -8,7 +8,7 @@ from autosp.spec.layers import Partition
 from autosp.spec.record import DeviceInfo, Mode, Record, Tier
 from autosp.spec.trial import Candidate, Trial
 
-PROFILE_SCHEMA_VERSION = 3
+PROFILE_SCHEMA_VERSION = 4
 """Raised when a figure of a profile comes to mean something else: profiles of other versions are measured anew."""
 
 

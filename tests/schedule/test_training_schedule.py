@@ -44,6 +44,16 @@ BY_HAND = {
         0L0@0[-2E0] 1L0@10[-1E0] 0F0[0L0] 0E0[0F0] 2L0@0[0E0] 1F0[1L0] 2F0[2L0]
         2B0[2L0] 2G0[2B0] 1C0[1L0] 1B0[1L0,1C0] 0G0[1B0] 1G0[1B0] 1E0[1B0] 2E0[2B0]""",
     ),
+    "activations of two offloaded": (
+        # They leave after their forwards and come back in the order of need, here as early as the weights would; no
+        # more than one visit's are under way: 2F0 waits until those of 1 have left.
+        Candidate(k=2, k_prime=1, offload=(1, 2)),
+        """\
+        arena=20 residents=-
+
+        0L0@0[-2E0] 1L0@10[-1E0] 0F0[0L0] 0E0[0F0] 2L0@0[0E0] 1F0[1L0] 1O0[1F0] 2F0[2L0] 2O0[2F0] 2I0[2O0] 1I0[1O0]
+        2B0[2L0,1O0,2I0] 2G0[2B0] 1B0[1L0,1I0] 0G0[1B0] 1G0[1B0] 1E0[1B0] 2E0[2B0]""",
+    ),
     "a resident": (
         # It needs no load, and its gradients stay.
         Candidate(k=2, k_prime=1, residents=(1,)),
@@ -62,8 +72,9 @@ def test_by_hand(name: str) -> None:
     parts = trained((10, 10, 10), (0, 1, 2), (2, 1))
     schedule = lower_for("training", candidate, parts)
     head, cold, *body = expected.replace("        ", "").split("\n")
-    assert str(schedule) == "\n".join([head, cold, " ".join(body)])
+    assert str(schedule) == "\n".join([head, cold, " ".join(" ".join(body).split())])
     assert schedule.recomputed == set(candidate.recompute)
+    assert schedule.offloaded == set(candidate.offload)
     validate(schedule, (10, 10, 10))
 
 
@@ -75,7 +86,12 @@ def cases(draw: st.DrawFn) -> tuple[Candidate, Partition]:
     backward = tuple(draw(st.lists(st.sampled_from(visits), max_size=10)))
     candidate = draw(candidates(visits))
     again = draw(st.lists(st.sampled_from(backward), unique=True)) if backward else []
-    return candidate.model_copy(update={"recompute": tuple(sorted(again))}), trained(layer_bytes, visits, backward)
+    left = [layer for layer in dict.fromkeys(backward) if layer not in (*again, *candidate.residents)]
+    away = draw(st.lists(st.sampled_from(left), unique=True)) if left else []
+    chosen = {"recompute": tuple(sorted(again)), "offload": tuple(sorted(away))}
+    parts = trained(layer_bytes, visits, backward)
+    saved = draw(st.lists(st.integers(0, 40), min_size=len(visits), max_size=len(visits)))
+    return candidate.model_copy(update=chosen), parts.model_copy(update={"activation_bytes": tuple(saved)})
 
 
 def layer_bytes_of(parts: Partition) -> tuple[int, ...]:
