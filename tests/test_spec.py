@@ -351,8 +351,23 @@ def test_a_plan_of_before_the_disk_tier_is_read(tmp_path: Path) -> None:
     assert Plan.load(path) == PLAN.model_copy(update={"schema_version": 2})
 
 
+def before_offload(data: dict[str, Any]) -> None:
+    """As schema 6 had it."""
+    data["schema_version"] = 6
+    del data["partition"]["activation_bytes"], data["candidate"]["offload"]
+    if data["prediction"]:
+        del data["prediction"]["candidate"]["offload"], data["prediction"]["offloaded_bytes"]
+
+
+def test_a_plan_of_before_activations_were_offloaded_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(changed(before_offload), encoding="utf-8")
+    assert Plan.load(path) == PLAN.model_copy(update={"schema_version": 6})
+
+
 def before_disk_bytes(data: dict[str, Any]) -> None:
     """As schema 5 had it."""
+    before_offload(data)
     data["schema_version"] = 5
     for layer in data["partition"]["layers"]:
         del layer["disk_bytes"]

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from autosp.cost_model.memory import host_bytes
+from autosp.cost_model.offload_memory import offloaded_bytes
 from autosp.cost_model.simulate import Costs, costs_of
 from autosp.cost_model.steady import Array, SteadyTraffic
 from autosp.cost_model.training_memory import memory_of
@@ -78,6 +79,7 @@ class Predictor:
             for candidate, ring in pairs:
                 moved = sum(ring.groups[transfer.group].n_bytes for transfer in ring.transfers)
                 read = sum(ring.staging.group_bytes[read.group] for read in ring.staging.reads)
+                away = offloaded_bytes(profile, candidate) if candidate.offload else 0
                 host = host_bytes(profile, candidate, ring.staging.n_bytes)
                 self._figures.append(
                     {
@@ -85,7 +87,8 @@ class Predictor:
                         "moved_bytes": moved * repeats,
                         "peak_bytes": memory.peak_bytes(candidate, ring.arena_bytes),
                         "read_bytes": read * repeats,
-                        "host_bytes": host + _gradients_at_rest(profile, candidate),
+                        "host_bytes": host + _gradients_at_rest(profile, candidate) + away,
+                        "offloaded_bytes": away,
                     }
                 )
                 yield candidate, ring

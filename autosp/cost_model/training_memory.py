@@ -5,7 +5,7 @@
 - fixed is what is resident for every plan, and the workspace: what the least-memory plan was observed to take beyond
   this formula, so that what is kept outside of any layer, and kernels' own memory, are in it;
 - activations at a visit are what the forward has kept so far, or the backward has not used up: of a layer that is
-  computed again its inputs, and during its own backward all;
+  computed again its inputs, and during its own backward all; of one that offloads them, none while they are away;
 - gradients are those that resident layers have by then, and, once the first one leaves, as much as the largest streamed
   layer's on their way: more is not let under way.
 """
@@ -19,6 +19,7 @@ from functools import lru_cache
 import numpy as np
 
 from autosp.cost_model.memory import DeviceMemory
+from autosp.cost_model.offload_memory import bytes_away
 from autosp.schedule.arena import arena_bytes
 from autosp.schedule.offload import used_up_after
 from autosp.spec import Candidate, Profile
@@ -33,7 +34,7 @@ class TrainingMemory:
     """`peak_bytes` of many candidates of one profile."""
 
     def __init__(self, profile: Profile) -> None:
-        self._partition = profile.partition
+        self._profile, self._partition = profile, profile.partition
         self._weights = DeviceMemory(profile)
         self._layers = np.array([visit.layer for visit in profile.visits], np.intp)
         self._kept = np.array([visit.kept_bytes for visit in profile.visits], np.int64)
@@ -46,6 +47,8 @@ class TrainingMemory:
     def peak_bytes(self, candidate: Candidate, arena_bytes: int) -> int:
         """See the formula at this module's top."""
         moving = self._curve(candidate.recompute) + self._gradient_curve(candidate.residents)
+        if candidate.offload:
+            moving = moving - bytes_away(self._profile, candidate)
         return self._weights.peak_bytes(candidate, arena_bytes) + int(moving.max(initial=0))
 
     def may_fit(self, candidate: Candidate, usable_bytes: int) -> bool:

@@ -219,7 +219,8 @@ def prefetches_of_one_pass(schedule: Schedule, groups: Groups) -> Issues:
         if action.kind is Kind.LOAD:
             prefetch = Prefetch(Kind.LOAD, groups[action.layers], needed_in)
         else:
-            prefetch = ComingBack(action.layers[0], len(action.waits), needed_in)
+            saved = sum(ref.kind is Kind.SAVE for ref in action.waits)
+            prefetch = ComingBack(action.layers[0], saved, needed_in)
         (after[visit] if visit >= 0 else start).append(prefetch)
     return visits, start, after
 

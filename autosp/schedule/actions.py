@@ -10,7 +10,7 @@ Text form, one token per action: `<layers><kind><occurrence>[@<offset>][<waits>]
     4G0[4B0]          gradients of layer 4 to the host
     4S0[3G0]          step of the optimizer over layer 4 on the host, once the last gradients (of layer 3) are there
     4O0[4F0]          what that forward of layer 4 saved for its backward, out to the host
-    4I0[4O0]          and in again
+    4I0[6B0,4O0]      and in again, once the backward of layer 6 is over
 
 Actions of one resource run in list order; a wait names an action of any resource.
 """

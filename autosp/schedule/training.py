@@ -84,7 +84,7 @@ class _Lowering:
             while queue and queue[0].after <= visit:
                 first = queue.pop(0)
                 if isinstance(first, Restore):
-                    self._restore(first, visits[first.before])
+                    self._restore(first, visits[first.before], done)
                 else:
                     self._load(first.group)
         left = {group: self._evict(group) for group in sorted(self._brought)}
@@ -118,9 +118,10 @@ class _Lowering:
         waits = [self._evict(rival) for rival in rivals]
         self._brought[index] = self._act(Kind.LOAD, group.layers, waits, group.offset)
 
-    def _restore(self, restore: Restore, layer: int) -> None:
+    def _restore(self, restore: Restore, layer: int, room: Ref) -> None:
+        """`room`: the compute after which there is room for it."""
         saved = [self._saved[visit] for visit in restore.saved]
-        self._restored[restore.before] = self._act(Kind.RESTORE, (layer,), saved)
+        self._restored[restore.before] = self._act(Kind.RESTORE, (layer,), [room, *saved])
 
     def _evict(self, group: int) -> Ref:
         del self._brought[group]

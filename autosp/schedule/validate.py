@@ -79,15 +79,14 @@ def _check_update(action: Action, done: set[Ref], schedule: Schedule) -> None:
 
 
 class _Activations:
-    """What is away, and what came back for the backward to come, in one pass."""
+    """What is away, and what came back for a backward to come, in one pass."""
 
     def __init__(self) -> None:
         self._away: set[Ref] = set()
-        self._back: dict[int, Ref] = {}
+        self._back: set[Ref] = set()
 
     def apply(self, action: Action) -> None:
-        """Take one action."""
-        layer = action.layers[0]
+        """Take one action. A layer's backwards have its restores in their order."""
         if action.kind is Kind.SAVE:
             if Ref(Kind.FORWARD, action.layers, action.occurrence) not in action.waits:
                 raise ValueError(f"{action.ref} does not wait for the forward that makes what it sends")
@@ -97,14 +96,19 @@ class _Activations:
             if not saved or not saved <= self._away:
                 raise ValueError(f"{action.ref} waits for no save of its layer, or for one that came back before")
             self._away -= saved
-            self._back[layer] = action.ref
-        elif action.kind is Kind.BACKWARD and self._back.pop(layer, None) not in (None, *action.waits):
-            raise ValueError(f"{action.ref} does not wait for what brings its activations back")
+            self._back.add(action.ref)
+        elif action.kind is Kind.BACKWARD:
+            restored = Ref(Kind.RESTORE, action.layers, action.occurrence)
+            if restored in self._back and restored not in action.waits:
+                raise ValueError(f"{action.ref} does not wait for {restored}, which brings its activations back")
+            self._back.discard(restored)
 
     def end(self) -> None:
         """The pass is over."""
         if self._away:
             raise ValueError(f"{min(map(str, self._away))} is never restored")
+        if self._back:
+            raise ValueError(f"{min(map(str, self._back))} comes after its backward, or has none")
 
 
 def _range(action: Action, layer_bytes: tuple[int, ...], limit: int, place: str) -> tuple[int, int]:

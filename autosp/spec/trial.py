@@ -73,7 +73,7 @@ class Prediction(Record):
     latency_s: float = Field(description="one pass in the steady state")
     cold_latency_s: float | None = Field(default=None, description="the first pass, with empty buffers")
     stall_s: float = Field(description="time per steady pass in which compute waits for a transfer")
-    moved_bytes: int = Field(description="bytes over the link to the device per steady pass")
+    moved_bytes: int = Field(description="bytes of weights over the link to the device per steady pass")
     peak_bytes: int = Field(description="device memory: residents, ring, activations and workspace")
     read_bytes: int = Field(default=0, description="bytes from disk to host per steady pass")
     host_bytes: int = Field(

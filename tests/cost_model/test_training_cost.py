@@ -15,7 +15,7 @@ from autosp.cost_model.floor import floor_s
 from autosp.cost_model.predict import contended_periods, predict, with_rings
 from autosp.cost_model.simulate import costs_of, simulate
 from autosp.cost_model.training_memory import TrainingMemory, used_up_after
-from autosp.schedule.actions import Kind
+from autosp.schedule.actions import Kind, Ref
 from autosp.schedule.training import lower_training
 from autosp.search.space import rank
 from autosp.spec import BackwardProfile, Candidate, Prediction, Profile, Tier, Usage
@@ -40,10 +40,12 @@ def trained(
     times = zip(backward, befores, recompute_s, backward_s, strict=True)
     sizes = kept or [(0, 0)] * len(parts.visits)
     least = Candidate(k=1, k_prime=1, recompute=tuple(sorted(set(backward))))
+    offloadable = tuple(n_bytes for n_bytes, _ in sizes)
+    changes = {"layers": layers, "backward": backward, "repeats": 1, "activation_bytes": offloadable}
     found = measured.model_copy(
         update={
             "mode": "training",
-            "partition": parts.model_copy(update={"layers": layers, "backward": backward, "repeats": 1}),
+            "partition": parts.model_copy(update=changes),
             "visits": tuple(
                 visit.model_copy(update={"kept_bytes": all_of_it, "input_bytes": inputs})
                 for visit, (all_of_it, inputs) in zip(measured.visits, sizes, strict=True)
@@ -77,6 +79,9 @@ SMALL = trained(
         # Loads at 0, 2, 4; forward 1-2, 3-4, 5-6; at the turn 2 stays: 6-8; 1: load 8-9, 9-11; 0: load 11-12, 12-14.
         pytest.param(Candidate(k=1, k_prime=1), 15, id="one at a time: the last gradients leave after 14"),
         pytest.param(Candidate(k=1, k_prime=1, recompute=(1,)), 16, id="one of them computed again"),
+        # 20 B each, so 2 s each way. Forward as above; 0 leaves 2-4; at the turn 2: 6-8; it comes back 8-10 once 1 has
+        # its weights at 9, so 9-11, and its own weights follow: 11-12, 12-14.
+        pytest.param(Candidate(k=1, k_prime=1, offload=(0,)), 15, id="one of them offloaded"),
         # Loads 0-1, 1-2, 2-3 (place of 0, free at 2); backward 4-6, 6-8, 0: load 6-7, 8-10; gradients until 11.
         pytest.param(Candidate(k=2, k_prime=1), 11, id="overlapped"),
         pytest.param(Candidate(k=3, k_prime=1, residents=(0, 1, 2)), 9, id="compute alone; gradients stay"),
@@ -162,7 +167,10 @@ def training_candidates(draw: st.DrawFn, measured: Profile) -> Candidate:
     """Any setting that `autosp.plan` would accept."""
     parts = measured.partition
     again = draw(st.lists(st.sampled_from(parts.backward), unique=True)) if parts.backward else []
-    return draw(candidates(parts.visits)).model_copy(update={"recompute": tuple(sorted(again))})
+    candidate = draw(candidates(parts.visits))
+    left = [layer for layer in dict.fromkeys(parts.backward) if layer not in (*again, *candidate.residents)]
+    away = draw(st.lists(st.sampled_from(left), unique=True)) if left else []
+    return candidate.model_copy(update={"recompute": tuple(sorted(again)), "offload": tuple(sorted(away))})
 
 
 @thorough
@@ -217,6 +225,68 @@ def test_activations_by_the_action_list(measured: Profile, data: st.DataObject) 
             backward += 1
         peak = max(peak, now)
     assert TrainingMemory(measured).activation_bytes(candidate.recompute) == peak
+
+
+def with_memory_of_activations_only(measured: Profile, *, kept: bool) -> Profile:
+    """Without gradients; not `kept`: without activations too."""
+    parts = measured.partition
+    layers = tuple(layer.model_copy(update={"gradient_bytes": 0}) for layer in parts.layers)
+    parts = parts.model_copy(update={"layers": layers})
+    if kept:
+        return measured.model_copy(update={"partition": parts})
+    nothing = {"kept_bytes": 0, "input_bytes": 0}
+    visits = tuple(visit.model_copy(update=nothing) for visit in measured.visits)
+    parts = parts.model_copy(update={"activation_bytes": (0,) * len(visits)})
+    return measured.model_copy(update={"partition": parts, "visits": visits})
+
+
+@thorough
+@given(training_profiles(), st.data())
+def test_what_is_away_by_the_action_list(measured: Profile, data: st.DataObject) -> None:
+    """No more is on the device than predicted: it may come back later than it might in any ring."""
+    candidate = data.draw(training_candidates(measured)).model_copy(update={"recompute": ()})
+    parts = measured.partition
+    until = used_up_after(parts.visits, parts.backward)
+    kept = [one.kept_bytes for one in measured.visits]
+    assert parts.activation_bytes == tuple(kept)
+    there: dict[int, int] = {}
+    leaving: list[tuple[Ref, int]] = []
+    visit_of: dict[Ref, int] = {}
+    peak = backward = forward = 0
+    for action in lower_training(candidate, parts).actions:
+        if action.kind in (Kind.FORWARD, Kind.BACKWARD):
+            while any(ref in action.waits for ref, _ in leaving):
+                del there[leaving.pop(0)[1]]
+        if action.kind is Kind.FORWARD:
+            there[forward] = kept[forward]
+            forward += 1
+        elif action.kind is Kind.SAVE:
+            visit_of[action.ref] = forward - 1
+            leaving.append((action.ref, forward - 1))
+        elif action.kind is Kind.RESTORE:
+            brought = [visit_of[ref] for ref in action.waits if ref.kind is Kind.SAVE]
+            leaving = [one for one in leaving if one[1] not in brought]
+            there.update((visit, kept[visit]) for visit in brought)
+        peak = max(peak, sum(there.values()))
+        if action.kind is Kind.BACKWARD:
+            there = {visit: n_bytes for visit, n_bytes in there.items() if until[visit] != backward}
+            backward += 1
+    whole, bare = (with_memory_of_activations_only(measured, kept=one) for one in (True, False))
+    predicted = TrainingMemory(whole).peak_bytes(candidate, 0) - TrainingMemory(bare).peak_bytes(candidate, 0)
+    stays = TrainingMemory(whole).activation_bytes(())
+    assert peak <= predicted <= stays
+
+
+def test_where_host_memory_is_the_devices_nothing_is_away() -> None:
+    on_cpu = SMALL.model_copy(update={"device": SMALL.device.model_copy(update={"kind": "cpu"})})
+    on_gpu = SMALL.model_copy(update={"device": SMALL.device.model_copy(update={"kind": "cuda"})})
+    away, kept = Candidate(k=1, k_prime=1, offload=(0, 1)), Candidate(k=1, k_prime=1)
+    peaks = {
+        kind: [one.peak_bytes for one in predict(of, [away, kept])] for kind, of in (("cpu", on_cpu), ("gpu", on_gpu))
+    }
+    assert peaks["cpu"][0] == peaks["cpu"][1]
+    assert peaks["gpu"][0] == peaks["gpu"][1] - 20  # that of 0: that of 1 may be under way until the turn
+    assert [one.offloaded_bytes for one in predict(on_gpu, [away, kept])] == [40, 0]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,42 @@
+"""Device memory that offloaded activations leave to others, visit by visit.
+
+What a visit forward saves is on the device until it must have left: before the visit that is held up for it. What none
+is held up for is taken to stay. It is there again from when it may be issued to come back until its backward is over,
+at whatever moment the ring's weights have that be.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from autosp.schedule.offload import restores, saves, saves_held_up
+from autosp.spec import Candidate, Profile
+
+
+def bytes_away(profile: Profile, candidate: Candidate) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Bytes that are not on the device during each visit, of what would be there without offload. [F + B]
+
+    Where the device counts host memory as its own, nothing is ever away.
+    """
+    partition = profile.partition
+    count = len(partition.visits) + len(partition.backward)
+    if not candidate.offload or profile.device.counts_host_memory:
+        return np.zeros(count, np.int64)
+    sizes = saves(candidate, partition)
+    gone_after: dict[int, int] = {}
+    for visit, latest in sorted(saves_held_up(candidate, partition).items()):
+        for earlier in sizes:
+            if earlier <= latest:  # the link is a queue
+                gone_after.setdefault(earlier, visit)
+    change = np.zeros(count + 1, np.int64)
+    for restore in restores(candidate, partition):
+        for visit in restore.saved:
+            if visit in gone_after and gone_after[visit] < restore.after:
+                change[gone_after[visit] + 1] += sizes[visit]
+                change[restore.after + 1] -= sizes[visit]
+    return np.asarray(np.cumsum(change[:-1]))
+
+
+def offloaded_bytes(profile: Profile, candidate: Candidate) -> int:
+    """What a pass sends to the host, and brings back."""
+    return sum(saves(candidate, profile.partition).values())
