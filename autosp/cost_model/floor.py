@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from autosp.cost_model.offload_memory import offloadable_bytes
 from autosp.cost_model.training_memory import freed_bytes, seconds_per_freed_byte
 from autosp.errors import SettingError
 from autosp.spec import Profile
+
+HALVINGS = 40
+"""Of the range in which the bytes to offload are sought: to a part in 10^12."""
 
 
 def floor_s(profile: Profile, budget_bytes: int, host_budget_bytes: int | None = None) -> float:
@@ -38,14 +42,16 @@ def floor_s(profile: Profile, budget_bytes: int, host_budget_bytes: int | None =
 
 
 def training_floor_s(profile: Profile, budget_bytes: int) -> float:
-    """`max(C + recompute, (max(0, W - M) + max(0, V - M_turn)) / B, max(0, G - M / 2) / B_return)`.
+    """`max(C + recompute, (max(0, W - M) + max(0, V - M_turn) + A) / B, (max(0, G - M / 2) + A) / B_return)`, the
+    least over A.
 
     C is the compute forward and backward, each visit at the fastest it was seen; recompute the least time that makes
     activations fit at the turn, from forward to backward, beside no weights at all. W and V are the bytes of the layers
     visited forward and backward, G those of their gradients. M = budget - workspace - always-resident bytes is what may
     be on the device when a pass begins, M_turn what is left of it at the turn beside the least activations: only that
     need not be loaded, which for weights all of which move is 2 W - turn. A resident's gradient, as large as itself,
-    stays beside it. The update is no part of the pass, so nor is the optimizer.
+    stays beside it. A are the bytes of activations that are offloaded: they are not there at the turn, and cross both
+    links. The update is no part of the pass, so nor is the optimizer.
     """
     partition = profile.partition
     sizes = {layer.index: layer.n_bytes for layer in partition.layers}
@@ -53,15 +59,27 @@ def training_floor_s(profile: Profile, budget_bytes: int) -> float:
     least_kept = sum(min(visit.kept_bytes, visit.input_bytes) for visit in profile.visits)
     forward = sum(sizes[index] for index in set(partition.visits))
     backward = sum(sizes[index] for index in set(partition.backward))
-    moved = max(0, forward - room) + max(0, backward - max(0, room - least_kept))
     gradients = max(0.0, sum(layer.gradient_bytes for layer in partition.layers) - room / 2)
     back = profile.return_link
-    return_s = gradients / back.bytes_per_s if back else 0.0
-    compute_s = profile.least_compute_s + least_recompute_s(profile, room)
-    return max(compute_s, moved / profile.link.bytes_per_s, return_s)
+
+    def computing_s(away: float) -> float:
+        return profile.least_compute_s + least_recompute_s(profile, room + away)
+
+    def moving_s(away: float) -> float:
+        there = max(0, room - max(0, least_kept - away))
+        loaded_s = (max(0, forward - room) + max(0, backward - there) + away) / profile.link.bytes_per_s
+        return max(loaded_s, (gradients + away) / back.bytes_per_s if back else 0.0)
+
+    low, high = 0.0, float(offloadable_bytes(profile))
+    if computing_s(low) <= moving_s(low):
+        return moving_s(low)
+    for _ in range(HALVINGS):  # the more is away, the less is computed and the more is moved
+        away = (low + high) / 2
+        low, high = (away, high) if computing_s(away) > moving_s(away) else (low, away)
+    return max(computing_s(high), moving_s(low))
 
 
-def least_recompute_s(profile: Profile, room_bytes: int) -> float:
+def least_recompute_s(profile: Profile, room_bytes: float) -> float:
     """The least time that computing activations again may take for the rest to fit: of layers, and parts of layers."""
     excess = sum(visit.kept_bytes for visit in profile.visits) - room_bytes
     freed, cost_of = freed_bytes(profile), seconds_per_freed_byte(profile)

@@ -37,6 +37,14 @@ def bytes_away(profile: Profile, candidate: Candidate) -> np.ndarray[tuple[int],
     return np.asarray(np.cumsum(change[:-1]))
 
 
+def offloadable_bytes(profile: Profile) -> int:
+    """What all layers whose backward is seen could send, where that frees memory."""
+    if profile.device.counts_host_memory:
+        return 0
+    every = Candidate(k=1, k_prime=1, offload=tuple(sorted(set(profile.partition.backward))))
+    return offloaded_bytes(profile, every)
+
+
 def offloaded_bytes(profile: Profile, candidate: Candidate) -> int:
     """What a pass sends to the host, and brings back."""
     return sum(saves(candidate, profile.partition).values())

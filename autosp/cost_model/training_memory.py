@@ -57,9 +57,12 @@ class TrainingMemory:
         sizes = [sum(layers[one].n_bytes for one in group) for group in candidate.groups(self._partition.visits)]
         return self.peak_bytes(candidate, arena_bytes(sizes, candidate.depth)) <= usable_bytes
 
-    def activation_bytes(self, recompute: tuple[int, ...]) -> int:
-        """Activations at their peak."""
-        return int(self._curve(recompute).max(initial=0))
+    def activation_bytes(self, recompute: tuple[int, ...], offload: tuple[int, ...] = ()) -> int:
+        """Activations at their peak, in a ring of one layer."""
+        curve = self._curve(recompute)
+        if offload:
+            curve = curve - bytes_away(self._profile, Candidate(k=1, k_prime=1, recompute=recompute, offload=offload))
+        return int(curve.max(initial=0))
 
     def gradient_bytes(self, residents: Sequence[int] = ()) -> int:
         """Gradients at their peak: those of residents, and those under way."""

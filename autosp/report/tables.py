@@ -285,13 +285,14 @@ def _setting(candidate: Candidate) -> tuple[str, str, str]:
 
 
 def _remarks(candidate: Candidate) -> str:
-    """The baseline that a candidate is, if it is one; what of it rests on disk; what of it is computed again."""
+    """The baseline that a candidate is, if it is one; what of it rests on disk; whose activations do not stay."""
     baseline = "" if candidate.residents else "sliding window"
     if not candidate.ring:
         baseline = "everything resident"
     resting = f"{len(candidate.on_disk)} on disk, {candidate.read_ahead} ahead" if candidate.on_disk else ""
     again = f"{len(candidate.recompute)} computed again" if candidate.recompute else ""
-    return ", ".join(filter(None, (baseline, resting, again)))
+    away = f"{len(candidate.offload)} offloaded" if candidate.offload else ""
+    return ", ".join(filter(None, (baseline, resting, again, away)))
 
 
 def over_floor(latency_s: float | None, floor_s: float) -> str:

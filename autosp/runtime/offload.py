@@ -63,7 +63,17 @@ class Activation:
 
 
 Saved = list[ref[Activation]]
-"""What one visit forward sent."""
+"""What one visit backward needs."""
+
+
+@dataclass(slots=True)
+class Visit:
+    """One visit forward of a layer to offload."""
+
+    new: list[Activation] = field(default_factory=list)
+    """What it is the first to save: to be sent when it is over."""
+    saved: Saved = field(default_factory=list)
+    """All that it saved: for its backward, to which what it shares with a later visit comes back before."""
 
 
 @dataclass(eq=False, slots=True)
@@ -120,7 +130,7 @@ class Offload:
         self._there: set[StorageWeakRef] = set()
         self._known: WeakValueDictionary[int, Activation] = WeakValueDictionary()
         self._saved: dict[int, dict[int | None, list[Saved]]] = {}
-        """By layer and microbatch: visits forward whose activations were not asked for again, the last one last."""
+        """By layer and microbatch: of visits forward whose activations were not asked for again, the last one last."""
         self._leaving: deque[_Flight] = deque()
         self._most_leaving = 0
         self._coming: dict[int, list[_Flight]] = {}
@@ -149,7 +159,7 @@ class Offload:
 
     # -- forward --------------------------------------------------------------------------------------------------
 
-    def hold(self, tensor: torch.Tensor, visit: list[Activation]) -> Activation | None:
+    def hold(self, tensor: torch.Tensor, visit: Visit) -> Activation | None:
         """The activation that a tensor shows, which joins the `visit` if it is new. None: it stays where it is."""
         if not can_be_offloaded(tensor, self._device.torch_device):
             return None
@@ -157,22 +167,24 @@ class Offload:
         identity = StorageWeakRef(storage)
         known = self._known.get(identity.cdata)
         if known is not None and known.version == tensor._version:
+            visit.saved.append(ref(known))
             return known
         if identity in self._there:
             return None
         made = Activation(storage, tensor._version, self._device.torch_device)
         self._known[identity.cdata] = made
-        visit.append(made)
+        visit.new.append(made)
+        visit.saved.append(ref(made))
         return made
 
-    def send(self, layer: int, visit: list[Activation]) -> None:
+    def send(self, layer: int, visit: Visit) -> None:
         """The layer's forward is over: what it saved leaves, once there is room for it under way."""
         self._poll()
-        self._saved.setdefault(layer, {}).setdefault(self._microbatch, []).append([ref(one) for one in visit])
+        self._saved.setdefault(layer, {}).setdefault(self._microbatch, []).append(visit.saved)
         flight = _Flight()
         self._leaving.append(flight)
         after = self._device.record()
-        for one in visit:
+        for one in visit.new:
             assert one.memory is not None
             one.lease = self._pool.take(one.n_bytes)
             flight.add(one, self._device.send(one.memory, one.lease.data, after))

@@ -19,7 +19,7 @@ from torch._C._autograd import _top_saved_tensors_default_hooks as hooks_around
 from torch.autograd.graph import saved_tensors_hooks
 
 from autosp.runtime.loader import Loader
-from autosp.runtime.offload import Activation, Offload
+from autosp.runtime.offload import Activation, Offload, Visit
 
 
 @dataclass(slots=True)
@@ -71,7 +71,7 @@ class SavedTensors:
         self._needed = needed
         self._visited = visited
 
-    def hooks(self, layer: int, leaving: list[Activation] | None) -> saved_tensors_hooks:
+    def hooks(self, layer: int, leaving: Visit | None) -> saved_tensors_hooks:
         """A context for one forward of a layer; `leaving` gets what is to be offloaded of it, None: nothing is.
 
         Of what is not the arena's, hooks that are around it get to see all, and what they keep is theirs.

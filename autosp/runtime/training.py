@@ -32,7 +32,7 @@ from autosp.errors import ModelChangedError
 from autosp.runtime.executor import Executor, uncached_autocast
 from autosp.runtime.gradients import Gradients
 from autosp.runtime.loader import Loader
-from autosp.runtime.offload import Activation, Offload
+from autosp.runtime.offload import Offload, Visit
 from autosp.runtime.saved import SavedTensors
 from autosp.runtime.streamed_layer import StreamedLayer
 from autosp.runtime.transfers import ComingBack, Issued, prefetches_of_one_pass
@@ -185,7 +185,7 @@ class TrainingExecutor(Executor):
     ) -> Any:
         """A call with autograd."""
         index = layer.layer.index
-        leaving: list[Activation] | None = [] if _task() is None and index in self._offload.layers else None
+        leaving = Visit() if _task() is None and index in self._offload.layers else None
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             with self._saved.hooks(index, leaving):

@@ -73,6 +73,10 @@ SMALL = trained(
 )
 
 
+KEEPING = SMALL.model_copy(update={"partition": SMALL.partition.model_copy(update={"activation_bytes": ()})})
+"""The same where nothing can be offloaded."""
+
+
 @pytest.mark.parametrize(
     ("candidate", "expected_s"),
     [
@@ -132,15 +136,23 @@ def test_a_front_is_drawn_up_to_where_nothing_moves(monkeypatch: pytest.MonkeyPa
     ],
 )
 def test_floor_by_hand(budget_bytes: int, expected_s: float) -> None:
-    assert floor_s(SMALL, budget_bytes) == expected_s
+    assert floor_s(KEEPING, budget_bytes) == expected_s
+
+
+def test_floor_where_activations_may_leave() -> None:
+    """As much is offloaded as makes the links' time the compute's."""
+    assert floor_s(SMALL, 40) == 9  # 32 B each way at 10 B/s beside 1.6 s of loads and of gradients
+    back = SMALL.links[1].model_copy(update={"bytes_per_s": 4.0})
+    # 16 B of gradients; 22.4 B of activations leave: 38.4 B at 4 B/s, and 9.6 B are freed by computing 0.6 s more.
+    assert floor_s(SMALL.model_copy(update={"links": (SMALL.links[0], back)}), 40) == pytest.approx(9.6)
 
 
 def test_floor_of_links() -> None:
-    slow = SMALL.model_copy(update={"links": (link(bytes_per_s=0.5), SMALL.links[1])})
+    slow = KEEPING.model_copy(update={"links": (link(bytes_per_s=0.5), SMALL.links[1])})
     assert floor_s(slow, 12) == 120  # all twice
     assert floor_s(slow, 12 + 22) == (8 + 20) / 0.5  # beside 12 B of inputs, 10 B are there at the turn
     back = SMALL.links[1].model_copy(update={"bytes_per_s": 0.1})
-    assert floor_s(SMALL.model_copy(update={"links": (SMALL.links[0], back)}), 12 + 20) == 200  # half of 20 B stay
+    assert floor_s(KEEPING.model_copy(update={"links": (SMALL.links[0], back)}), 12 + 20) == 200  # half of 20 B stay
 
 
 @st.composite
@@ -192,6 +204,22 @@ def test_the_fast_predictor_and_the_simulator_agree(measured: Profile, data: st.
 def test_floor_below_any_plan_at_its_own_peak(measured: Profile, data: st.DataObject) -> None:
     (predicted,) = predict(measured, [data.draw(training_candidates(measured))])
     assert floor_s(measured, predicted.peak_bytes) <= predicted.latency_s * (1 + 1e-9)
+
+
+def test_activations_are_offloaded_where_that_is_faster() -> None:
+    """Eight layers of 20 B of activations, 5 or 6 of which may stay; computing one of them again takes 30 s."""
+    measured = trained(
+        profile((10,) * 8, bytes_per_s=10.0, resident_bytes=5, workspace_bytes=7),
+        tuple(reversed(range(8))),
+        backward_s=[2.0] * 8,
+        recompute_s=[30.0] * 8,
+        kept=[(20, 4)] * 8,
+        return_bytes_per_s=10.0,
+    )
+    best = rank(measured, 5 + 7 + 20 + 10 + 110)[0]
+    assert best.candidate.offload and not best.candidate.recompute
+    on_cpu = measured.model_copy(update={"device": measured.device.model_copy(update={"kind": "cpu"})})
+    assert not any(one.candidate.offload for one in rank(on_cpu, 10**7))
 
 
 @quick

@@ -141,6 +141,32 @@ def test_activations_move_once_each_way_but_for_the_turn_and_no_memory_is_taken_
     }
 
 
+def test_what_two_layers_save_comes_back_for_the_later_one(apply: Apply) -> None:
+    """A tanh saves its output, and the next layer its input: one copy, and no miss."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(64, 64) / 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(x @ self.weight)
+
+    model, plain = twins(nn.Sequential(*(Block() for _ in range(6))))
+    batch = torch.randn(ROWS, 64, requires_grad=True)
+    device = VirtualDevice(bytes_per_s=1e9)
+    streamed = apply(model, batch, Candidate(k=1, k_prime=1, offload=ALL), device=device)
+    kept = ROWS * 64 * 4
+    assert streamed._bound.partition.activation_bytes == (kept,) * 6
+    for one in (model, plain):
+        loss = loss_step(one, batch)
+        device.spend(1.0)
+        loss.backward()
+    assert_same_gradients(model, plain)
+    stats = streamed.stats()
+    assert (stats.offloaded_bytes, stats.restore_misses) == (6 * kept, 0)
+
+
 def alive(n_bytes: int) -> int:
     """Storages of that size which a tensor shows."""
     tensors = [one for one in gc.get_objects() if type(one) is torch.Tensor]
@@ -285,13 +311,4 @@ def test_microbatches_of_a_group(plan: str, apply: Apply) -> None:
         for one in batches:
             loss_step(plain, one).backward()
     assert_same_gradients(model, plain)
-    assert streamed.stats().restored_bytes > 0
-
-
-def test_batches_of_other_shapes_do_not_pile_up(apply: Apply) -> None:
-    model, batch = linears()
-    streamed = apply(model.train(), batch, Candidate(k=2, k_prime=1, offload=ALL))
-    for rows in range(ROWS, ROWS + 40):
-        backward(model, torch.randn(rows, 64))
-    held = sum(len(runs) for runs in offload_of(streamed)._pool._free.values())
-    assert held < streamed.stats().offload_buffers or held <= 10
+    assert streamed.stats().offloaded_bytes > 0
