@@ -105,9 +105,9 @@ class TrainingExecutor(Executor):
     def begin_pass(self) -> None:
         """From the schedule's beginning, whatever came before."""
         self._abandon_backward()
-        self._offload.begin_pass()
         self.loader.updates.give_back()
         with self.loader.updates.inside():
+            self._offload.begin_pass()
             self._gradients.watch()
             if self._updated:
                 groups = self.loader.groups.values()
