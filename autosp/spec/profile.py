@@ -44,7 +44,7 @@ class Reading(Record):
     """How files are read: a transfer's blocks, one per system call, are spread over the readers."""
 
     readers: int = Field(default=1, ge=1)
-    block_bytes: int = Field(default=32 * 2**20, ge=4096, multiple_of=4096)
+    block_bytes: int = Field(default=32 * 2**20, ge=4096, multiple_of=4096, description="exceeded by up to an eighth")
     from_cache: bool = Field(default=False, description="copy what the page cache has, instead of reading the disk")
 
 

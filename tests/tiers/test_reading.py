@@ -51,12 +51,19 @@ def test_blocks_are_all_bytes_once(readers: int, block: int, n_bytes: int) -> No
     ordered = blocks_of(n_bytes, Reading(readers=readers, block_bytes=block * BLOCK))
     assert [begin for begin, _ in ordered] == [0, *(end for _, end in ordered[:-1])]
     assert ordered[-1][1] == n_bytes
-    assert all(begin % BLOCK == 0 and end - begin <= block * BLOCK for begin, end in ordered)
+    assert all(begin % BLOCK == 0 and end - begin <= (block + block // 8) * BLOCK for begin, end in ordered)
 
 
 def test_no_reader_is_left_without_work_by_whole_blocks() -> None:
     found = blocks_of(20 * 2**20, Reading(readers=2, block_bytes=8 * 2**20))
     assert [end - begin for begin, end in found] == [5 * 2**20] * 4
+
+
+@pytest.mark.parametrize("readers", [1, 2])
+def test_a_little_more_than_a_block_is_one_read(readers: int) -> None:
+    asked = Reading(readers=readers, block_bytes=32 * 2**20)
+    assert len(blocks_of(readers * 32 * 2**20 + BLOCK, asked)) == readers
+    assert len(blocks_of(readers * 37 * 2**20, asked)) == 2 * readers
 
 
 @pytest.mark.parametrize("blocks", [1, 3, 64])
