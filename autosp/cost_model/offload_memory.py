@@ -7,6 +7,8 @@ at whatever moment the ring's weights have that be.
 
 from __future__ import annotations
 
+from collections import deque
+
 import numpy as np
 
 from autosp.schedule.offload import restores, saves, saves_held_up
@@ -24,10 +26,10 @@ def bytes_away(profile: Profile, candidate: Candidate) -> np.ndarray[tuple[int],
         return np.zeros(count, np.int64)
     sizes = saves(candidate, partition)
     gone_after: dict[int, int] = {}
+    queue = deque(sorted(sizes))
     for visit, latest in sorted(saves_held_up(candidate, partition).items()):
-        for earlier in sizes:
-            if earlier <= latest:  # the link is a queue
-                gone_after.setdefault(earlier, visit)
+        while queue and queue[0] <= latest:
+            gone_after[queue.popleft()] = visit
     change = np.zeros(count + 1, np.int64)
     for restore in restores(candidate, partition):
         for visit in restore.saved:

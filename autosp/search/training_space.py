@@ -114,9 +114,13 @@ def filled(profile: Profile, budget_bytes: int) -> Iterator[Candidate]:
 
 
 def with_activations(profile: Profile, candidates: Sequence[Candidate], budget_bytes: int) -> Iterator[Candidate]:
-    """Each candidate with every choice of which activations stay; and the least-memory plan."""
+    """Each candidate with every choice of which activations stay; and the least-memory plan.
+
+    Activations are offloaded beside rings as small as those that are `filled`: they come back no sooner in larger ones.
+    """
+    small = [one for one in candidates if one.k_prime in K_PRIMES and one.depth in DEPTHS]
     for recompute, offload in activation_choices(profile, budget_bytes):
-        for candidate in candidates:
+        for candidate in small if offload else candidates:
             yield _with(candidate, recompute, offload)
     yield least_training(profile.partition)
 
