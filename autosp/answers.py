@@ -23,6 +23,7 @@ class Stored(NamedTuple):
     """What the database has of a study."""
 
     name: str
+    group: int
     budget_bytes: int
     host_budget_bytes: int | None
     profile: Profile | None
@@ -41,7 +42,7 @@ def read_study(study: str, storage: str | None) -> Stored:
         key, plan = repository.study_key(study), repository.plan(study)
         host_budget_bytes = plan.host_budget_bytes if plan is not None else key.host_budget_bytes
         profile, trials = repository.profile(study), repository.trials(study)
-        return Stored(study, key.budget_bytes, host_budget_bytes, profile, trials, plan)
+        return Stored(study, key.group, key.budget_bytes, host_budget_bytes, profile, trials, plan)
 
 
 def kept_study(
@@ -51,6 +52,7 @@ def kept_study(
     host_budget: float | str | None,
     slack: float | None,
     device: str | None,
+    group: int,
     storage: str | None,
 ) -> str | None:
     """The study that `tune` of this subject would continue. With slack: at least that of the fastest plan."""
@@ -60,7 +62,7 @@ def kept_study(
     from autosp.workload import Workload, parse_budgets
 
     chosen = choose_device(device, mode)
-    workload = Workload.of(subject.model, subject.batch, subject.step, mode, chosen)
+    workload = Workload.of(subject.model, subject.batch, subject.step, mode, chosen, group=group)
     budgets = parse_budgets(whole_device(chosen) if budget is None else budget, host_budget, chosen.info.slow_tier)
     with Repository(storage) as repository:
         keys = workload.key(chosen, *budgets, slack), workload.key(chosen, *budgets)
@@ -83,7 +85,7 @@ def print_study(stored: Stored) -> None:
     plan = stored.plan
     floor = None
     if stored.profile is not None:
-        floor = floor_s(stored.profile, stored.budget_bytes, stored.host_budget_bytes)
+        floor = floor_s(stored.profile, stored.budget_bytes, stored.host_budget_bytes, stored.group)
     if not stored.trials:
         tell(f"study {stored.name} has no trials yet")
     else:
@@ -99,15 +101,17 @@ def draw_front(
     host_budget_bytes: int | None,
     path: Path,
     plan: Plan | None = None,
+    group: int = 1,
 ) -> None:
     """Predictions under each budget and those that more memory would allow, up to the whole model."""
     from autosp.cost_model.training_memory import memory_of
     from autosp.search.space import all_resident, rank
 
-    with_all = memory_of(profile).peak_bytes(all_resident(profile), arena_bytes=0)
-    whole = round(1.05 * max(with_all, profile.partition.total_bytes + profile.workspace_bytes))
+    everything = all_resident(profile).model_copy(update={"group": group})
+    with_all = memory_of(profile).peak_bytes(everything, arena_bytes=0)
+    whole = round(1.05 * max(with_all, profile.partition.total_bytes + profile.planned_workspace_of(group)))
     budgets = {*budgets_bytes, max(*budgets_bytes, whole)}
-    ranked = [rank(profile, budget_bytes, host_budget_bytes) for budget_bytes in budgets]
+    ranked = [rank(profile, budget_bytes, host_budget_bytes, group) for budget_bytes in budgets]
     predictions = {prediction.candidate: prediction for some in ranked for prediction in some}
     load_pictures("front").front(
         profile,
@@ -174,7 +178,8 @@ def workload_of(factory: str, plan: Plan) -> tuple[Workload, Device]:
 
     subject = make_subject(factory)
     device = device_for(plan.device)
-    workload = Workload.of(subject.model, subject.batch, subject.step, plan.mode, device)
+    group = plan.candidate.group
+    workload = Workload.of(subject.model, subject.batch, subject.step, plan.mode, device, group=group)
     if signature(workload.batch) != plan.batch_signature:
         tell(f"the plan is for {plan.batch_signature}: its figures do not hold for {signature(workload.batch)}")
     return workload, device
@@ -193,12 +198,12 @@ def print_traffic(plan: Plan, predicted: Timeline | None, measured: Timeline) ->
 
 
 def timed_pass(workload: Workload, device: Device, streamed: StreamedModel[Any]) -> Pass:
-    """Run one pass, in training with its backward, and wait for its end."""
+    """Run one pass, with all microbatches of its group, in training with its backward, and wait for its end."""
     from autosp.report.run_tables import Pass
 
     before = streamed.stats()
     begin = device.stamp()
-    workload.run()
+    workload.run_under(streamed)
     end = device.stamp()
     device.finish_compute()
     after = streamed.stats()

@@ -45,9 +45,13 @@ def apply(model: M, plan: Plan, *, optimizer: Optimizer | None = None) -> Stream
     updated until the parameter is used. Any optimizer of torch.optim will do that treats every parameter by itself;
     `step(closure)` is refused.
 
+    A plan with `group` serves plain calls too, and groups of up to so many microbatches. Under a plan of one microbatch
+    and a budget there are no groups; one that the user set by hand, without `group`, limits none.
+
     Raises: PlanMismatchError if the plan was made for another model, SettingError if its device is not here or the
     optimizer cannot be stepped layer by layer, DiskFullError or HostMemoryError if there is no room for the streamed
-    weights, ReadError if a file that weights are mapped from was truncated or replaced (the model is unchanged then).
+    weights, or in training for their gradients, ReadError if a file that weights are mapped from was truncated or
+    replaced (the model is unchanged then).
     """
     if not isinstance(plan, Plan):
         raise SettingError(f"plan is a {type(plan).__name__}; use autosp.tune, autosp.plan or Plan.load")
@@ -77,5 +81,9 @@ def apply(model: M, plan: Plan, *, optimizer: Optimizer | None = None) -> Stream
         device.close()
         readers.close()
 
+    group = plan.candidate.group
     pass_floor_s = plan.floor_s / plan.partition.repeats if plan.floor_s else None
-    return StreamedModel(bound, schedule, device, store, Originals.FREED, close, pass_floor_s, plan.mode, optimizer)
+    most = group if plan.budget_bytes is not None or group > 1 else None
+    return StreamedModel(
+        bound, schedule, device, store, Originals.FREED, close, pass_floor_s, plan.mode, optimizer, most
+    )

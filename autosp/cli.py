@@ -23,6 +23,7 @@ try:
         BudgetOrAll,
         DeviceName,
         Factory,
+        Group,
         HostBudget,
         Isolate,
         MaxTrials,
@@ -85,6 +86,7 @@ def tune(
         float | None, typer.Option(help="0.05: the least memory that takes at most 5 % longer than the fastest.")
     ] = None,
     mode: ModeName = "inference",
+    group: Group = 1,
     storage: Storage = None,
     study_name: Annotated[str | None, typer.Option(help="Default: made from the model's name.")] = None,
     max_trials: MaxTrials = None,
@@ -103,7 +105,7 @@ def tune(
     began = _now()
     budget = None if max_gpu_gb is None else budget_of(max_gpu_gb)
     host_budget = None if max_cpu_gb is None else budget_of(max_cpu_gb)
-    kept = partial(answers.kept_study, subject, mode, budget, host_budget, slack, device, storage)
+    kept = partial(answers.kept_study, subject, mode, budget, host_budget, slack, device, group, storage)
     with interruptible(factory, storage, device, kept):
         plan = autosp.tune(
             subject.model,
@@ -114,6 +116,7 @@ def tune(
             mode=mode,
             step=subject.step,
             device=device,
+            group=group,
             storage=storage,
             study_name=study_name,
             max_trials=max_trials,
@@ -280,7 +283,7 @@ def trace(
     streamed = autosp.apply(workload.model, promised)
     with streamed:
         for _ in range(passes):
-            workload.run()
+            workload.run_under(streamed)
         measured = streamed.timeline()
     partition, candidate = promised.partition, promised.candidate
     predicted = None if profile is None else expected(profile, candidate, periods_of(measured, partition, candidate))

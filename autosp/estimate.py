@@ -17,7 +17,7 @@ from autosp.runtime.bench import Bench
 from autosp.search.space import rank
 from autosp.settings import settings
 from autosp.spec import Prediction, Profile
-from autosp.workload import Workload, parse_budget, parse_budgets, refuse_host_budget
+from autosp.workload import Workload, checked_group, parse_budget, parse_budgets, refuse_host_budget
 
 if TYPE_CHECKING:
     import torch
@@ -31,17 +31,19 @@ def profile(
     mode: str = "inference",
     step: Step | None = None,
     device: torch.device | str | Device | None = None,
+    group: int = 1,
     progress: bool = True,
 ) -> Profile:
     """Measure every layer and link, under the least-memory plan and under a ring that overlaps loads with compute.
 
     The disk is measured, too, where the host has no room for all. With mode="training", where `step` returns the loss,
-    passes are forward and backward.
+    passes are forward and backward. With `group`, so many microbatches share a pass under the least-memory plan, and
+    what they hold is measured: groups of other sizes are predicted from that.
 
     The model is as before when this returns or raises.
     """
     chosen = choose_device(device, mode)
-    workload = Workload.of(model, sample_batch, step, mode, chosen)
+    workload = Workload.of(model, sample_batch, step, mode, chosen, group=group)
     refuse_host_budget(mode, max_cpu_gb)
     with progress_bar(progress) as show:
         show("order of the layers")
@@ -53,14 +55,21 @@ def profile(
             return measure(bench, workload, show)
 
 
-def estimate(profile: Profile, max_gpu_gb: float | str, max_cpu_gb: float | str | None = None) -> list[Prediction]:
+def estimate(
+    profile: Profile, max_gpu_gb: float | str, max_cpu_gb: float | str | None = None, *, group: int = 1
+) -> list[Prediction]:
     """Every setting predicted to fit the budgets, the fastest first. Needs no device.
 
-    Raises: BudgetError, BudgetTooSmallError; SettingError if the profile does not know the disk and settings need it.
+    With `group`, of passes that so many microbatches of the profiled shapes share.
+
+    Raises: BudgetError, BudgetTooSmallError; SettingError if `group` is no positive number, or if the profile does not
+    know groups, or the disk, and settings need it.
     """
-    return rank(profile, *parse_budgets(max_gpu_gb, max_cpu_gb, profile.device.slow_tier))
+    budgets = parse_budgets(max_gpu_gb, max_cpu_gb, profile.device.slow_tier)
+    return rank(profile, *budgets, checked_group(group))
 
 
-def floor(profile: Profile, max_gpu_gb: float | str, max_cpu_gb: float | str | None = None) -> float:
-    """Seconds that no schedule can beat under the budgets on the profiled hardware."""
-    return floor_s(profile, *parse_budgets(max_gpu_gb, max_cpu_gb, profile.device.slow_tier))
+def floor(profile: Profile, max_gpu_gb: float | str, max_cpu_gb: float | str | None = None, *, group: int = 1) -> float:
+    """Seconds that no schedule can beat under the budgets on the profiled hardware, for `group` microbatches."""
+    budgets = parse_budgets(max_gpu_gb, max_cpu_gb, profile.device.slow_tier)
+    return floor_s(profile, *budgets, checked_group(group))

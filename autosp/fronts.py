@@ -18,6 +18,8 @@ from autosp.options import (
     BudgetOrAll,
     DeviceName,
     Factory,
+    Group,
+    GroupOrStudys,
     HostBudget,
     MaxTrials,
     ModeName,
@@ -35,6 +37,7 @@ def estimate(
     factory: Annotated[str | None, typer.Argument(metavar="[MODULE:FACTORY]", help="Measured now.")] = None,
     study: Annotated[str | None, typer.Option(help="Take this study's stored profile: no model is needed.")] = None,
     mode: ModeName = "inference",
+    group: GroupOrStudys = None,
     top: Annotated[int, typer.Option(min=1, help="How many predictions to print.")] = 10,
     storage: Storage = None,
     device: DeviceName = None,
@@ -62,21 +65,25 @@ def estimate(
             mode=mode,
             step=subject.step,
             device=device,
+            group=group or 1,
             progress=sys.stderr.isatty(),
         )
+        group = group or 1
         others: set[int] = set()
     else:
         stored = answers.read_study(str(study), storage)
         if stored.profile is None:
             raise StudyNotFoundError(f"study {study!r} has no profile yet: continue it with `autosp resume`")
-        profile, trials, chosen = stored.profile, stored.trials, stored.plan
+        profile, group = stored.profile, group or stored.group
+        if group == stored.group:
+            trials, chosen = stored.trials, stored.plan
         others = {stored.budget_bytes}
-    ranked = autosp.estimate(profile, budget, host_budget)
-    console().print(predictions_table(ranked, autosp.floor(profile, budget, host_budget), top))
+    ranked = autosp.estimate(profile, budget, host_budget, group=group)
+    console().print(predictions_table(ranked, autosp.floor(profile, budget, host_budget, group=group), top))
     if plot is not None:
         budget_bytes, host_bytes = parse_budgets(budget, host_budget, profile.device.slow_tier)
         budgets_bytes = [budget_bytes, *others.difference({budget_bytes})]
-        answers.draw_front(profile, trials, budgets_bytes, host_bytes, plot, chosen)
+        answers.draw_front(profile, trials, budgets_bytes, host_bytes, plot, chosen, group)
     else:
         tell("`--plot front.png` draws memory against latency, with the floor")
 
@@ -94,6 +101,7 @@ def pareto(
     points: Annotated[int, typer.Option(min=2, help="Budgets that are validated.")] = 4,
     max_trials: Annotated[int, typer.Option(min=1, help="Most validations under each of them.")] = 3,
     mode: ModeName = "inference",
+    group: Group = 1,
     storage: Storage = None,
     device: DeviceName = None,
     output: Annotated[
@@ -118,6 +126,7 @@ def pareto(
         mode=mode,
         step=subject.step,
         device=device,
+        group=group,
         storage=storage,
         max_trials=max_trials,
         progress=sys.stderr.isatty(),

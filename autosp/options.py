@@ -22,6 +22,10 @@ HostBudget = Annotated[
         "--max-cpu-gb", help="The same of host memory; beyond it weights rest on disk. Default: what there is."
     ),
 ]
+Group = Annotated[int, typer.Option("--group", min=1, help="Microbatches that share a pass, each like the batch.")]
+GroupOrStudys = Annotated[
+    int | None, typer.Option("--group", min=1, help="Microbatches that share a pass. Default: the study's, or 1.")
+]
 ModeName = Annotated[
     str, typer.Option("--mode", help="inference, or training: forward and backward, where step returns the loss.")
 ]

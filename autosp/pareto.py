@@ -43,6 +43,7 @@ def pareto(
     mode: str = "inference",
     step: Step | None = None,
     device: torch.device | str | Device | None = None,
+    group: int = 1,
     storage: str | os.PathLike[str] | None = None,
     max_trials: int = 3,
     seed: int = 0,
@@ -69,6 +70,7 @@ def pareto(
             mode=mode,
             step=step,
             device=chosen,
+            group=group,
             storage=storage,
             max_trials=max_trials,
             seed=seed,
@@ -79,10 +81,10 @@ def pareto(
     with Repository(storage) as repository:
         profile, trials = study_of(repository, fastest)
     assert fastest.budget_bytes is not None
-    line = front(profile, fastest.budget_bytes, fastest.host_budget_bytes)
+    line = front(profile, fastest.budget_bytes, fastest.host_budget_bytes, group)
     learned = Lessons(profile, line).learned(trials)
     for prediction in bends(line, points)[:-1]:  # the last one is what the first study was for
-        budget_bytes = budget_for(profile, learned.peak_bytes(prediction))
+        budget_bytes = budget_for(profile, learned.peak_bytes(prediction), group)
         if budget_bytes < fastest.budget_bytes:
             with suppress(BudgetTooSmallError):  # everything that was predicted to fit there may need more
                 fastest_under(f"{budget_bytes}B")
@@ -90,13 +92,14 @@ def pareto(
 
 
 def _validated(fastest: Plan, storage: str | os.PathLike[str] | None) -> list[Plan]:
-    """All that was measured on the profile of a plan, under whatever budget, and fits the plan's."""
+    """All that was measured on the profile of a plan, for its group, under whatever budget, and fits the plan's."""
     with Repository(storage) as repository:
         profile, _ = study_of(repository, fastest)
         found: list[Plan] = []
         for name in reversed(repository.siblings(repository.study_key(fastest.study_name or ""))):
             plan = repository.plan(name)
-            if plan is not None and repository.profile(name) == profile:
+            same_group = plan is not None and plan.candidate.group == fastest.candidate.group
+            if plan is not None and same_group and repository.profile(name) == profile:
                 found += [plan_of(trial, plan) for trial in repository.trials(name)]
     most = fastest.budget_bytes or 0
     return [plan for plan in found if plan.measurement is not None and plan.measurement.peak_bytes <= most]

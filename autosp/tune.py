@@ -12,6 +12,7 @@ from torch import nn
 
 from autosp.apart import import_apart
 from autosp.batch import Step
+from autosp.cost_model.calibrate import observations
 from autosp.cost_model.floor import floor_s
 from autosp.cost_model.reading import measured_reading, planned_reading
 from autosp.devices import Device, choose_device
@@ -51,6 +52,7 @@ def tune(
     mode: str = "inference",
     step: Step | None = None,
     device: torch.device | str | Device | None = None,
+    group: int = 1,
     storage: str | os.PathLike[str] | None = None,
     study_name: str | None = None,
     max_trials: int | None = None,
@@ -73,6 +75,8 @@ def tune(
             gradients and loss are those of plain training, and the plan's time is a pass's without its update.
         step: `step(model, batch)` instead of the plain call, for a `generate`. In training it returns the loss.
         device: default: the accelerator if there is one.
+        group: how many microbatches, each like the sample batch, share a pass: see `StreamedModel.run_group`, and in
+            training `backward_group`. Time and memory of the plan are those of all of them.
         storage: database, a path or a SQLAlchemy URL; default `AUTOSP_STORAGE`, else the user's data directory.
         study_name: default: made from the model's name. An unfinished study of that name is continued.
         max_trials, timeout_s: limits on validation; the stop rule usually ends it earlier. Default: those of `Limits`,
@@ -94,7 +98,7 @@ def tune(
     refuse_host_budget(mode, max_cpu_gb)
     budget = whole_device(chosen) if max_gpu_gb is None else max_gpu_gb
     budgets = parse_budgets(budget, max_cpu_gb, chosen.info.slow_tier)
-    workload = Workload.of(model, sample_batch, step, mode, chosen, seed)
+    workload = Workload.of(model, sample_batch, step, mode, chosen, seed, group)
     limits = Limits(max_trials, timeout_s)
     isolation = Isolation.of(isolate, trial_timeout_s)
     with Repository(storage) as repository:
@@ -102,7 +106,8 @@ def tune(
         known = repository.find_plan(key) if study_name is None else None
         if known is not None:
             return known
-        base = f"{key.model_name}-{key.mode}" + (f"-slack-{slack:g}" if slack else "")
+        base = f"{key.model_name}-{key.mode}" + (f"-group-{group}" if group > 1 else "")
+        base += f"-slack-{slack:g}" if slack else ""
         name = study_name or repository.find_study(key) or repository.unique_name(base)
         return _answer(Search(repository, workload, chosen, limits, isolation, progress), name, key)
 
@@ -133,7 +138,7 @@ def resume(
     with Repository(storage) as repository:
         entered = repository.study_key(study_name)
         chosen = choose_device(device, entered.mode)
-        workload = Workload.of(model, sample_batch, step, entered.mode, chosen, seed)
+        workload = Workload.of(model, sample_batch, step, entered.mode, chosen, seed, entered.group)
         key = workload.key(chosen, entered.budget_bytes, entered.host_budget_bytes, entered.slack)
         repository.has_study(study_name, key)
         known = repository.plan(study_name)
@@ -183,12 +188,12 @@ def _fastest(search: Search, name: str, key: StudyKey) -> Plan:
         study = _Study(search, name, key, show, opened)
         held.enter_context(study.hold_device())
         found = study.found_or_measured()
-        ranked = rank(found.profile, *found.budgets)
+        ranked = rank(found.profile, *found.budgets, key.group)
         repository.create_study(name, key)
         agreed = repository.agree_on_profile(name, found.profile)
         if agreed != found.profile:
             found = replace(found, profile=agreed)
-            ranked = rank(agreed, *found.budgets)
+            ranked = rank(agreed, *found.budgets, key.group)
         validated = study.validated(found, ranked)
         held.close()
         verdict = study.verdict(found, ranked, validated)
@@ -204,7 +209,7 @@ def _fastest(search: Search, name: str, key: StudyKey) -> Plan:
         reading=planned_reading(found.profile, verdict.best.prediction),
         prediction=verdict.best.prediction,
         measurement=verdict.best.measurement,
-        floor_s=floor_s(found.profile, *found.budgets),
+        floor_s=floor_s(found.profile, *found.budgets, key.group),
         why=verdict.why,
     )
     return repository.agree_on_plan(name, answer)
@@ -221,6 +226,8 @@ class _Found:
     """Open, unless trials are isolated and the profile was stored: it would be in their way."""
     output: Any
     """Of the pass that showed the layers; None in training."""
+    stored: bool
+    """Whether the profile was in the database before."""
 
 
 @dataclass(frozen=True)
@@ -253,12 +260,12 @@ class _Study:
         known = stored or known_profile(repository, self.key, parts, host_bytes)
         budgets = self.key.budget_bytes, host_bytes
         if known is not None and self.search.isolation is not None:
-            return _Found(known, budgets, None, output)
+            return _Found(known, budgets, None, output, stored=True)
         bench = Bench(workload.model, parts, device, settings().cache_dir, host_bytes, workload.mode)
         self.opened.enter_context(bench)
         profile = known or measure(bench, workload, self.show, self.key.budget_bytes)
         bench.readers.use(measured_reading(profile))
-        return _Found(profile, budgets, bench, output)
+        return _Found(profile, budgets, bench, output, stored=known is not None)
 
     def validated(self, found: _Found, ranked: Sequence[Prediction]) -> Validate:
         """What measures a candidate: in this process, or, isolated, in another."""
@@ -282,6 +289,7 @@ class _Study:
 
         repository, budget_bytes = self.search.repository, found.budgets[0]
         known = known_measurements(repository, self.name, found.profile, budget_bytes)
+        observed = [trial.measurement for trial in observations(found.profile)] if found.stored else []
         return run_study(
             repository,
             self.name,
@@ -293,6 +301,7 @@ class _Study:
             progress=self.show,
             hold_device=self.hold_device,
             repeat=validated,
+            stored=[*observed, *known.values()],
         )
 
 

@@ -6,12 +6,12 @@ import hashlib
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import Any, cast, get_args
+from typing import Any, Protocol, cast, get_args
 
 import torch
 from torch import nn
@@ -28,21 +28,44 @@ _UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
+class Grouping(Protocol):
+    """A model under a plan, on which microbatches share a pass."""
+
+    def run_group(self, batches: Iterable[Any], step: Step = call) -> list[Any]:
+        """What `step(model, batch)` gives for each of them."""
+
+    def backward_group(self, batches: Iterable[Any], step: Step) -> list[torch.Tensor]:
+        """Losses of `step(model, batch)`, with their backward passes."""
+
+
 @dataclass(frozen=True)
 class Workload:
-    """One pass: `step(model, batch)`, or the plain call of the model on the batch; in training, with its backward."""
+    """One pass: `step(model, batch)`, or the plain call of the model on the batch; in training, with its backward.
+
+    Under a plan, of `group` microbatches of the batch's shapes and values.
+    """
 
     model: nn.Module
     batch: Any
     step: Step | None
     mode: Mode
     seed: int = 0
+    group: int = 1
 
     @classmethod
-    def of(cls, model: nn.Module, batch: Any, step: Step | None, mode: str, device: Device, seed: int = 0) -> Workload:
+    def of(
+        cls,
+        model: nn.Module,
+        batch: Any,
+        step: Step | None,
+        mode: str,
+        device: Device,
+        seed: int = 0,
+        group: int = 1,
+    ) -> Workload:
         """Check the arguments, and put the batch where compute happens.
 
-        Raises: SettingError for a model, step or mode of the wrong kind.
+        Raises: SettingError for a model, step, mode or group of the wrong kind.
         """
         if not isinstance(model, nn.Module):
             raise SettingError(f"model is a {type(model).__name__}, not a torch.nn.Module")
@@ -57,7 +80,7 @@ class Workload:
         if any(tensor.is_meta for tensor in tensors_in(batch)):
             raise SettingError("sample_batch has tensors on the meta device: they have no data to run the model on")
         batch = map_tensors(lambda tensor: tensor.to(device.torch_device), batch)
-        return cls(model, batch, step, cast("Mode", mode), seed)
+        return cls(model, batch, step, cast("Mode", mode), seed, checked_group(group))
 
     def run_forward(self) -> Any:
         """One pass without autograd: in training, its forward. What the model raises passes through."""
@@ -65,15 +88,47 @@ class Workload:
             return call(self.model, self.batch) if self.step is None else self.step(self.model, self.batch)
 
     def run(self) -> Any:
-        """One pass. In training without its update: old gradients are dropped, the loss is returned.
+        """A pass of one microbatch. In training without its update: old gradients are dropped, the loss is returned.
 
         Raises: SettingError if a training step's answer is no loss.
         """
+        if self.mode == "training":
+            self.model.zero_grad()
+        return self._run()
+
+    def run_under(self, streamed: Grouping) -> Any:
+        """A pass under a plan, by all microbatches of the group: what `run` gives, or a list of that for each of them.
+
+        Each has a batch of its own, as different ones would. Raises: as `run`.
+        """
+        if self.group == 1:
+            return self.run()
+        batches = [self.batch, *(map_tensors(torch.clone, self.batch) for _ in range(self.group - 1))]
+        step = self.step or call
+        if self.mode == "inference":
+            with torch.no_grad():
+                return streamed.run_group(batches, step)
+        self.model.zero_grad()
+        return streamed.backward_group(batches, step)
+
+    def _run(self) -> Any:
+        """`run`, after which gradients are added to those that there were."""
         if self.mode == "inference":
             return self.run_forward()
-        self.model.zero_grad()
         with torch.enable_grad():
             return backward(self.step or call, self.model, self.batch)
+
+    def _run_each(self) -> Any:
+        """What `run_under` stands for: the microbatches one after another, each with the random numbers of its own."""
+        if self.group == 1:
+            return self.run()
+        if self.mode == "training":
+            self.model.zero_grad()
+        results = []
+        for seed in torch.randint(2**63 - 1, (self.group,), device="cpu").tolist():
+            torch.manual_seed(seed)
+            results.append(self._run())
+        return results
 
     @contextmanager
     def leaving_no_trace(self) -> Iterator[None]:
@@ -101,14 +156,15 @@ class Workload:
         """Around passes that nobody asked for: what training writes is as before."""
         return self.leaving_no_trace() if self.mode == "training" else nullcontext()
 
-    def run_seeded(self) -> Any:
-        """What one pass gives from a fixed state of the random generators, which are left as they were.
+    def run_seeded(self, streamed: Grouping | None = None) -> Any:
+        """What a pass under a plan gives from a fixed state of the random generators, which are left as they were.
 
-        In training: the loss, and a digest of each gradient, so that no second copy of them all is held.
+        Without a plan: the same of the microbatches one after another. In training: the loss of each, and a digest of
+        each gradient, so that no second copy of them all is held.
         """
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            output = self.run()
+            output = self._run_each() if streamed is None else self.run_under(streamed)
         if self.mode == "inference":
             return output
         gradients = {name: parameter.grad for name, parameter in self.model.named_parameters()}
@@ -129,10 +185,13 @@ class Workload:
         }
 
     def observed_pass(self, device: Device) -> tuple[Partition, Any]:
-        """The layers, and the output, of one pass of the unstreamed model."""
+        """The layers that one microbatch visits, and what the unstreamed model gives for all of them.
+
+        One pass shows both where there is one microbatch.
+        """
         outputs: list[Any] = []
         parts = self.layers(device, lambda: outputs.append(self.run_seeded()))
-        return parts, outputs[0]
+        return (parts if self.group == 1 else self.layers(device)), outputs[0]
 
     def layers(self, device: Device, run: Callable[[], Any] | None = None) -> Partition:
         """The layers, by one pass of the unstreamed model, which `run` makes (default: `self.run_forward`).
@@ -160,6 +219,7 @@ class Workload:
             step=step_name(self.step),
             mode=self.mode,
             trained=_trained(self.model) if self.mode == "training" else None,
+            group=self.group,
             budget_bytes=budget_bytes,
             host_budget_bytes=host_budget_bytes,
             slack=slack,
@@ -170,6 +230,16 @@ def _trained(model: nn.Module) -> str:
     """Which parameters get gradients: how many, and a hash of their names. Gradients take memory, and time to leave."""
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     return f"{len(names)} parameters, {hashlib.sha256(','.join(names).encode()).hexdigest()[:16]}"
+
+
+def checked_group(group: int) -> int:
+    """The number of microbatches, if it is one.
+
+    Raises: SettingError if it is not positive.
+    """
+    if isinstance(group, bool) or not isinstance(group, int) or group < 1:
+        raise SettingError(f"group={group!r}: pass how many microbatches share a pass, a whole number of at least 1")
+    return group
 
 
 def refuse_host_budget(mode: str, max_cpu_gb: float | str | None) -> None:

@@ -3,8 +3,9 @@
 python studies/grouping.py training        a training step over a paced link: gradients of m microbatches, one update
 python studies/grouping.py inference       m batches of one token each, weights from disk
 
-m is 1, 2, 4, 8 and 16. Every measurement is a process of its own; both ways are interleaved. Rows are appended to
-results/grouping_<study>_<scale>.jsonl one by one, and what is there already is not measured again, unless with --again.
+m is 1, 2, 4, 8 and 16. Every measurement is a process of its own, of a minute or less at the default pace; both ways
+are interleaved. Rows are appended to results/grouping_<study>_<scale>.jsonl one by one, and what is there already is
+not measured again, unless with --again: a command that was interrupted goes on. Rows of another pace are other rows.
 The table and the picture are made beside the rows; --report makes them without measuring.
 """
 
@@ -43,9 +44,12 @@ class Case:
     way: str
     microbatches: int
     repeat: int
+    paced_gb_per_s: float | None
+    """Of the link of training; None: the disk's own."""
 
     def __str__(self) -> str:
-        return f"{self.study}, {self.way}, {self.microbatches} microbatches, repeat {self.repeat}"
+        pace = "" if self.paced_gb_per_s is None else f", {self.paced_gb_per_s:g} GB/s"
+        return f"{self.study}{pace}, {self.way}, {self.microbatches} microbatches, repeat {self.repeat}"
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class Run:
     scale: str
     scratch: Path
     repeats: int
-    paced_bytes_per_s: float | None
+    paced_gb_per_s: float | None
     results: Results[Row]
 
 
@@ -77,12 +81,25 @@ def run(asked: Run) -> None:
     cells = [(ALONE, 1), *((way, count) for count in COUNTS for way in (GROUPED, SEPARATE))]
     for repeat in range(asked.repeats):
         for way, count in cells:
-            case = Case(asked.study, asked.scale, way, count, repeat)
-            asked.results.measured(Job(case, str(asked.scratch), asked.paced_bytes_per_s))
+            case = Case(asked.study, asked.scale, way, count, repeat, asked.paced_gb_per_s)
+            asked.results.measured(Job(case, str(asked.scratch)))
+
+
+def _by_pace(rows: list[Row]) -> dict[float | None, list[Row]]:
+    """Those that were measured both ways, of each pace."""
+    paces = dict.fromkeys(row.case.paced_gb_per_s for row in rows)
+    found = {pace: [row for row in rows if row.case.paced_gb_per_s == pace] for pace in paces}
+    return {pace: mine for pace, mine in found.items() if having(mine, way=GROUPED, microbatches=1)}
 
 
 def table(rows: list[Row]) -> str:
-    """Throughput, weight bytes and the floor by m; then whether the targets were met."""
+    """For each pace of the link: throughput, weight bytes and the floor by m; then whether the targets were met."""
+    failed = [f"- {row.case}: {row.outcome}: {row.note}" for row in rows if not row.ok]
+    parts = [_table_of(mine) for mine in _by_pace(rows).values()]
+    return "\n\n".join([*parts, "\n".join(failed)] if failed else parts)
+
+
+def _table_of(rows: list[Row]) -> str:
     alone_s = _step_s(rows, ALONE, 1)
     first = having(rows, way=GROUPED, microbatches=1)[0].figures
     counts = [count for count in COUNTS if having(rows, way=GROUPED, microbatches=count)]
@@ -96,9 +113,7 @@ def table(rows: list[Row]) -> str:
         "the plan moves for one microbatch over the link's rate. *Result*: losses and gradients, or outputs, beside "
     )
     head += "those of the unstreamed model, by their bits."
-    failed = [f"- {row.case}: {row.outcome}: {row.note}" for row in rows if not row.ok]
-    parts = [head, markdown(columns, lines), _targets(rows, counts)]
-    return "\n\n".join([*parts, "\n".join(failed)] if failed else parts)
+    return "\n\n".join([head, markdown(columns, lines), _targets(rows, counts)])
 
 
 def _cells(rows: list[Row], count: int, alone_s: float | None) -> list[str]:
@@ -123,8 +138,11 @@ def _cells(rows: list[Row], count: int, alone_s: float | None) -> list[str]:
 def _targets(rows: list[Row], counts: list[int]) -> str:
     moved = [row.figures["moved_bytes"] / _moved_bytes(rows) for row in having(rows, way=GROUPED)]
     gain = (_step_s(rows, SEPARATE, counts[-1]) or 0.0) / (_step_s(rows, GROUPED, counts[-1]) or float("inf"))
-    said = f"Weight bytes of a group: at most {max(moved):.2f} times those of one (target {MOST_BYTES}). "
-    return said + f"Gain at m = {counts[-1]}: {gain:.1f} (target {LEAST_GAIN:g}, where transfers bound the step)."
+    fewest = "met" if max(moved) <= MOST_BYTES else "missed"
+    gained = "met" if gain >= LEAST_GAIN else "missed"
+    said = f"Weight bytes of a group: at most {max(moved):.2f} times those of one (target {MOST_BYTES}: {fewest}). "
+    said += f"Gain at m = {counts[-1]}: {gain:.1f} (target {LEAST_GAIN:g} at m = 16 where transfers bound the step: "
+    return said + f"{gained})."
 
 
 def _moved_bytes(rows: list[Row]) -> int:
@@ -141,9 +159,13 @@ def picture(rows: list[Row], path: Path) -> None:
     from panels import figure, finish
 
     canvas, (panel,) = figure(1, width=6.0)
-    for way, colour in ((GROUPED, "C0"), (SEPARATE, "C1")):
-        found = [(count, step_s) for count in COUNTS if (step_s := _step_s(rows, way, count))]
-        panel.plot([m for m, _ in found], [m / step_s for m, step_s in found], color=colour, marker="o", label=way)
+    paces = _by_pace(rows)
+    for number, (pace, mine) in enumerate(paces.items()):
+        of_pace = f", {pace:g} GB/s" if len(paces) > 1 else ""
+        for way, line in ((GROUPED, "-"), (SEPARATE, ":")):
+            found = [(count, step_s) for count in COUNTS if (step_s := _step_s(mine, way, count))]
+            points = [m for m, _ in found], [m / step_s for m, step_s in found]
+            panel.plot(*points, color=f"C{number}", ls=line, marker="o", label=way + of_pace)
     alone_s = _step_s(rows, ALONE, 1)
     if alone_s:
         panel.axhline(1 / alone_s, color="grey", ls="--", label=ALONE)
@@ -169,7 +191,7 @@ def main(arguments: list[str] | None = None, answer: Callable[..., Any] | None =
     if not asked.report:
         scratch = asked.scratch or settings().cache_dir
         scratch.mkdir(parents=True, exist_ok=True)
-        paced = asked.paced * 1e9 if asked.study == "training" else None
+        paced = asked.paced if asked.study == "training" else None
         made = partial(Results, answer=answer) if answer else Results
         results = made(raw, Row, CpuDevice(), run_job, again=asked.again, timeout_s=asked.timeout_s)
         run(Run(asked.study, asked.scale, scratch.resolve(), asked.repeats, paced, results))
@@ -183,6 +205,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--paced", type=float, default=0.5, help="GB/s of the link of training; default: 0.5")
     parser.add_argument("--repeats", type=int, default=2)
     add_arguments(parser)
+    parser.set_defaults(timeout_s=300.0)
     return parser
 
 

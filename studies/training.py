@@ -25,11 +25,14 @@ from training_models import MODELS, SCALES, build
 
 import autosp
 from autosp.batch import equal
+from autosp.cost_model.floor import training_floors
 from autosp.devices import CpuDevice
 from autosp.profiler.layers import timed_pass
 from autosp.runtime.bench import Bench
+from autosp.search.lean import study_of
 from autosp.settings import settings
 from autosp.spec import Plan, Tier
+from autosp.store import Repository
 from autosp.workload import Workload
 
 PLAIN = "plain"
@@ -107,7 +110,12 @@ def measure(job: Job) -> dict[str, Any]:
     with workload.leaving_no_trace():
         plain = workload.run_seeded()
     figures |= timed(workload, device, plan, plain)
-    figures |= {"budget_bytes": job.budget_bytes, "floor_s": plan.floor_s, "plan": plan.candidate.label()}
+    with Repository(storage) as repository:
+        profile, _ = study_of(repository, plan)
+    assert job.budget_bytes is not None
+    floors_s = training_floors(profile, job.budget_bytes)
+    figures |= {"budget_bytes": job.budget_bytes, "floor_s": plan.floor_s, "floors_s": floors_s}
+    figures["plan"] = plan.candidate.label()
     figures |= {"predicted_s": plan.prediction.latency_s, "over_floor": figures["pass_s"] / plan.floor_s}
     return {"figures": figures}
 
@@ -157,10 +165,10 @@ def _table(rows: list[TrainingRow]) -> str:
             mine = having(rows, model=model, percent=percent)
             if not mine:
                 notes = {row.note for row in rows if (row.case.model, row.case.percent) == (model, percent)}
-                lines += [[model, _share(percent), *[""] * 6, note] for note in sorted(notes)]
+                lines += [[model, _share(percent), *[""] * 7, note] for note in sorted(notes)]
                 continue
             lines.append(_line(mine, having(rows, model=model, percent=None)))
-    columns = ["model", "budget", "pass", "÷ plain", "÷ floor", "peak", "kept", "gradients", "plan"]
+    columns = ["model", "budget", "pass", "÷ plain", "÷ floor", "binds", "peak", "kept", "gradients", "plan"]
     return markdown(columns, lines)
 
 
@@ -177,11 +185,18 @@ def _line(mine: list[TrainingRow], plain: list[TrainingRow]) -> list[str]:
         f"{pass_s:.3g} s",
         f"{pass_s / plain_s:.2f}",
         f"{median(floors):.2f} ({', '.join(f'{one:.2f}' for one in floors)})" if floors else "",
+        _binding(first),
         f"{max(one['peak_bytes'] for one in figures) / 1e6:.0f} MB",
         f"{sum(budgets)} of {len(budgets)}" if budgets else "",
         "equal" if all(one["same_gradients"] for one in figures) else "DIFFER",
         first.get("plan", "everything resident"),
     ]
+
+
+def _binding(figures: dict[str, Any]) -> str:
+    """The resource whose need is the floor."""
+    floors_s: dict[str, float] = figures.get("floors_s", {})
+    return max(floors_s, key=floors_s.__getitem__, default="")
 
 
 def _share(percent: float | None) -> str:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from autosp.schedule.actions import Action, Kind, Ref, Schedule
 from autosp.spec import (
     PROFILE_SCHEMA_VERSION,
+    Block,
     Candidate,
     DeviceInfo,
     Layer,
@@ -319,6 +320,30 @@ def on_disk(draw: st.DrawFn, candidate: Candidate, visited: Sequence[int], layer
     chosen = draw(st.lists(st.sampled_from(pool), max_size=len(pool), unique=True)) if pool else []
     resting = tuple(sorted(layer for group in chosen for layer in group))
     return candidate.model_copy(update={"on_disk": resting, "read_ahead": draw(st.integers(1, 4)) if resting else 0})
+
+
+@st.composite
+def blocks(draw: st.DrawFn, visits: Sequence[int], backward: Sequence[int]) -> tuple[Block, ...]:
+    """Some blocks of a training pass: runs of layers that it visits once, and backward in the reverse order."""
+    found: list[Block] = []
+    begin = 0
+    while begin < len(visits):
+        end = begin + draw(st.integers(1, 4))
+        layers = tuple(visits[begin:end])
+        reverse = layers[::-1]
+        once = all(visits.count(layer) == backward.count(layer) == 1 for layer in layers)
+        if once and any(tuple(backward[at:])[: len(reverse)] == reverse for at in range(len(backward))):
+            found.append(Block(path=f"blocks.{begin}", layers=layers))
+        begin = end
+    return tuple(found)
+
+
+@st.composite
+def recomputed(draw: st.DrawFn, parts: Partition) -> tuple[int, ...]:
+    """Layers to compute again, blocks as a whole."""
+    units = parts.recomputable
+    chosen = draw(st.lists(st.sampled_from(units), unique=True)) if units else []
+    return tuple(sorted(layer for unit in chosen for layer in unit))
 
 
 sizes = st.integers(1, 40)

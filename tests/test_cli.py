@@ -114,6 +114,15 @@ def study(tuned: Path, monkeypatch: Environment) -> Path:
 # What works
 
 
+def test_a_group_is_tuned_and_run(shell: Path) -> None:
+    said = autosp("tune", "tiny_models:make", *ROOM, "--group", "2", "--max-trials", "1", "-o", "plan.json")
+    assert "2 microbatches share a pass" in said
+    plan = Plan.load(shell / "plan.json")
+    assert plan.candidate.group == 2
+    assert "T/floor" in autosp("run", "tiny_models:make", "--plan", "plan.json", "--passes", "2")
+    assert "2 microbatches" in autosp("estimate", "--study", plan.study_name or "", *ROOM)
+
+
 def test_help_names_every_command() -> None:
     said = autosp("--help")
     for command in (
@@ -364,6 +373,18 @@ def test_db_upgrade_tells_the_revisions_and_the_copy(shell: Path) -> None:
     assert "the database as it was: " in said
     assert (shell / "old.db.base.bak").is_file()
     assert "already at 0001" in autosp("db", "upgrade", "--storage", "old.db")
+
+
+def test_db_upgrade_makes_no_folder_of_a_mistyped_path(shell: Path) -> None:
+    said = autosp("db", "upgrade", "--storage", "studys/old.db", code=2)
+    assert f"there is no folder {shell / 'studys'} for the database {shell / 'studys' / 'old.db'}" in said
+    assert not (shell / "studys").exists()
+
+
+def test_db_upgrade_makes_the_folder_of_the_default_database(shell: Path, monkeypatch: Environment) -> None:
+    monkeypatch.setenv("AUTOSP_STORAGE", str(shell / "data" / "autosp.db"))
+    assert "no schema -> 0001" in autosp("db", "upgrade")
+    assert (shell / "data" / "autosp.db").is_file()
 
 
 def test_demo_passes_its_options_on(shell: Path, monkeypatch: Environment) -> None:

@@ -36,5 +36,27 @@ def test_tables(study: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     )
     assert grouped["moved_bytes"] == one["moved_bytes"] > 0
     assert separate["moved_bytes"] > 2 * one["moved_bytes"]
-    assert "at most 1.00 times those of one" in raw.with_suffix(".md").read_text()
+    assert "at most 1.00 times those of one (target 1.05: met)" in raw.with_suffix(".md").read_text()
     assert raw.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    before = raw.read_bytes()
+    grouping.main(words, at_once)
+    assert raw.read_bytes() == before, "what is there is not measured again"
+
+
+def test_rows_of_another_pace_are_other_rows(tmp_path: Path) -> None:
+    def figures(measure: Callable[[Any, str], None], job: Any, folder: Path, timeout_s: float) -> dict[str, Any]:
+        case = job.case
+        passes = case.microbatches if case.way == grouping.SEPARATE else 1
+        bytes_per_s = case.paced_gb_per_s * 1e9
+        answer = {"title": "toy", "plan": "k=2", "equal": True, "misses": 0, "link_bytes_per_s": bytes_per_s}
+        answer |= {"samples_s": [passes / case.paced_gb_per_s], "moved_bytes": passes * 10**9, "least_bytes": 10**9}
+        return {"figures": answer}
+
+    words = ["training", "--scale", "toy", "--repeats", "1", "--output", str(tmp_path), "--scratch", str(tmp_path)]
+    for pace in ("1", "2", "1"):
+        grouping.main([*words, "--paced", pace], figures)
+    raw = tmp_path / "grouping_training_toy.jsonl"
+    assert len(raw.read_text(encoding="utf-8").splitlines()) == 2 * 11
+    text = raw.with_suffix(".md").read_text(encoding="utf-8")
+    assert text.count("Gain at m = 16: 16.0") == 2
+    assert "link 1.00 GB/s" in text and "link 2.00 GB/s" in text

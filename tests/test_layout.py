@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -118,9 +119,10 @@ def imports(source: str, *, whole: bool) -> set[str]:
     return found
 
 
-def imported_by(module: str, *, whole: bool) -> set[str]:
+@cache
+def imported_by(module: str, *, whole: bool) -> frozenset[str]:
     """Names of the modules that a module of autosp imports."""
-    return imports(MODULES[module].read_text(encoding="utf-8"), whole=whole)
+    return frozenset(imports(MODULES[module].read_text(encoding="utf-8"), whole=whole))
 
 
 def way_to_torch(module: str, seen: set[str]) -> list[str] | None:

@@ -82,6 +82,7 @@ def test_file_is_readable_json(tmp_path: Path) -> None:
         "read_ahead": 0,
         "recompute": [],
         "offload": [],
+        "group": 1,
     }
     assert data["device"]["slow_tier"] == "disk"
     assert data["why"] == "für Zoë: ≤ 5 GB ✓"
@@ -351,23 +352,37 @@ def test_a_plan_of_before_the_disk_tier_is_read(tmp_path: Path) -> None:
     assert Plan.load(path) == PLAN.model_copy(update={"schema_version": 2})
 
 
-def before_offload(data: dict[str, Any]) -> None:
+def before_blocks(data: dict[str, Any]) -> None:
     """As schema 6 had it."""
     data["schema_version"] = 6
-    del data["partition"]["activation_bytes"], data["candidate"]["offload"]
+    del data["partition"]["blocks"], data["partition"]["activation_bytes"]
+    del data["candidate"]["offload"], data["candidate"]["group"]
     if data["prediction"]:
-        del data["prediction"]["candidate"]["offload"], data["prediction"]["offloaded_bytes"]
+        del data["prediction"]["candidate"]["offload"], data["prediction"]["candidate"]["group"]
+        del data["prediction"]["offloaded_bytes"]
+
+
+def test_a_plan_of_before_blocks_computes_each_layer_again_by_itself(tmp_path: Path) -> None:
+    def change(data: dict[str, Any]) -> None:
+        before_blocks(data)
+        data["partition"]["backward"], data["candidate"]["recompute"] = [1, 0], [1]
+
+    path = tmp_path / "plan.json"
+    path.write_text(changed(change), encoding="utf-8")
+    loaded = Plan.load(path)
+    assert loaded.schema_version == 6
+    assert loaded.partition.recomputable == ((0,), (1,))
 
 
 def test_a_plan_of_before_activations_were_offloaded_is_read(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
-    path.write_text(changed(before_offload), encoding="utf-8")
+    path.write_text(changed(before_blocks), encoding="utf-8")
     assert Plan.load(path) == PLAN.model_copy(update={"schema_version": 6})
 
 
 def before_disk_bytes(data: dict[str, Any]) -> None:
     """As schema 5 had it."""
-    before_offload(data)
+    before_blocks(data)
     data["schema_version"] = 5
     for layer in data["partition"]["layers"]:
         del layer["disk_bytes"]
@@ -403,6 +418,8 @@ def test_a_plan_of_before_training_is_read(tmp_path: Path) -> None:
     [
         pytest.param([9], [], "none of the", id="no such layer"),
         pytest.param([], [0], "only that is recomputed", id="recomputed without backward"),
+        pytest.param([1, 0], [0], "as a whole or not at all", id="part of a block"),
+        pytest.param([1], [], "as a whole or not at all", id="part of a block goes backward"),
     ],
 )
 def test_a_plan_whose_backward_is_of_no_layer_is_refused(
@@ -410,6 +427,7 @@ def test_a_plan_whose_backward_is_of_no_layer_is_refused(
 ) -> None:
     def change(data: dict[str, Any]) -> None:
         data["partition"]["backward"], data["candidate"]["recompute"] = backward, recompute
+        data["partition"]["blocks"] = [{"path": "blocks", "layers": [0, 1]}]
 
     assert_refused(tmp_path / "plan.json", changed(change), message)
 
@@ -469,10 +487,21 @@ def test_groups_of_a_candidate() -> None:
     assert candidate.label() == "k=3 k'=2 residents=1 on disk=3 read-ahead=1"
 
 
+def test_a_plan_of_before_groups_is_of_one_microbatch(tmp_path: Path) -> None:
+    data = PLAN.model_dump(mode="json")
+    data["schema_version"] = 6
+    for candidate in (data["candidate"], data["prediction"]["candidate"]):
+        del candidate["group"]
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(data), encoding="utf-8")
+    assert Plan.load(path) == PLAN.model_copy(update={"schema_version": 6})
+    assert Plan.load(path).candidate.group == 1
+
+
 def test_key_fingerprint() -> None:
     assert study_key().fingerprint == study_key().fingerprint
     assert len(study_key().fingerprint) == 32
-    numbers = {"budget_bytes", "host_budget_bytes", "slack"}
+    numbers = {"group", "budget_bytes", "host_budget_bytes", "slack"}
     others = [study_key(**{name: "other"}).fingerprint for name in set(StudyKey.model_fields) - {"mode", *numbers}]
     others += [study_key(**{name: 5}).fingerprint for name in numbers]
     assert len({study_key().fingerprint, *others}) == len(others) + 1

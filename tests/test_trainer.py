@@ -56,7 +56,7 @@ def losses(of: Any) -> list[float]:
     ("changes", "setting"),
     [
         pytest.param({}, {}, id="plain"),
-        pytest.param({}, {"k": 6, "k_prime": 2, "residents": 1, "recompute": 9}, id="recompute"),
+        pytest.param({}, {"k": 6, "k_prime": 2, "residents": 1, "recompute": 4}, id="recompute"),
         pytest.param({"gradient_checkpointing": True}, {}, id="the model's checkpoints"),
         pytest.param({"bf16": True}, {}, id="autocast"),
         pytest.param({"optim": "adafactor", "lr_scheduler_type": "cosine"}, {"k": 1}, id="adafactor"),

@@ -13,7 +13,8 @@ from training import Case, TrainingRow
 def row(pass_s: float, peak_mb: int, *, paced: float = 2.0, percent: float | None = None) -> TrainingRow:
     figures: dict[str, Any] = {"title": "Tiny", "pass_s": pass_s, "peak_bytes": peak_mb * 10**6, "same_gradients": True}
     if percent is not None:
-        figures |= {"budget_bytes": 50 * 10**6, "floor_s": 2.0, "over_floor": pass_s / 2.0, "plan": "k=1"}
+        floors_s = {"compute": 1.0, "weights in": 2.0}
+        figures |= {"budget_bytes": 50 * 10**6, "floors_s": floors_s, "over_floor": pass_s / 2.0, "plan": "k=1"}
     return TrainingRow(Case("tiny", "cpu", paced, percent=percent), figures=figures)
 
 
@@ -29,8 +30,8 @@ ROWS = [
 def test_each_pace_of_the_link_has_a_table() -> None:
     slow, fast = training.table(ROWS).split("Each direction of the link: ")[1:]
     assert slow.startswith("2 GB/s") and fast.startswith("8 GB/s")
-    assert "| Tiny | 50 % | 4 s | 2.00 | 2.00 (2.00) | 40 MB | 1 of 1 | equal | k=1 |" in slow
-    assert "| Tiny | 50 % | 3 s | 1.50 | 1.50 (1.50) | 60 MB | 0 of 1 | equal | k=1 |" in fast
+    assert "| Tiny | 50 % | 4 s | 2.00 | 2.00 (2.00) | weights in | 40 MB | 1 of 1 | equal | k=1 |" in slow
+    assert "| Tiny | 50 % | 3 s | 1.50 | 1.50 (1.50) | weights in | 60 MB | 0 of 1 | equal | k=1 |" in fast
     assert "no setting fits" in fast
 
 

@@ -17,6 +17,7 @@ from torch import nn
 import autosp
 from autosp.batch import equal
 from autosp.devices import CpuDevice
+from autosp.devices.virtual import VirtualDevice
 from autosp.errors import (
     BudgetError,
     BudgetTooSmallError,
@@ -28,6 +29,7 @@ from autosp.errors import (
     StudyMismatchError,
     StudyNotFoundError,
 )
+from autosp.profiler import HEAP_SCATTER_OF_WORKSPACE
 from autosp.search.space import all_resident, key_of
 from autosp.spec import Outcome, Tier
 from autosp.store import Repository
@@ -153,6 +155,25 @@ def test_profile_estimate_and_floor_need_no_device_afterwards() -> None:
     names = [layer.name for layer in profile.partition.layers]
     assert len(profile.visits) == len(names)
     assert all(visit.output_bytes > 0 for visit in profile.visits)
+
+
+def test_a_prediction_has_room_for_the_scatter_of_a_c_heap() -> None:
+    model, batch = big()
+    profile = autosp.profile(model, batch, device="cpu", progress=False)
+    assert profile.overlapped is not None
+    warm = profile.overlapped
+    bare_bytes = warm.prediction.peak_bytes - profile.planned_workspace_of(1)
+    warm_bytes = warm.measurement.peak_bytes - bare_bytes
+    wanted = max(profile.workspace_bytes, warm_bytes + int(HEAP_SCATTER_OF_WORKSPACE * warm_bytes))
+    assert profile.planned_workspace_of(1) == wanted > 0
+    first_bytes = profile.observed.prediction.peak_bytes - profile.planned_workspace_of(1) + profile.workspace_bytes
+    assert first_bytes >= profile.observed.measurement.peak_bytes
+
+
+def test_an_allocator_that_does_not_scatter_gets_no_room_for_it() -> None:
+    model, batch = big()
+    profile = autosp.profile(model, batch, device=VirtualDevice(bytes_per_s=1e9), progress=False)
+    assert profile.heap_scatter_bytes == 0
 
 
 def test_plan_with_the_user_s_own_k(device: Any) -> None:

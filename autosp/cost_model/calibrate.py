@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from autosp.cost_model.predict import beside_compute_s
-from autosp.spec import BackwardProfile, LinkProfile, Measurement, Profile, Trial, Usage
+from autosp.spec import BackwardProfile, Candidate, LinkProfile, Measurement, Profile, Trial, Usage
 
 Array = npt.NDArray[np.float64]
 
@@ -56,8 +56,8 @@ def calibrated(profile: Profile, trials: Sequence[Trial]) -> Profile:
     if disk is not None:
         disk = _link(disk, used, lambda m, u: (u.disk_s, u.read_bytes, u.reads))
     links = _links(profile, link, disk)
-    computes_s = [profile.compute_of(trial.prediction.candidate) for trial in timed]
-    return _compute(profile.model_copy(update={"links": links}), used, computes_s)
+    candidates = [trial.prediction.candidate for trial in timed]
+    return _compute(profile.model_copy(update={"links": links}), used, candidates)
 
 
 def _links(profile: Profile, link: LinkProfile, disk: LinkProfile | None) -> tuple[LinkProfile, ...]:
@@ -68,12 +68,13 @@ def _links(profile: Profile, link: LinkProfile, disk: LinkProfile | None) -> tup
 Used = Sequence[tuple[Measurement, Usage]]
 
 
-def _compute(profile: Profile, used: Used, computes_s: Sequence[float]) -> Profile:
-    """Scale every visit; learn what loads, reads and waking up cost compute. `computes_s`: the C of each trial."""
+def _compute(profile: Profile, used: Used, candidates: Sequence[Candidate]) -> Profile:
+    """Scale every visit; learn what loads, reads and waking up cost compute. `candidates`: what each trial ran."""
     link, disk = profile.link, profile.disk_link
     visits = len(profile.visits) * profile.partition.repeats + len(profile.backward)
     rows, found = [], []
-    for (measured, usage), alone_s in zip(used, computes_s, strict=True):
+    for (measured, usage), candidate in zip(used, candidates, strict=True):
+        alone_s = profile.compute_of(candidate)
         compute_s = measured.latency_s - usage.stall_s
         if compute_s <= 0 or alone_s <= 0:
             continue
@@ -81,7 +82,7 @@ def _compute(profile: Profile, used: Used, computes_s: Sequence[float]) -> Profi
             min(1.0, float(beside_compute_s(np.array(busy_s), np.array(usage.stall_s))) / compute_s)
             for busy_s in (usage.link_s, usage.disk_s)
         )
-        rows.append([1.0, beside_link, beside_disk, usage.stalls / visits])
+        rows.append([1.0, beside_link, beside_disk, usage.stalls / (visits * candidate.group)])
         found.append(compute_s / alone_s)
     if not rows:
         return profile

@@ -16,21 +16,29 @@ class DeviceMemory:
     def __init__(self, profile: Profile) -> None:
         self._partition = profile.partition
         self._layer_bytes = [layer.n_bytes for layer in profile.partition.layers]
-        self._fixed_bytes = profile.partition.resident_bytes + profile.workspace_bytes
+        self._resident_bytes = profile.partition.resident_bytes
+        self._workspace_of = profile.planned_workspace_of
 
     def peak_bytes(self, candidate: Candidate, arena_bytes: int) -> int:
         """Resident tensors and layers, the arena, and the workspace.
 
-        The workspace (activations, kernels' buffers, the allocator's own) was observed under the least-memory plan.
+        The workspace (activations, kernels' buffers, the allocator's own) was observed under the plans that the profile
+        was made from; with it comes how far such an observation scatters. Of a group one microbatch computes at a time,
+        and each of the others waits between two layers.
         """
-        return self._fixed_bytes + sum(map(self._layer_bytes.__getitem__, candidate.residents)) + arena_bytes
+        fixed_bytes = self._resident_bytes + self._workspace_of(candidate.group)
+        return fixed_bytes + sum(map(self._layer_bytes.__getitem__, candidate.residents)) + arena_bytes
 
     def may_fit(self, candidate: Candidate, usable_bytes: int) -> bool:
         """Whether the candidate fits in the smallest arena that could hold its groups; found without placing them."""
         if self.peak_bytes(candidate, 0) > usable_bytes:
             return False
+        return self.peak_bytes(candidate, self.least_arena_bytes(candidate)) <= usable_bytes
+
+    def least_arena_bytes(self, candidate: Candidate) -> int:
+        """The smallest arena that could hold the candidate's groups; found without placing them."""
         sizes = [sum(map(self._layer_bytes.__getitem__, group)) for group in candidate.groups(self._partition.visits)]
-        return self.peak_bytes(candidate, arena_bytes(sizes, candidate.depth)) <= usable_bytes
+        return arena_bytes(sizes, candidate.depth)
 
 
 def host_bytes(profile: Profile, candidate: Candidate, staging_bytes: int) -> int:

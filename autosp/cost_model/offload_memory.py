@@ -11,20 +11,25 @@ from collections import deque
 
 import numpy as np
 
+from autosp.schedule.actions import Kind
 from autosp.schedule.offload import restores, saves, saves_held_up
+from autosp.schedule.visits import visits_of
 from autosp.spec import Candidate, Profile
 
 
 def bytes_away(profile: Profile, candidate: Candidate) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """Bytes that are not on the device during each visit, of what would be there without offload. [F + B]
+    """Bytes that are not on the device during each visit, of what would be there without offload. [F + B + 1]
 
-    Where the device counts host memory as its own, nothing is ever away.
+    As in a curve of `TrainingMemory`: the visits of a block that is computed again are part of the backward visit after
+    them, and last comes the end of the pass. Where the device counts host memory as its own, nothing is ever away.
     """
     partition = profile.partition
-    count = len(partition.visits) + len(partition.backward)
+    count = len(partition.visits) + len(partition.backward) + 1
     if not candidate.offload or profile.device.counts_host_memory:
         return np.zeros(count, np.int64)
-    sizes = saves(candidate, partition)
+    sent = saves(candidate, partition)
+    sizes = {visit: min(n_bytes, candidate.group * profile.visits[visit].kept_bytes) for visit, n_bytes in sent.items()}
+    at = np.cumsum([0, *(visit.kind is not Kind.RECOMPUTE for visit in visits_of(candidate, partition))])
     gone_after: dict[int, int] = {}
     queue = deque(sorted(sizes))
     for visit, latest in sorted(saves_held_up(candidate, partition).items()):
@@ -35,7 +40,7 @@ def bytes_away(profile: Profile, candidate: Candidate) -> np.ndarray[tuple[int],
         for visit in restore.saved:
             if visit in gone_after and gone_after[visit] < restore.after:
                 change[gone_after[visit] + 1] += sizes[visit]
-                change[restore.after + 1] -= sizes[visit]
+                change[at[restore.after + 1]] -= sizes[visit]
     return np.asarray(np.cumsum(change[:-1]))
 
 

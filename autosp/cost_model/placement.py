@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from autosp.cost_model.memory import resting_bytes
 from autosp.errors import BudgetTooSmallError
@@ -11,8 +12,10 @@ from autosp.schedule.arena import arena_bytes
 from autosp.schedule.streaming import Ring, build_ring, stage
 from autosp.spec import Candidate, Partition
 
+T = TypeVar("T")
 
-def evenly_spread(pool: Sequence[int], count: int) -> tuple[int, ...]:
+
+def evenly_spread(pool: Sequence[T], count: int) -> tuple[T, ...]:
     """`count` of the pool at even distances, so that what moves has compute between it to hide behind."""
     return tuple(pool[int((position + 0.5) * len(pool) / count)] for position in range(count))
 

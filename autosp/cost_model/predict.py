@@ -54,8 +54,19 @@ def predict(profile: Profile, candidates: Sequence[Candidate]) -> list[Predictio
 
 
 def with_rings(profile: Profile, candidates: Iterable[Candidate]) -> Iterator[Pair]:
-    """Each candidate with its ring, built when it is asked for."""
-    return ((candidate, ring_for(profile.mode, candidate, profile.partition)) for candidate in candidates)
+    """Each candidate with its ring, built when it is asked for.
+
+    Neighbours that differ in nothing but the layers that they offload, or compute again in their backward visits, have
+    one ring, which is built once; a block that is computed again is visited, and loaded, once more.
+    """
+    found: tuple[Candidate, Ring] | None = None
+    in_blocks = {layer for block in profile.partition.blocks for layer in block.layers}
+    for candidate in candidates:
+        again = tuple(in_blocks.intersection(candidate.recompute))
+        loads_as = candidate.model_copy(update={"recompute": again, "offload": ()})
+        if found is None or found[0] != loads_as:
+            found = loads_as, ring_for(profile.mode, candidate, profile.partition)
+        yield candidate, found[1]
 
 
 def predict_rings(profile: Profile, pairs: Iterable[Pair]) -> list[Prediction]:
@@ -70,27 +81,23 @@ class Predictor:
     """
 
     def __init__(self, profile: Profile, pairs: Iterable[Pair]) -> None:
-        partition = profile.partition
-        repeats = partition.repeats
         memory = memory_of(profile)
         self._figures: list[dict[str, Any]] = []
+        self._groups: list[int] = []
 
         def noted() -> Iterator[Pair]:
+            before: Ring | None = None
+            traffic: dict[str, int] = {}
             for candidate, ring in pairs:
-                moved = sum(ring.groups[transfer.group].n_bytes for transfer in ring.transfers)
-                read = sum(ring.staging.group_bytes[read.group] for read in ring.staging.reads)
-                away = offloaded_bytes(profile, candidate) if candidate.offload else 0
-                host = host_bytes(profile, candidate, ring.staging.n_bytes)
-                self._figures.append(
-                    {
-                        "candidate": candidate,
-                        "moved_bytes": moved * repeats,
-                        "peak_bytes": memory.peak_bytes(candidate, ring.arena_bytes),
-                        "read_bytes": read * repeats,
-                        "host_bytes": host + _gradients_at_rest(profile, candidate) + away,
-                        "offloaded_bytes": away,
-                    }
-                )
+                if ring is not before:
+                    before, traffic = ring, _bytes_of(profile, candidate, ring)
+                peak_bytes = memory.peak_bytes(candidate, ring.arena_bytes)
+                figures = {"candidate": candidate, "peak_bytes": peak_bytes, **traffic}
+                if candidate.offload:
+                    away = offloaded_bytes(profile, candidate)
+                    figures |= {"offloaded_bytes": away, "host_bytes": traffic["host_bytes"] + away}
+                self._figures.append(figures)
+                self._groups.append(candidate.group)
                 yield candidate, ring
 
         self._traffic = _traffic(profile, noted())
@@ -98,11 +105,20 @@ class Predictor:
     def predict(self, profile: Profile) -> list[Prediction]:
         """One prediction per candidate, in their order."""
         repeats = profile.partition.repeats
-        periods = _periods(profile, self._traffic)
+        periods = _periods(profile, self._traffic, self._groups)
         return [
             Prediction(latency_s=float(period_s) * repeats, stall_s=float(stall_s) * repeats, **figures)
             for figures, period_s, stall_s in zip(self._figures, periods.period_s, periods.stall_s, strict=True)
         ]
+
+
+def _bytes_of(profile: Profile, candidate: Candidate, ring: Ring) -> dict[str, int]:
+    """What a pass moves and reads, and what rests on the host: the same for all candidates of one ring."""
+    moved = sum(ring.groups[transfer.group].n_bytes for transfer in ring.transfers)
+    read = sum(ring.staging.group_bytes[read.group] for read in ring.staging.reads)
+    host = host_bytes(profile, candidate, ring.staging.n_bytes) + _gradients_at_rest(profile, candidate)
+    repeats = profile.partition.repeats
+    return {"moved_bytes": moved * repeats, "read_bytes": read * repeats, "host_bytes": host}
 
 
 def _gradients_at_rest(profile: Profile, candidate: Candidate) -> int:
@@ -114,7 +130,10 @@ def _gradients_at_rest(profile: Profile, candidate: Candidate) -> int:
 
 
 class Periods(NamedTuple):
-    """The steady period of each of C candidates, and how many times longer everything takes in it. Shapes: [C]."""
+    """The steady period of each of C candidates, and how many times longer everything takes in it. Shapes: [C].
+
+    A group computes as many times longer as it has microbatches.
+    """
 
     period_s: Array
     stall_s: Array
@@ -129,7 +148,8 @@ def contended_periods(profile: Profile, pairs: Iterable[Pair]) -> Periods:
     Each is slowed in proportion to the share of its own time in which the other is busy too. See `beside_compute_s`.
     What gradients on their way cost compute is not told apart from compute.
     """
-    return _periods(profile, _traffic(profile, pairs))
+    pairs = list(pairs)
+    return _periods(profile, _traffic(profile, pairs), [candidate.group for candidate, _ in pairs])
 
 
 def _traffic(profile: Profile, pairs: Iterable[Pair]) -> Traffic:
@@ -139,11 +159,11 @@ def _traffic(profile: Profile, pairs: Iterable[Pair]) -> Traffic:
     return SteadyTraffic((ring for _, ring in pairs), len(partition.visits))
 
 
-def _periods(profile: Profile, traffic: Traffic) -> Periods:
+def _periods(profile: Profile, traffic: Traffic, groups: Sequence[int]) -> Periods:
     link, disk = profile.link, profile.disk_link
     timed = traffic.timed(costs_of(profile))
-    ones = np.ones_like(timed.link_s)
-    found = Periods(*timed.run(ones, ones, ones), ones, ones, ones)
+    ones, often = np.ones_like(timed.link_s), np.array(groups, float)
+    found = Periods(*timed.run(often, ones, ones), often, ones, ones)
     slowdowns = [link.compute_slowdown, link.link_slowdown]
     slowdowns += [disk.compute_slowdown, disk.link_slowdown] if disk else [1.0, 1.0]
     if max(slowdowns) == 1:
@@ -154,7 +174,7 @@ def _periods(profile: Profile, traffic: Traffic) -> Periods:
         link_s, disk_s = timed.link_s * found.link_factor, timed.disk_s * found.disk_factor
         link_beside, disk_beside = beside_compute_s(link_s, found.stall_s), beside_compute_s(disk_s, found.stall_s)
         factors = (
-            1 + by_link * _share(link_beside, compute_s) + by_disk * _share(disk_beside, compute_s),
+            often * (1 + by_link * _share(link_beside, compute_s) + by_disk * _share(disk_beside, compute_s)),
             1 + on_link * _share(link_beside, link_s),
             1 + on_disk * _share(disk_beside, disk_s),
         )

@@ -16,7 +16,8 @@ from autosp.spec import Profile
 class Costs:
     """Durations in seconds. `before_s` and `forward_s` have one entry per FORWARD of the schedule, in order.
 
-    Those of a training pass have one per BACKWARD in `before_backward_s`, `recompute_s` and `backward_s`.
+    Those of a training pass have one per BACKWARD in `backward` (its layer), `before_backward_s`, `recompute_s` and
+    `backward_s`.
     """
 
     before_s: Sequence[float]
@@ -31,6 +32,7 @@ class Costs:
     disk_bytes_per_s: float = math.inf
     wake_s: float = 0.0
     """Added to a visit that had to wait longer than `SEEN_STALL_S`."""
+    backward: Sequence[int] = ()
     before_backward_s: Sequence[float] = ()
     recompute_s: Sequence[float] = ()
     backward_s: Sequence[float] = ()
@@ -94,8 +96,11 @@ class Costs:
         )
 
 
-def costs_of(profile: Profile) -> Costs:
-    """The costs of one period of the profiled pass, uncontended. The pass's tail is spread over its periods."""
+def costs_of(profile: Profile, group: int = 1) -> Costs:
+    """The costs of one period of the profiled pass, uncontended. The pass's tail is spread over its periods.
+
+    What is offloaded is that of all microbatches of a group; how much longer it computes is not in them.
+    """
     disk, back = profile.disk_link, profile.return_link
     return Costs(
         before_s=[visit.before_s for visit in profile.visits],
@@ -108,11 +113,12 @@ def costs_of(profile: Profile) -> Costs:
         disk_latency_s=disk.latency_s if disk else 0.0,
         disk_bytes_per_s=disk.bytes_per_s if disk else math.inf,
         wake_s=profile.wake_s,
+        backward=[visit.layer for visit in profile.backward],
         before_backward_s=[visit.before_s for visit in profile.backward],
         recompute_s=[visit.recompute_s for visit in profile.backward],
         backward_s=[visit.backward_s for visit in profile.backward],
         gradient_bytes=[layer.gradient_bytes for layer in profile.partition.layers],
-        activation_bytes=profile.partition.activation_bytes,
+        activation_bytes=[group * n_bytes for n_bytes in profile.partition.activation_bytes],
         return_latency_s=back.latency_s if back else 0.0,
         return_bytes_per_s=back.bytes_per_s if back else math.inf,
     )
@@ -127,7 +133,7 @@ def simulate(schedule: Schedule, costs: Costs, periods: int = PERIODS) -> Timeli
 
     Each resource runs its actions in list order, one at a time; an action starts when its resource is free and its
     waits are over. A FORWARD is preceded by the compute that lies before it, which needs no weights; so is a BACKWARD,
-    or the RECOMPUTE that comes before it.
+    or the first RECOMPUTE that comes before it.
 
     A training pass begins when the one before it is over, its gradients at rest. What lies between, the update, is
     no part of either.
@@ -162,7 +168,12 @@ class _Run:
         self._away: dict[Ref, int] = {}
         """Bytes that a SAVE of this pass sent."""
         self._recomputed = False
-        """Whether the BACKWARD to come follows its RECOMPUTE, before which its other compute was."""
+        """Whether the BACKWARD to come follows a RECOMPUTE, before which its other compute was."""
+        self._recompute_s: dict[tuple[int, int], float] = {}
+        """By layer and occurrence."""
+        for layer, seconds in zip(costs.backward, costs.recompute_s, strict=True):
+            occurrence = sum(known == layer for known, _ in self._recompute_s)
+            self._recompute_s[layer, occurrence] = seconds
 
     def begin_pass(self) -> None:
         """What was done so far was in the pass before."""
@@ -216,8 +227,9 @@ class _Run:
                 self._forwards += 1
                 return costs.before_s[self._forwards - 1], costs.forward_s[self._forwards - 1]
             case Kind.RECOMPUTE:
+                before_s = 0.0 if self._recomputed else costs.before_backward_s[self._backwards]
                 self._recomputed = True
-                return costs.before_backward_s[self._backwards], costs.recompute_s[self._backwards]
+                return before_s, self._recompute_s[action.layers[0], action.occurrence]
             case Kind.BACKWARD:
                 before_s = 0.0 if self._recomputed else costs.before_backward_s[self._backwards]
                 self._recomputed = False

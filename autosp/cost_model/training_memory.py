@@ -3,26 +3,31 @@
 `peak = fixed + arena + residents + max over visits of (activations + gradients)`, where
 
 - fixed is what is resident for every plan, and the workspace: what the least-memory plan was observed to take beyond
-  this formula, so that what is kept outside of any layer, and kernels' own memory, are in it;
+  this formula, so that kernels' own memory, and gradients of activations, are in it;
 - activations at a visit are what the forward has kept so far, or the backward has not used up: of a layer that is
-  computed again its inputs, and during its own backward all; of one that offloads them, none while they are away;
-- gradients are those that resident layers have by then, and, once the first one leaves, as much as the largest streamed
-  layer's on their way: more is not let under way.
+  computed again its inputs, and during its own backward all; of a block likewise; of one that offloads them, none while
+  they are away. Of a group each microbatch keeps its own; one at a time computes a layer again, but all together a
+  block;
+- gradients are those that resident layers have by then, that which the visit makes, and those of streamed layers before
+  it that may still be under way: of these, no more than the largest layer's ([Note: gradients under way]).
+
+[Note: gradients under way] One that leaves is in device memory until the next one is there and wants to leave, however
+fast the link is. So of equal layers two gradients are there at once: one leaves while the other is made.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 
 from autosp.cost_model.memory import DeviceMemory
 from autosp.cost_model.offload_memory import bytes_away
-from autosp.schedule.arena import arena_bytes
-from autosp.schedule.offload import used_up_after
+from autosp.schedule.visits import used_up_after
 from autosp.spec import Candidate, Profile
+
+CURVES = 512
+"""How many are remembered: neighbouring candidates share them."""
 
 
 def memory_of(profile: Profile) -> DeviceMemory | TrainingMemory:
@@ -40,80 +45,118 @@ class TrainingMemory:
         self._kept = np.array([visit.kept_bytes for visit in profile.visits], np.int64)
         self._inputs = np.array([visit.input_bytes for visit in profile.visits], np.int64)
         self._used_up = np.array(used_up_after(profile.partition.visits, profile.partition.backward), np.intp)
+        self._there_again = self._first_backward_visits()
+        self._in_block = np.isin(self._layers, [one for block in profile.partition.blocks for one in block.layers])
         self._gradients = np.array([layer.gradient_bytes for layer in profile.partition.layers], np.int64)
         self._gradient_visits = self._last_backward_visits()
-        self._curve = lru_cache(maxsize=None)(self._activations)
+        self._curve = lru_cache(maxsize=CURVES)(self._activations)
+        self._gradient_curve = lru_cache(maxsize=CURVES)(self._gradients_of)
+        self._away = lru_cache(maxsize=CURVES)(self._bytes_away)
 
     def peak_bytes(self, candidate: Candidate, arena_bytes: int) -> int:
         """See the formula at this module's top."""
-        moving = self._curve(candidate.recompute) + self._gradient_curve(candidate.residents)
-        if candidate.offload:
-            moving = moving - bytes_away(self._profile, candidate)
-        return self._weights.peak_bytes(candidate, arena_bytes) + int(moving.max(initial=0))
+        moving = self.moving_bytes(
+            candidate.recompute, candidate.residents, candidate.group, candidate.offload, candidate.ring
+        )
+        return self._weights.peak_bytes(candidate, arena_bytes) + moving
 
     def may_fit(self, candidate: Candidate, usable_bytes: int) -> bool:
         """Whether the candidate fits in the smallest arena that could hold its groups; found without placing them."""
-        layers = self._partition.layers
-        sizes = [sum(layers[one].n_bytes for one in group) for group in candidate.groups(self._partition.visits)]
-        return self.peak_bytes(candidate, arena_bytes(sizes, candidate.depth)) <= usable_bytes
+        if self.peak_bytes(candidate, 0) > usable_bytes:
+            return False
+        return self.peak_bytes(candidate, self._weights.least_arena_bytes(candidate)) <= usable_bytes
 
-    def activation_bytes(self, recompute: tuple[int, ...], offload: tuple[int, ...] = ()) -> int:
-        """Activations at their peak, in a ring of one layer."""
-        curve = self._curve(recompute)
+    def moving_bytes(
+        self,
+        recompute: tuple[int, ...],
+        residents: tuple[int, ...] = (),
+        group: int = 1,
+        offload: tuple[int, ...] = (),
+        ring: int = 1,
+    ) -> int:
+        """Activations and gradients at the peak of both together, in a ring of so many layers."""
+        moving = self._curve(recompute, group) + self._gradient_curve(residents)
         if offload:
-            curve = curve - bytes_away(self._profile, Candidate(k=1, k_prime=1, recompute=recompute, offload=offload))
-        return int(curve.max(initial=0))
+            moving = moving - self._away(recompute, group, offload, ring)
+        return int(moving.max(initial=0))
 
-    def gradient_bytes(self, residents: Sequence[int] = ()) -> int:
-        """Gradients at their peak: those of residents, and those under way."""
-        return int(self._gradient_curve(residents).max(initial=0))
+    def activation_bytes(self, recompute: tuple[int, ...], group: int = 1) -> int:
+        """Activations at their peak, nothing offloaded."""
+        return int(self._curve(recompute, group).max(initial=0))
 
-    def _activations(self, recompute: tuple[int, ...]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        """Bytes during each visit, forward and backward. [F + B]"""
+    def _bytes_away(
+        self, recompute: tuple[int, ...], group: int, offload: tuple[int, ...], ring: int
+    ) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        return bytes_away(
+            self._profile, Candidate(k=ring, k_prime=1, recompute=recompute, offload=offload, group=group)
+        )
+
+    def _activations(self, recompute: tuple[int, ...], group: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        """Bytes during each visit, forward and backward, and at the end of the pass. [F + B + 1]"""
         backward = self._partition.backward
         again = np.isin(self._layers, recompute)
-        held = np.where(again, self._inputs, self._kept)
+        held = group * np.where(again, self._inputs, self._kept)
         curve = np.cumsum(held)
         left = np.zeros(len(backward) + 1, np.int64)
         np.add.at(left, self._used_up, held)
-        during = held.sum() - np.concatenate([[0], np.cumsum(left)])[: len(backward)]
-        anew = np.zeros(len(backward) + 1, np.int64)
-        np.add.at(anew, self._used_up, np.where(again, np.maximum(0, self._kept - self._inputs), 0))
-        return np.concatenate([curve, during + anew[: len(backward)]])
+        during = held.sum() - np.concatenate([[0], np.cumsum(left)])[:-1]
+        anew = np.zeros(len(backward) + 2, np.int64)
+        again &= self._used_up < len(backward)  # what no backward visit uses up is not computed again
+        beyond = np.where(again, np.maximum(0, self._kept - self._inputs), 0) * np.where(self._in_block, group, 1)
+        np.add.at(anew, self._there_again, beyond)
+        np.add.at(anew, self._used_up + 1, -beyond)
+        return np.concatenate([curve, during + np.cumsum(anew)[:-1]])
 
-    def _gradient_curve(self, residents: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        """Bytes at the end of each visit. [F + B]"""
-        forward, backward = len(self._partition.visits), len(self._partition.backward)
-        curve = np.zeros(forward + backward, np.int64)
-        if not len(curve):
-            return curve
+    def _first_backward_visits(self) -> np.ndarray[tuple[int], np.dtype[np.intp]]:
+        """Forward visit -> the backward visit from which its activations are there again: of a block, its first one."""
+        begins = self._used_up.copy()
+        for block in self._partition.blocks:
+            mine = np.isin(self._layers, block.layers)
+            begins[mine] = begins[mine].min()
+        return begins
+
+    def _gradients_of(self, residents: tuple[int, ...]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        """Bytes at the end of each visit, before what it made leaves; and at the end of the pass. [F + B + 1]"""
+        end = len(self._partition.visits) + len(self._partition.backward)
+        staying, leaving = np.zeros((2, end + 1), np.int64)
         stays = np.zeros(len(self._gradients), bool)
         stays[list(residents)] = True
-        np.add.at(curve, self._gradient_visits[stays], self._gradients[stays])
-        curve = np.cumsum(curve)
-        curve[min(forward, len(curve) - 1) :] += self._gradients[~stays].max(initial=0)
+        np.add.at(staying, self._gradient_visits[stays], self._gradients[stays])
+        np.add.at(leaving, self._gradient_visits[~stays], self._gradients[~stays])
+        most = self._gradients[~stays].max(initial=0)
+        made = np.concatenate([[0], np.cumsum(leaving)])
+        oldest = np.searchsorted(made, made[:-1] - most)
+        under_way = made[:-1] - made[oldest]
+        last = self._gradients[~stays & (self._gradient_visits == end)].max(initial=0)  # one after another
+        under_way[end] = min(most, under_way[end] + leaving[end] - last)
+        leaving[end] = last
+        curve: np.ndarray[tuple[int], np.dtype[np.int64]] = np.cumsum(staying) + under_way + leaving
         return curve
 
     def _last_backward_visits(self) -> np.ndarray[tuple[int], np.dtype[np.intp]]:
-        """Layer -> the visit after which its gradient is whole: its last backward, or the last of all."""
+        """Layer -> the visit that makes its gradient whole: its last backward, or the end of the pass."""
         forward, backward = self._partition.visits, self._partition.backward
         last = {layer: visit for visit, layer in enumerate(backward, len(forward))}
-        end = max(0, len(forward) + len(backward) - 1)
+        end = len(forward) + len(backward)
         return np.array([last.get(layer.index, end) for layer in self._partition.layers], np.intp)
 
 
-def freed_bytes(profile: Profile) -> Counter[int]:
-    """Layer -> what its activations take beyond its inputs: what computing them again frees."""
-    freed: Counter[int] = Counter()
+Together = tuple[int, ...]
+"""Layers that are computed again together: see `Partition.recomputable`."""
+
+
+def freed_bytes(profile: Profile) -> dict[Together, int]:
+    """What the activations take beyond the inputs: what computing them again frees."""
+    beyond: dict[int, int] = {}
     for visit in profile.visits:
-        freed[visit.layer] += visit.kept_bytes - visit.input_bytes
-    return freed
+        beyond[visit.layer] = beyond.get(visit.layer, 0) + visit.kept_bytes - visit.input_bytes
+    return {layers: sum(beyond[layer] for layer in layers) for layers in profile.partition.recomputable}
 
 
-def seconds_per_freed_byte(profile: Profile) -> dict[int, float]:
-    """Layer -> what each byte costs that is freed by computing its activations again; only layers that free some."""
-    freed = freed_bytes(profile)
+def seconds_per_freed_byte(profile: Profile) -> dict[Together, float]:
+    """What each byte costs that is freed by computing activations again; only where that frees some."""
     taken: dict[int, float] = {}
     for again in profile.backward:
         taken[again.layer] = taken.get(again.layer, 0.0) + again.recompute_s
-    return {layer: seconds / freed[layer] for layer, seconds in taken.items() if freed[layer] > 0}
+    freed = freed_bytes(profile).items()
+    return {layers: sum(taken[layer] for layer in layers) / n_bytes for layers, n_bytes in freed if n_bytes > 0}

@@ -6,7 +6,7 @@ import hashlib
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -165,6 +165,10 @@ class AcceleratorDevice:
         if isinstance(start, float) or isinstance(end, float):
             return self._on_host_clock(end) - self._on_host_clock(start)
         return float(start.elapsed_time(end)) / 1e3
+
+    def training(self) -> AbstractContextManager[None]:
+        """The caching allocator needs not be told."""
+        return nullcontext()
 
     def start_measuring(self) -> None:
         """Empty the allocator's cache and begin a new peak of reserved bytes."""

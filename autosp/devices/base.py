@@ -161,6 +161,10 @@ class Device(Protocol):
     def seconds(self, start: Stamp, end: Stamp) -> float:
         """Time between two stamps, those of copies and reads among them, after `synchronize`."""
 
+    def training(self) -> AbstractContextManager[None]:
+        """While it is open a model is trained, or microbatches share a pass: large pieces of memory come and go
+        between others that stay."""
+
     def start_measuring(self) -> None:
         """Give unused memory back and begin a new peak, counted from what is in use now."""
 

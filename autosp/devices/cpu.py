@@ -7,7 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache, partial
 from pathlib import Path
 
@@ -16,11 +16,10 @@ import torch
 
 from autosp.devices.base import Piece, Region
 from autosp.devices.heap import (
-    HEAP_CHUNK_BYTES,
     Plugs,
     free_kernel_buffers,
+    heap_of_training,
     settle_heap,
-    trim_heap,
 )
 from autosp.devices.memory import anonymous, copy_bytes, memory_of, read_regions, status_bytes
 from autosp.devices.worker import CopyEvent, Worker
@@ -126,16 +125,18 @@ class CpuDevice:
         """Plain difference."""
         return end - start
 
+    def training(self) -> AbstractContextManager[None]:
+        """Gradients leave the heap at once."""
+        return heap_of_training()
+
     def start_measuring(self) -> None:
         """Return freed heap to the kernel and close its holes, so that what comes next is seen.
 
         Pages of files do not count. See [Note: holes].
         """
         _start_thread_pools()
-        settle_heap(HEAP_CHUNK_BYTES)
+        settle_heap()
         free_kernel_buffers()
-        self._plugs.release()
-        trim_heap()
         self._plugs.fill()
         self.restart_peak()
         self._baseline = status_bytes("RssAnon")

@@ -5,54 +5,59 @@ applied, activations are laid into the holes: each into the one that fits best, 
 through all of them, and every page that they touch stays. Of live activations of 1.8 MB a hole of 28 MB was seen to
 make 10 MB; in a process without such holes they made 2.5 MB. And where small holes are resident, a pass takes memory
 that no peak shows. So while a peak is measured no hole may be used: see `Plugs`.
+
+What a pass itself leaves scattered stays so. For its alignment torch asks for a little more than it needs; what is cut
+off goes to the thread's cache (tcache), and while it is there a freed activation does not join its neighbours, and is
+too small for one of its own size. A pass with 14 MB alive took 15 to 33 MB, plan by plan and run by run; in a process
+started with GLIBC_TUNABLES=glibc.malloc.tcache_count=0 and without fast bins (mallopt(3), M_MXFAST) 16 to 19 MB.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from contextlib import suppress
+import mmap
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from typing import ClassVar
 from weakref import finalize
 
 import torch
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-HEAP_CHUNK_BYTES = 32 * 2**20
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+TOP_PAD_BYTES = 128 * 2**10
+"""glibc's default of what the heap grows by beyond what is asked for."""
+
+INFERENCE_CHUNK_BYTES = 32 * 2**20
 """glibc's most for its dynamic threshold: larger pieces always have pages of their own."""
 
-TRAINING_CHUNK_BYTES = 2**20
-"""While a model is trained: gradients of 17 MB that come and go between activations were seen to
-leave holes of three times what was alive. Pages of their own cost a few percent of such a pass."""
+TRAINING_CHUNK_BYTES = 128 * 2**10
+"""While a model is trained: glibc's own threshold before anything was freed. Gradients of 17 MB that come and go
+between activations were seen to leave holes of three times what was alive; and with activations of 0.4 to 0.8 MB on the
+heap, passes that needed 41 MB came to take 47 to 60 MB, more each time."""
 
-LARGEST_PLUG_BYTES, SMALLEST_PLUG_BYTES = HEAP_CHUNK_BYTES // 2, 2 * 2**10
-"""Below the smallest, pieces of a page come and go that hold little."""
+PLUG_SIZES = tuple(INFERENCE_CHUNK_BYTES >> halvings for halvings in range(1, 15))
+"""16 MiB to 2 KiB, in bytes. Below, pieces of a page come and go that hold little."""
+
+MOST_PLUGS = 2**12
+"""In a heap with 10^6 crumbs the smallest stay free: as many plugs take 20 ms already, most of it the kernel's."""
+
+PATIENCE = 2
+"""So many new pieces of one size in a row, and no hole is so large: at the first, something else may have grown."""
+
+HEADER_BYTES = 16
+"""Between a piece of a plug's size and the one right behind it."""
 
 _LIBC = ctypes.CDLL(None)
-_malloc, _free = _LIBC.malloc, _LIBC.free
+_QUICK = ctypes.PyDLL(None)
+"""For calls of a microsecond, by the thousand: no other thread gets the interpreter meanwhile."""
+
+_malloc, _free = _QUICK.malloc, _QUICK.free
 _malloc.argtypes, _malloc.restype = (ctypes.c_size_t,), ctypes.c_void_p
 _free.argtypes, _free.restype = (ctypes.c_void_p,), None
-
-
-class _HeapFigures(ctypes.Structure):
-    """struct mallinfo2 (mallinfo(3)): what all arenas and mapped pieces took from the kernel, and what of it is free.
-
-    `free_end` is the end of the main arena alone: the one that the kernel takes back.
-    """
-
-    _fields_ = (
-        ("arenas", ctypes.c_size_t),
-        ("_counts", ctypes.c_size_t * 3),
-        ("mapped", ctypes.c_size_t),
-        ("_more", ctypes.c_size_t * 3),
-        ("free", ctypes.c_size_t),
-        ("free_end", ctypes.c_size_t),
-    )
-
-    @property
-    def edges(self) -> tuple[int, int, int]:
-        """What no piece changes that fits into a hole."""
-        return self.arenas, self.mapped, self.free_end
 
 
 class Plugs:
@@ -61,61 +66,165 @@ class Plugs:
     What is allocated meanwhile goes to the heap's end, as it does in a process that has freed nothing. The heap is the
     calling thread's arena. That is not the main one in another thread than the process's first, nor in any
     thread that once asked for more than there was (arena_get_retry in glibc's malloc/arena.c).
+
+    The heap is the process's, and so are its plugs: they stay until none wants them any more. One that is collected in
+    the middle of another's pass would open holes that the pass then wanders through.
     """
+
+    _pieces: ClassVar[_Pieces]
+    _wanted_by: ClassVar[set[int]] = set()
+    _lock: ClassVar[threading.RLock] = threading.RLock()
+    """Reentrant, for the collector may come while holes are filled."""
 
     def __init__(self) -> None:
-        self._pieces: list[int] = []
-        finalize(self, _release, self._pieces).atexit = False
+        finalize(self, Plugs._let_go, id(self)).atexit = False
 
     def fill(self) -> None:
-        """Let no free piece of the heap remain but its end, and crumbs. Does nothing where the C library is no glibc.
+        """Let no free piece of the heap remain but its end, and crumbs: smaller than a plug, or beyond `MOST_PLUGS`.
 
-        For a heap that was just trimmed: then the holes have no memory.
+        Free memory is given to the kernel first: then the holes have none. That is all where the C library is no glibc,
+        or the kernel does not say what is mapped.
         """
-        figures = getattr(_LIBC, "mallinfo2", None)
-        if figures is None:
-            return
-        figures.restype = _HeapFigures
-        n_bytes = LARGEST_PLUG_BYTES
-        while n_bytes >= SMALLEST_PLUG_BYTES:
-            self._fill_with(n_bytes, figures)
-            n_bytes //= 2
-        trim_heap()
+        with self._lock:
+            self._wanted_by.add(id(self))
+            self._pieces.free()
+            trim_heap()
+            if not hasattr(_LIBC, "mallopt"):
+                return
+            with _mapped_pages() as mapped_pages, _grown_by_the_page() as grown:
+                if mapped_pages():
+                    for n_bytes in PLUG_SIZES:
+                        self._fill_with(n_bytes, mapped_pages, *grown)
 
-    def _fill_with(self, n_bytes: int, figures: Callable[[], _HeapFigures]) -> None:
-        """Let no hole of `n_bytes` remain, asking for the figures, which walk all that is free, log(holes) times."""
-        count, most = 1, True
-        while count:
-            before = figures()
-            pieces = [_malloc(n_bytes) for _ in range(min(count, before.free // n_bytes))]
-            if pieces and figures().edges == before.edges:
-                self._pieces += pieces
-                count = 2 * count if most else count // 2
-            else:  # fewer holes than that are so large: the rest was new, and goes back
-                _release(pieces)
-                count, most = count // 2, False
+    def _fill_with(self, n_bytes: int, mapped_pages: Callable[[], int], new: list[int], ends: list[int]) -> None:
+        """Let no hole of `n_bytes` remain: until a piece makes the heap grow, or is in what others made it grow by.
+
+        glibc itself would have to walk over all that is free, which takes 0.1 s in a heap of 1 GB (mallinfo2).
+        """
+        patience, before = PATIENCE, mapped_pages()
+        while patience and self._pieces.count < MOST_PLUGS:
+            piece = _malloc(n_bytes)
+            if piece is None:
+                return
+            now = mapped_pages()
+            if now > before:
+                patience -= 1
+            if now > before or piece in ends:
+                new.append(piece)
+                ends.append(piece + n_bytes + HEADER_BYTES)
+            else:
+                self._pieces.append(piece)
+                patience = PATIENCE
+            before = now
 
     def release(self) -> None:
-        """Give the holes back to the heap."""
-        _release(self._pieces)
+        """Give the holes back to the heap, unless others want them closed."""
+        self._let_go(id(self))
+
+    @classmethod
+    def _let_go(cls, which: int) -> None:
+        with cls._lock:
+            cls._wanted_by.discard(which)
+            if not cls._wanted_by:
+                cls._pieces.free()
 
 
-def _release(pieces: list[int]) -> None:
-    while pieces:
-        _free(pieces.pop())
+class _Pieces:
+    """A list on pages of its own: it must not grow on the heap while that is filled."""
+
+    def __init__(self) -> None:
+        self._addresses = memoryview(mmap.mmap(-1, 8 * MOST_PLUGS)).cast("Q")
+        self.count = 0
+
+    def append(self, address: int) -> None:
+        self._addresses[self.count] = address
+        self.count += 1
+
+    def free(self) -> None:
+        while self.count:
+            self.count -= 1
+            _free(self._addresses[self.count])
 
 
-def settle_heap(chunk_bytes: int) -> None:
-    """Let the C library keep freed memory the same way in every process: pieces from `chunk_bytes` on never.
+Plugs._pieces = _Pieces()
 
-    Left alone, glibc raises its two thresholds to what is freed, up to `HEAP_CHUNK_BYTES` (mallopt(3)), and takes more
-    of the heap the higher they are. Weights are freed when a plan is applied but not while plans are tried: at
+
+@contextmanager
+def _mapped_pages() -> Iterator[Callable[[], int]]:
+    """What says how many private pages the process may write to (proc(5), statm, `data`); 0 where nothing says it.
+
+    Of such is what a heap grows by, in whatever arena, and a piece with pages of its own.
+    """
+    try:
+        statm = os.open("/proc/self/statm", os.O_RDONLY)
+    except OSError:
+        yield lambda: 0
+        return
+    text = ctypes.create_string_buffer(128)
+    read = partial(_QUICK.pread, statm, text, ctypes.c_size_t(len(text)), ctypes.c_long(0))
+
+    def pages() -> int:
+        read()
+        return int(text.value.split(None, 6)[5])
+
+    try:
+        yield pages
+    finally:
+        os.close(statm)
+
+
+@contextmanager
+def _grown_by_the_page() -> Iterator[tuple[list[int], list[int]]]:
+    """What the heap grows by while this is open, which is no more than it must: pieces, and where they end.
+
+    They are kept until then, or smaller pieces would be laid where they were. At the end the heap is as it was.
+    """
+    new: list[int] = []
+    _set(M_TOP_PAD, 0)
+    try:
+        yield new, []
+    finally:
+        _set(M_TRIM_THRESHOLD, 0)
+        while new:  # the last first, which joins the heap's end
+            _free(new.pop())
+        _set(M_TOP_PAD, TOP_PAD_BYTES)
+        settle_heap()
+
+
+_training = 0
+"""How many models of this process are being trained."""
+
+
+@contextmanager
+def heap_of_training() -> Iterator[None]:
+    """While it is open pieces from `TRAINING_CHUNK_BYTES` on are never kept once they are freed."""
+    global _training
+    _training += 1
+    settle_heap()
+    try:
+        yield
+    finally:
+        _training -= 1
+        settle_heap()
+
+
+def settle_heap() -> None:
+    """Let the C library keep freed memory the same way in every process: large pieces never.
+
+    Left alone, glibc raises its two thresholds to what is freed, up to `INFERENCE_CHUNK_BYTES` (mallopt(3)), and takes
+    more of the heap the higher they are. Weights are freed when a plan is applied but not while plans are tried: at
     different thresholds the two would have different peaks.
     """
+    chunk_bytes = TRAINING_CHUNK_BYTES if _training else INFERENCE_CHUNK_BYTES
+    _set(M_MMAP_THRESHOLD, chunk_bytes)
+    _set(M_TRIM_THRESHOLD, 2 * chunk_bytes)
+
+
+def _set(parameter: int, value: int) -> None:
+    """mallopt(3), where the C library has it."""
     mallopt = getattr(_LIBC, "mallopt", None)
     if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, chunk_bytes)
-        mallopt(M_TRIM_THRESHOLD, 2 * chunk_bytes)
+        mallopt(parameter, value)
 
 
 def trim_heap() -> None:
@@ -130,5 +239,14 @@ def free_kernel_buffers() -> None:
 
     The name is what MKL's own `mkl_free_buffers` calls; the build of torch exports no other.
     """
+    _call_torch("mkl_serv_free_buffers")
+
+
+def free_thread_buffers() -> None:
+    """Free what MKL keeps for the calling thread, some MB: for one that ends, which MKL does not notice."""
+    _call_torch("mkl_serv_thread_free_buffers")
+
+
+def _call_torch(function: str) -> None:
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).mkl_serv_free_buffers()
+        getattr(ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")), function)()

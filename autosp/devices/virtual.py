@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -180,6 +180,10 @@ class VirtualDevice:
     def seconds(self, start: float, end: float) -> float:
         """Plain difference."""
         return end - start
+
+    def training(self) -> AbstractContextManager[None]:
+        """Memory is not simulated."""
+        return nullcontext()
 
     def start_measuring(self) -> None:
         """Memory is not simulated."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from autosp.partition.blocks import Inputs, find_blocks, follows
 from autosp.partition.bound import (
     BoundLayer,
     BoundLeaf,
@@ -30,11 +31,13 @@ __all__ = [
     "BoundLayer",
     "BoundLeaf",
     "BoundModel",
+    "Inputs",
     "NamedTensor",
     "Placed",
     "Resting",
     "at_rest",
     "bind",
+    "follows",
     "model_fingerprint",
     "partition",
 ]
@@ -58,8 +61,8 @@ def partition(
     `run` performs the pass. `lookups`: the device's kernels can read host memory, so that tables
     need not move. `slow_tier` decides how layers travel, and so how many bytes. Layers are numbered in the order of
     their first visit; those that the pass never visited come last. In training no weight is cut into runs of rows: a
-    run is computed with as a tensor of its own, so that the parameter would get no gradient. The model is left as it
-    was; what it raises passes through.
+    run is computed with as a tensor of its own, so that the parameter would get no gradient; and blocks are found. The
+    model is left as it was; what it raises passes through.
 
     Raises: EmptyModelError, MetaModelError, ReadError if a file that weights are mapped from was truncated.
     """
@@ -93,6 +96,9 @@ def partition(
             for index, cut in numbers.items()
             if len(cut) > 1
         ),
+        blocks=find_blocks(model, seen.calls, seen.repeatable, {index: cut[0] for index, cut in numbers.items()})
+        if mode == "training"
+        else (),
     )
 
 

@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from autosp.batch import call_on, equal, tensors_in
 from autosp.intercept import Intercepted
+from autosp.partition.blocks import Inputs
 from autosp.partition.rows import Runs, input_key, same_in_runs, the_input
 from autosp.partition.tensors import Extent, ModelTensors, held_by
 
@@ -46,6 +48,9 @@ class Trace:
     """Modules whose output was the same by runs of rows in every call, and the keys of their inputs."""
     multiplied: dict[Extent, set[int]]
     """Weights of the modules that were tried so, and which of those used them in their forward."""
+
+    repeatable: set[int]
+    """Modules that were called with plain inputs every time, which stayed as they were to the end of the pass."""
 
     @property
     def called(self) -> set[int]:
@@ -91,7 +96,13 @@ def trace(
                 with torch.inference_mode(False), torch.no_grad():
                     extent.raw().copy_(snapshot)
     return Trace(
-        watcher.calls, watcher.holders, mutated, watcher.looked_up(), watcher.same_in_runs(), watcher.multiplied
+        watcher.calls,
+        watcher.holders,
+        mutated,
+        watcher.looked_up(),
+        watcher.same_in_runs(),
+        watcher.multiplied,
+        {stack[-1] for stack in watcher.calls} - watcher.touching,
     )
 
 
@@ -129,6 +140,10 @@ class _Watcher(TorchDispatchMode):
         super().__init__()
         self.calls: list[tuple[int, ...]] = []
         self.holders: dict[Extent, frozenset[int]] = {}
+        self.touching: set[int] = set()
+        """Modules that were given what they may write to, or tensors that were written to then or later."""
+        self._given: dict[StorageWeakRef, set[int]] = {}
+        """The modules that were called with each storage."""
         self.overwritten: dict[Extent, torch.Tensor] = {}
         """The bytes of extents before the first operation that said it writes to them."""
         self._looked_up: Counter[Extent] = Counter()
@@ -151,6 +166,9 @@ class _Watcher(TorchDispatchMode):
         def around(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self._stack.append(index)
             self.calls.append(tuple(self._stack))
+            inputs = Inputs(args, kwargs)
+            for storage in _storages((args, kwargs)):
+                self._given.setdefault(storage, set()).add(index)
             try:
                 if len(self._stack) == 1 and self._device.type != "cpu":
                     output = call_on(self._device, forward, args, kwargs)
@@ -160,6 +178,8 @@ class _Watcher(TorchDispatchMode):
                     self._try(index, module, runs, the_input(args, kwargs), output)
             finally:
                 self._stack.pop()
+            if not inputs.plain or not inputs.untouched():
+                self.touching.add(index)
             for tensor in tensors_in(output):
                 self._use(self._extents_of(tensor))
                 self._read_whole.update(self._extents_of(tensor))
@@ -237,6 +257,8 @@ class _Watcher(TorchDispatchMode):
             for position, argument in enumerate(arguments)
             if argument.alias_info is not None and argument.alias_info.is_write
         ]
+        for storage in _storages(values):
+            self.touching |= self._given.get(storage, set())
         extents = {extent for tensor in tensors_in(values) for extent in self._extents_of(tensor)}
         for extent in extents:
             if extent not in self.overwritten:
@@ -264,6 +286,12 @@ class _Watcher(TorchDispatchMode):
 def _address(extent: Extent) -> int:
     """Of its first tensor: an extent may begin up to 15 bytes earlier, within its neighbour."""
     return extent.storage.data_ptr() + extent.begin + extent.tensors[0].offset
+
+
+def _storages(value: Any) -> list[StorageWeakRef]:
+    """Of all tensors in it. A weak reference keeps the identity from being used twice, and no memory."""
+    held = (held for tensor in tensors_in(value) for _, held in held_by(tensor) if held.layout is torch.strided)
+    return [StorageWeakRef(one.untyped_storage()) for one in held]
 
 
 def _same(left: torch.Tensor, right: torch.Tensor) -> bool:

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, Self
 
 from torch import nn
 
 from autosp.batch import tensors_in
 from autosp.devices import Device, Stamp
 from autosp.runtime.bench import Bench
+from autosp.runtime.executor import Observer
 from autosp.runtime.streamed_model import StreamedModel
 from autosp.spec import BackwardProfile, Candidate, LayerProfile, Measurement, Outcome
+from autosp.workload import Workload
 
 LEAST_PASSES = 2
 MOST_PASSES = 12
 ENOUGH_S = 0.8
 """Short passes are repeated until they fill this time: medians over a busy moment are wrong."""
+GROUP_PASSES = 3
+"""For a group's memory: the third was seen to take little more than the second."""
 LONG_S = 1.0
 """No busy moment is all of a pass that is so long: it need not be repeated."""
 
@@ -83,7 +86,7 @@ def measured_passes(
         cold_s, output = timed_pass(bench.device, run)
         progress("memory pass")
         streamed.observe(memory)
-        with closing(memory):
+        with memory:
             output = run()
         streamed.observe(None)
         moved_before = streamed.stats().moved_bytes
@@ -106,6 +109,20 @@ def measured_passes(
         misses=stats.misses,
         usage=usage,
     )
+
+
+def group_peak_bytes(bench: Bench, candidate: Candidate, workload: Workload, progress: Callable[[str], None]) -> int:
+    """Most memory of a workload's group under a plan, over some passes: answers live until the next ones are there."""
+    with workload.trial():
+        streamed = bench.apply(candidate)
+        try:
+            for number in range(GROUP_PASSES):
+                progress(f"pass {number + 1} of {candidate.group} microbatches")
+                output = workload.run_under(streamed)
+            del output
+            return streamed.stats().peak_bytes
+        finally:
+            streamed.remove()
 
 
 def timed_pass(device: Device, run: Callable[[], Any]) -> tuple[float, Any]:
@@ -131,7 +148,7 @@ class _Visit:
     finish: Stamp = None
 
 
-class _TimeObserver:
+class _TimeObserver(Observer):
     """Stamps of one pass. A layer called inside its own call is part of the outer visit."""
 
     def __init__(self, device: Device) -> None:
@@ -190,7 +207,7 @@ class _TimeObserver:
         return self._device.seconds(self._begin, self._end)
 
 
-class MemoryObserver:
+class MemoryObserver(Observer):
     """Peak and output bytes of every visit."""
 
     def __init__(self, device: Device, plan_bytes: int) -> None:
@@ -198,6 +215,10 @@ class MemoryObserver:
         self._plan_bytes = plan_bytes
         self.peak_bytes = 0
         self.visits: dict[int, tuple[int, int]] = {}
+
+    def __enter__(self) -> Self:
+        """The pass that is observed begins."""
+        return self
 
     def arrive(self, layer: int, inputs: Any) -> None:
         """A new peak begins."""
@@ -214,8 +235,8 @@ class MemoryObserver:
         known = self.visits.get(layer, (0, 0))
         self.visits[layer] = (max(known[0], peak - self._plan_bytes), max(known[1], out))
 
-    def close(self) -> None:
-        """The pass is over, or raised."""
+    def __exit__(self, *_: object) -> None:
+        """It is over, or raised."""
 
 
 def _least_compute_s(passes: list[_TimeObserver]) -> float:

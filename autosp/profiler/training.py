@@ -1,29 +1,30 @@
 """What only training passes tell: whose weights the backward needs, what gets gradients, which activations are kept.
 
-[Note: activations kept] What autograd saves of a layer's forward is counted as it is saved, whether it is kept or
-dropped, the layer being computed again: each storage once, for the first layer that saves it. Weights, buffers and the
-batch are there anyway.
+[Note: activations kept] What autograd saves of a layer's forward, or between the layers of a block, is counted as it is
+saved, whether it is kept or dropped, to be computed again: each storage once, for the first visit that saves it. What
+is saved between two layers that no block holds is kept in any case, and goes with the visit after it, whose backward
+comes just before its own. Weights, buffers and the batch are there anyway.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
-from torch._C._autograd import _top_saved_tensors_default_hooks as hooks_around
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from autosp.batch import tensors_in
 from autosp.devices import Device
+from autosp.partition import follows
 from autosp.profiler.layers import LEAST_MEMORY, MemoryObserver, Observation, measured_passes, timed_pass
+from autosp.profiler.saving import ForwardOrder, Storages, storages_of, watching
 from autosp.runtime.bench import Bench
-from autosp.runtime.offload import can_be_offloaded
 from autosp.runtime.recorder import VisitTimes
 from autosp.runtime.streamed_model import StreamedModel
 from autosp.schedule.actions import Kind
@@ -54,10 +55,10 @@ def training_partition(workload: Workload, device: Device, cache_dir: Path) -> P
         with Bench(model, expected, device, cache_dir, mode="training") as bench:
             streamed = bench.apply(LEAST_MEMORY)
             there = [*model.parameters(), *model.buffers(), *tensors_in(workload.batch)]
-            forward = _ForwardOrder(there, device.torch_device)
+            forward = ForwardOrder(there, device.torch_device)
             streamed.observe(forward)
             try:
-                with save_on_cpu(), closing(forward):
+                with save_on_cpu(), forward.watching():
                     workload.run()
                 backward = streamed.backward_visits
             finally:
@@ -72,55 +73,16 @@ def training_partition(workload: Workload, device: Device, cache_dir: Path) -> P
         for layer in expected.layers
     )
     visits = tuple(forward.visits)  # a pass with autograd may visit others than one without, which found the layers
-    saved = tuple(forward.saved_bytes)
+    blocks = tuple(block for block in parts.blocks if follows(block, visits, backward))
     return expected.model_copy(
-        update={"layers": layers, "visits": visits, "backward": backward, "activation_bytes": saved}
+        update={
+            "layers": layers,
+            "visits": visits,
+            "backward": backward,
+            "blocks": blocks,
+            "activation_bytes": tuple(forward.saved_bytes),
+        }
     )
-
-
-class _ForwardOrder:
-    """The layers that a pass visits, and what can be offloaded of what each visit is the first to save.
-
-    One that is called inside its own call is part of the outer visit.
-    """
-
-    def __init__(self, there: Sequence[torch.Tensor], device: torch.device) -> None:
-        """What is `there` is none of the pass's activations."""
-        self.visits: list[int] = []
-        self.saved_bytes: list[int] = []
-        self._open: list[int] = []
-        self._device = device
-        self._known = set(_storages(there))
-        self._hooks: list[saved_tensors_hooks] = []
-
-    def arrive(self, layer: int, inputs: Any) -> None:
-        """A visit begins, unless a checkpoint computes again for a backward that is under way."""
-        if layer not in self._open and torch._C._current_graph_task_id() == -1:
-            self.visits.append(layer)
-            self.saved_bytes.append(0)
-        self._open.append(layer)
-
-    def start(self, layer: int) -> None:
-        """Its weights are there."""
-        self._hooks.append(_watching(self._saved))
-        self._hooks[-1].__enter__()
-
-    def finish(self, layer: int, output: Any) -> None:
-        """It is over."""
-        self._hooks.pop().__exit__(None, None, None)
-        self._open.remove(layer)
-
-    def close(self) -> None:
-        """Visits that raised never finished: without this their hooks would outlive the pass."""
-        while self._hooks:
-            self._hooks.pop().__exit__(None, None, None)
-
-    def _saved(self, tensor: torch.Tensor) -> None:
-        if torch._C._current_graph_task_id() == -1 and can_be_offloaded(tensor, self._device):
-            storage = tensor.untyped_storage()
-            if (one := StorageWeakRef(storage)) not in self._known:
-                self._known.add(one)
-                self.saved_bytes[-1] += storage.nbytes()
 
 
 def observe_training(
@@ -133,13 +95,14 @@ def observe_training(
 
     def time_pass(streamed: StreamedModel[nn.Module]) -> tuple[float, Any]:
         timed = timed_pass(bench.device, workload.run)
-        passes.extend(visits for visits, _ in streamed.visit_times(1))
+        passes.extend(_again_apart(visits) for visits, _ in streamed.visit_times(1))
         return timed
 
     with workload.leaving_no_trace():
         measurement = measured_passes(bench, candidate, workload.run, memory, time_pass, progress)
     forward = _by_visit(passes, Kind.FORWARD, partition.visits)
     backward = _by_visit(passes, Kind.BACKWARD, partition.backward)
+    again = _by_layer(passes, Kind.RECOMPUTE)
     kept, inputs = memory.kept_bytes(), memory.input_bytes()
     return Observation(
         visits=tuple(
@@ -158,7 +121,7 @@ def observe_training(
             BackwardProfile(
                 layer=layer,
                 before_s=_median(mine, "before_s"),
-                recompute_s=_median(mine, "recompute_s"),
+                recompute_s=_median(mine, "recompute_s") + _median(again.get(layer, ()), "recompute_s"),
                 backward_s=_median(mine, "compute_s"),
             )
             for layer, mine in zip(partition.backward, backward, strict=True)
@@ -177,6 +140,33 @@ def _by_visit(passes: Sequence[Sequence[VisitTimes]], kind: Kind, planned: Seque
     return [[visit for one in found for visit in one if visit.layer == layer] for layer in planned]
 
 
+def _by_layer(passes: Sequence[Sequence[VisitTimes]], kind: Kind) -> dict[int, list[VisitTimes]]:
+    found: dict[int, list[VisitTimes]] = {}
+    for visit in (visit for one in passes for visit in one if visit.kind is kind):
+        found.setdefault(visit.layer, []).append(visit)
+    return found
+
+
+def _again_apart(visits: Sequence[VisitTimes]) -> list[VisitTimes]:
+    """With all of what computing a block again takes in `recompute_s`, its compute between layers too.
+
+    What is before the first of its visits is before the BACKWARD that follows.
+    """
+    found: list[VisitTimes] = []
+    before_s: float | None = None
+    for visit in visits:
+        between_s = visit.before_s if before_s is not None else 0.0
+        if visit.kind is Kind.RECOMPUTE:
+            before_s = visit.before_s if before_s is None else before_s
+            found.append(replace(visit, recompute_s=between_s + visit.compute_s))
+            continue
+        if before_s is not None:
+            visit = replace(visit, before_s=before_s, recompute_s=between_s + visit.recompute_s)
+        before_s = None
+        found.append(visit)
+    return found
+
+
 def _median(visits: Sequence[VisitTimes], name: str) -> float:
     return max(0.0, median(getattr(visit, name) for visit in visits)) if visits else 0.0
 
@@ -184,10 +174,6 @@ def _median(visits: Sequence[VisitTimes], name: str) -> float:
 def _least_compute_s(visits: Sequence[Sequence[VisitTimes]]) -> float:
     """Each visit at the fastest that it was seen, nothing computed again."""
     return sum(min((one.before_s + one.compute_s for one in mine), default=0.0) for mine in visits)
-
-
-Storages = dict[StorageWeakRef, int]
-"""Bytes of each. A weak reference keeps the identity from being used twice, and no memory."""
 
 
 class _ActivationObserver(MemoryObserver):
@@ -199,31 +185,63 @@ class _ActivationObserver(MemoryObserver):
         self._there: Storages = {}
         self._saved: list[Storages] = []
         self._inputs: list[Storages] = []
+        self._open: list[Storages] = [{}]
+        """What was saved since the last visit, then in the block, then in each visit under way: see the last."""
         self._hooks: list[saved_tensors_hooks] = []
+        self._block: Storages | None = None
+        """Inside a block: its inputs."""
+        self._entered = False
+        """Whether the block's first visit is to come."""
+
+    def enter(self, inputs: Any) -> None:
+        """A block's inputs are its first visit's, and so is what it saves between two visits or after the last."""
+        self._block, self._entered = self._counted(tensors_in(inputs)), True
+        self._open.append({})
+        self._watch()
+
+    def leave(self) -> None:
+        """From here on each visit has inputs of its own."""
+        self._hooks.pop().__exit__(None, None, None)
+        self._open.pop()
+        self._block = None
+
+    def __enter__(self) -> Self:
+        """From here on what is saved between two visits is watched, too."""
+        model = self._workload.model
+        self._there = storages_of([*model.parameters(), *model.buffers(), *tensors_in(self._workload.batch)])
+        self._watch()
+        return self
 
     def arrive(self, layer: int, inputs: Any) -> None:
         """Its inputs are what is kept if it is computed again."""
         super().arrive(layer, inputs)
-        if not self._saved:
-            model = self._workload.model
-            self._there = _storages([*model.parameters(), *model.buffers(), *tensors_in(self._workload.batch)])
-        self._saved.append({})
-        self._inputs.append(self._counted(tensors_in(inputs)))
+        if self._block is None:
+            self._saved.append({})
+            self._inputs.append(self._counted(tensors_in(inputs)))
+        elif self._entered:
+            self._saved.append(self._open[-1])
+            self._inputs.append(self._block)
+        else:
+            self._saved.append({})
+            self._inputs.append({})
+        self._entered = False
+        self._keep_between()
 
     def start(self, layer: int) -> None:
         """Autograd's saving is watched from here."""
         super().start(layer)
-        saved = self._saved[-1]
-        self._hooks.append(_watching(lambda tensor: saved.update(self._counted([tensor]))))
-        self._hooks[-1].__enter__()
+        self._open.append(self._saved[-1])
+        self._watch()
 
     def finish(self, layer: int, output: Any) -> None:
         """Until here."""
+        self._open.pop()
         self._hooks.pop().__exit__(None, None, None)
         super().finish(layer, output)
 
-    def close(self) -> None:
+    def __exit__(self, *_: object) -> None:
         """Visits that raised never finished: without this their hooks would outlive the pass."""
+        self._keep_between()
         while self._hooks:
             self._hooks.pop().__exit__(None, None, None)
 
@@ -234,6 +252,17 @@ class _ActivationObserver(MemoryObserver):
     def input_bytes(self) -> list[int]:
         """The same if all of them are computed again."""
         return self._held(self._inputs)
+
+    def _watch(self) -> None:
+        """See what autograd saves, also where hooks around make something else of it; but not for a backward pass."""
+        self._hooks.append(watching(lambda tensor: self._open[-1].update(self._counted([tensor]))))
+        self._hooks[-1].__enter__()
+
+    def _keep_between(self) -> None:
+        """What was saved since the last visit goes with this one; after the last one, with that."""
+        for visit in (*self._saved[-1:], *self._inputs[-1:]):
+            visit.update(self._open[0])
+        self._open[0].clear()
 
     def _held(self, held: Sequence[Storages]) -> list[int]:
         """What a layer saves of some layer's inputs is there whether that is computed again or not."""
@@ -250,24 +279,4 @@ class _ActivationObserver(MemoryObserver):
         return sizes
 
     def _counted(self, tensors: Sequence[torch.Tensor]) -> Storages:
-        return {one: n_bytes for one, n_bytes in _storages(tensors).items() if one not in self._there}
-
-
-def _watching(saw: Callable[[torch.Tensor], object]) -> saved_tensors_hooks:
-    """Tells of each tensor that autograd saves. What hooks around make of it stays theirs."""
-    around = hooks_around(True)
-
-    def pack(tensor: torch.Tensor) -> Any:
-        saw(tensor)
-        return tensor if around is None else around[0](tensor)
-
-    def unpack(packed: Any) -> torch.Tensor:
-        tensor: torch.Tensor = packed if around is None else around[1](packed)
-        return tensor
-
-    return saved_tensors_hooks(pack, unpack)
-
-
-def _storages(tensors: Sequence[torch.Tensor]) -> Storages:
-    storages = (tensor.untyped_storage() for tensor in tensors if tensor.layout is torch.strided)
-    return {StorageWeakRef(storage): storage.nbytes() for storage in storages}
+        return {one: n_bytes for one, n_bytes in storages_of(tensors).items() if one not in self._there}

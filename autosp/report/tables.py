@@ -178,6 +178,9 @@ def plan_table(plan: Plan) -> Table:
         ("residents", _residents(candidate, plan.partition)),
         *([("on disk", on_disk)] if on_disk else []),
     ]
+    if candidate.group > 1:
+        each = "" if latency_s is None else f": {seconds(latency_s / candidate.group)} for each"
+        rows.append(("group", f"{candidate.group} microbatches share a pass{each}"))
     if candidate.on_disk or plan.device.slow_tier is Tier.DISK:
         rows.append(("reading", _reading(plan.reading)))
     if said is not None:
@@ -285,14 +288,15 @@ def _setting(candidate: Candidate) -> tuple[str, str, str]:
 
 
 def _remarks(candidate: Candidate) -> str:
-    """The baseline that a candidate is, if it is one; what of it rests on disk; whose activations do not stay."""
+    """The baseline that a candidate is, if it is one; what rests on disk; whose activations do not stay; its group."""
     baseline = "" if candidate.residents else "sliding window"
     if not candidate.ring:
         baseline = "everything resident"
     resting = f"{len(candidate.on_disk)} on disk, {candidate.read_ahead} ahead" if candidate.on_disk else ""
     again = f"{len(candidate.recompute)} computed again" if candidate.recompute else ""
     away = f"{len(candidate.offload)} offloaded" if candidate.offload else ""
-    return ", ".join(filter(None, (baseline, resting, again, away)))
+    group = f"{candidate.group} microbatches" if candidate.group > 1 else ""
+    return ", ".join(filter(None, (baseline, resting, again, away, group)))
 
 
 def over_floor(latency_s: float | None, floor_s: float) -> str:

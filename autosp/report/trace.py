@@ -18,12 +18,12 @@ from autosp.cost_model.memory import occupancy
 from autosp.files import write_atomically
 from autosp.schedule.actions import Kind
 from autosp.schedule.timeline import Span, Timeline
-from autosp.spec import Partition, Plan
+from autosp.spec import Layer, Partition, Plan
 
 Event = dict[str, Any]
 
-PASSES, COMPUTE, STALLS, LINK, DISK = "passes", "compute", "stalls", "link", "disk"
-TRACKS = (PASSES, COMPUTE, STALLS, LINK, DISK)
+PASSES, COMPUTE, STALLS, LINK, DISK, RETURN = "passes", "compute", "stalls", "link", "disk", "gradients"
+TRACKS = (PASSES, COMPUTE, STALLS, LINK, DISK, RETURN)
 OCCUPIED = "arena, occupied"
 
 TICKS_PER_US = 8
@@ -51,7 +51,7 @@ class _Slice:
 
 def chrome_trace(plan: Plan, predicted: Timeline | None, measured: Timeline | None) -> dict[str, Any]:
     """The trace of one plan: a process per timeline, with the tracks passes, compute, stalls and link, a counter,
-    and the track disk where layers rest on disk behind the host.
+    the track disk where layers rest on disk behind the host, and the track gradients where these leave the device.
 
     Of what was measured there are streamed layers only: resident ones ran between the slices of the compute track.
     """
@@ -91,6 +91,7 @@ def _process(process: int, name: str, timeline: Timeline, plan: Plan, flows: Ite
         STALLS: [_stall(span, partition) for span in computes if span.stall_s > 0],
         LINK: [_transfer(LINK, "arena offset", span, partition) for span in timeline.of_kind(Kind.LOAD)],
         DISK: [_transfer(DISK, "staging offset", span, partition) for span in timeline.of_kind(Kind.READ)],
+        RETURN: [_transfer(RETURN, "offset", span, partition) for span in timeline.of_kind(Kind.GRADIENTS)],
     }
     slices = {track: _laned(tracks[track]) for track in TRACKS}
     everything = [one for track in TRACKS for one in slices[track]]
@@ -129,8 +130,7 @@ def _stall(span: Span, partition: Partition) -> _Slice:
 
 def _transfer(track: str, address: str, span: Span, partition: Partition) -> _Slice:
     layers = span.action.layers
-    moving = [partition.layers[layer] for layer in layers]
-    n_bytes = sum(layer.read_bytes if span.action.kind is Kind.READ else layer.n_bytes for layer in moving)
+    n_bytes = sum(_moved_bytes(span.action.kind, partition.layers[layer]) for layer in layers)
     took_s = span.end_s - span.start_s
     arguments: dict[str, Any] = {"layers": list(layers), "bytes": n_bytes}
     if took_s > 0:
@@ -138,6 +138,12 @@ def _transfer(track: str, address: str, span: Span, partition: Partition) -> _Sl
     if span.action.offset is not None:
         arguments[address] = span.action.offset
     return _slice(track, _name(layers, partition), span.start_s, span.end_s, arguments)
+
+
+def _moved_bytes(kind: Kind, layer: Layer) -> int:
+    if kind is Kind.READ:
+        return layer.read_bytes
+    return layer.gradient_bytes if kind is Kind.GRADIENTS else layer.n_bytes
 
 
 def _passes(timeline: Timeline, word: str) -> list[_Slice]:
@@ -183,9 +189,9 @@ def _thread(process: int, track: str, lane: int = 0) -> int:
 
 
 def _thread_names(process: int, slices: Sequence[_Slice]) -> list[Event]:
-    """The first four tracks in their order, whether anything is on them or not, the disk's, and the lanes needed."""
+    """The first four tracks in their order, whether anything is on them or not, the others and the lanes that are."""
     used = {one.track for one in slices}
-    names = {_thread(process, track): track for track in TRACKS if track is not DISK or track in used}
+    names = {_thread(process, track): track for track in TRACKS if track in used or track not in (DISK, RETURN)}
     names |= {_thread(process, one.track, one.lane): f"{one.track} ({one.lane + 1})" for one in slices if one.lane}
     return [
         {"ph": "M", "pid": process, "tid": thread, "name": kind, "args": {field: value}}

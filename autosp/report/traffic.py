@@ -43,7 +43,7 @@ def expected_costs(profile: Profile, candidate: Candidate) -> Costs:
     """What each action takes while link and compute slow each other down as they do under this candidate."""
     found = contended_periods(profile, with_rings(profile, [candidate]))
     factors = (float(factor[0]) for factor in (found.compute_factor, found.link_factor, found.disk_factor))
-    return costs_of(profile).contended(*factors)
+    return costs_of(profile, candidate.group).contended(*factors)
 
 
 def expected(profile: Profile, candidate: Candidate, periods: int) -> Timeline:
@@ -55,7 +55,8 @@ def expected(profile: Profile, candidate: Candidate, periods: int) -> Timeline:
 def calls_periods(timeline: Timeline, partition: Partition, candidate: Candidate) -> int:
     """Periods of the partition in the last period of a timeline.
 
-    A measured timeline counts calls of the model; one that loops within its forward runs several periods in a call.
+    A measured timeline counts calls of the model; one that loops within its forward runs several periods in a call. All
+    microbatches of a group are in one call, and a predicted visit is that of all of them.
     """
     residents = set(candidate.residents)
     streamed = sum(layer not in residents for layer in partition.visits)
@@ -63,7 +64,7 @@ def calls_periods(timeline: Timeline, partition: Partition, candidate: Candidate
     seen = sum(
         span.period == last and span.action.layers[0] not in residents for span in timeline.of_kind(Kind.FORWARD)
     )
-    return max(1, round(seen / streamed)) if streamed else 1
+    return max(1, round(seen / (streamed * candidate.group))) if streamed else 1
 
 
 def periods_of(timeline: Timeline, partition: Partition, candidate: Candidate) -> int:

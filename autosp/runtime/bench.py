@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from types import TracebackType
 
@@ -37,6 +38,7 @@ class Bench:
         Raises: DiskFullError if the slow tier has no room; PlanMismatchError if the partition is another model's;
         ReadError if a file that weights are mapped from was truncated or replaced.
         """
+        gc.collect()  # what earlier work left would be freed in the middle of a trial, and hide as much of its peak
         self.model = model
         self.device = device
         self.host_budget_bytes = host_budget_bytes

@@ -22,16 +22,15 @@ class StreamedRun(StreamedLayer):
     """A run of rows that moves. The parameter is the whole weight at rest all the time."""
 
     def bind_device(self) -> None:
-        """Raises: ModelChangedError if the weight's data at rest is not the data that was streamed."""
-        for binding in self._bindings:
-            binding.check()
+        """Nothing is bound. Raises: as `check`."""
+        self.check()
 
     def bind_rest(self) -> None:
         """Nothing was bound."""
 
     def columns(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The columns of the output that its rows make."""
-        return F.linear(x, self._bindings[0].device, bias)
+        return F.linear(x, self._on_device[0][1], bias)
 
 
 class ResidentRun:

@@ -27,6 +27,8 @@ from autosp.partition import BoundLayer
 from autosp.partition.placed import tensors_of
 from autosp.partition.tensors import EXTENT_ALIGNMENT, align
 from autosp.runtime.loader import Counters
+from autosp.runtime.recorder import Recorder
+from autosp.tiers.host import check_free
 
 
 @dataclass(eq=False)
@@ -76,10 +78,14 @@ class Gradients:
     """Those of one model's streamed parameters. Host memory for them is taken, and pinned, once."""
 
     def __init__(self, layers: Sequence[BoundLayer], device: Device) -> None:
-        """Of the parameters that require one now; of others when they do."""
+        """Of the parameters that require one now; of others when they do.
+
+        Raises: HostMemoryError if RAM has no room for them.
+        """
         self._layers = layers
         self._device = device
         self._counters = Counters()
+        self._recorder = Recorder(device)
         self._on_gradient: Callable[[], None] = lambda: None
         self._known: dict[int, _Gradient] = {}
         self._calls: Counter[tuple[int | None, int]] = Counter()
@@ -92,9 +98,9 @@ class Gradients:
         self._staging: list[torch.Tensor] = []
         self._find()
 
-    def connect(self, counters: Counters, on_gradient: Callable[[], None]) -> None:
+    def connect(self, counters: Counters, recorder: Recorder, on_gradient: Callable[[], None]) -> None:
         """`on_gradient` is called before anything is done with one."""
-        self._counters, self._on_gradient = counters, on_gradient
+        self._counters, self._recorder, self._on_gradient = counters, recorder, on_gradient
 
     def watch(self) -> None:
         """Before a pass: hooks on every parameter that requires a gradient."""
@@ -163,14 +169,14 @@ class Gradients:
                 hook.remove()
         self._known = {}
         self._layers = ()
+        self._staging = []  # what is left of a plan may wait for the garbage collector, its memory not
 
     def _find(self) -> None:
-        for layer in self._layers:
-            found = [named.tensor for named in tensors_of(layer.placed) if isinstance(named.tensor, nn.Parameter)]
-            new = [one for one in found if one.requires_grad and id(one) not in self._known]
-            if not new:
-                continue
-            sizes = [align(one.numel() * one.element_size(), EXTENT_ALIGNMENT) for one in new]
+        found = [(layer, new) for layer in self._layers if (new := self._new_in(layer))]
+        if found:
+            self._check_room([_aligned_bytes(one) for _, new in found for one in new])
+        for layer, new in found:
+            sizes = [_aligned_bytes(one) for one in new]
             memory = self._take(sum(sizes))
             for position, parameter in enumerate(new):
                 begin = sum(sizes[:position])
@@ -178,6 +184,20 @@ class Gradients:
             self._most_in_flight = max(self._most_in_flight, sum(sizes))
             if not self._staging or max(sizes) > self._staging[0].numel():
                 self._staging = [self._take(max(sizes)) for _ in range(2)]
+
+    def _new_in(self, layer: BoundLayer) -> list[nn.Parameter]:
+        found = [named.tensor for named in tensors_of(layer.placed) if isinstance(named.tensor, nn.Parameter)]
+        return [one for one in found if one.requires_grad and id(one) not in self._known]
+
+    def _check_room(self, sizes: Sequence[int]) -> None:
+        """Before any is taken. Raises: HostMemoryError."""
+        largest = max(sizes, default=0)
+        staging = 2 * largest if not self._staging or largest > self._staging[0].numel() else 0
+        check_free(
+            sum(sizes) + staging,
+            f"room for the gradients of {len(sizes)} streamed parameters",
+            "close other programs, train fewer parameters, or keep more layers on the device",
+        )
 
     def _take(self, n_bytes: int) -> torch.Tensor:
         memory = anonymous(n_bytes)
@@ -236,16 +256,17 @@ class Gradients:
         elif aside is None:
             target = gradient.target(value)
             parameter.grad = target
-            self._send(value, target, None)
+            self._send(gradient, value, target, None)
         else:
             parameter.grad = aside
-            self._send(value, self._staged(value), aside)
+            self._send(gradient, value, self._staged(value), aside)
 
-    def _send(self, value: torch.Tensor, target: torch.Tensor, total: torch.Tensor | None) -> None:
+    def _send(self, gradient: _Gradient, value: torch.Tensor, target: torch.Tensor, total: torch.Tensor | None) -> None:
         most = self._most_in_flight - value.numel() * value.element_size()  # a layer's with this one
         while self._leaving and (self._device.finished(self._leaving[0].copied) or self._in_flight() > most):
             self._settle_oldest()
         copied = self._device.send(_bytes_of(value), _bytes_of(target), self._device.record())
+        self._recorder.sent(gradient.layer, gradient.begin, copied)
         self._leaving.append(_Leaving(copied, value, target, total))
         self._counters.gradient_bytes += value.numel() * value.element_size()
 
@@ -280,6 +301,10 @@ def follow(parameters: Iterable[nn.Parameter]) -> None:
         if value is not None and value.device != parameter.device:
             parameter.grad = None
             parameter.grad = value.to(parameter.device)
+
+
+def _aligned_bytes(parameter: nn.Parameter) -> int:
+    return align(parameter.numel() * parameter.element_size(), EXTENT_ALIGNMENT)
 
 
 def _is_plain(value: torch.Tensor, parameter: nn.Parameter) -> bool:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from autosp.devices.heap import free_thread_buffers
 from autosp.runtime.executor import Executor
 from autosp.runtime.relay import Relay
 from autosp.runtime.thread_state import Generators, ThreadState
@@ -84,8 +85,11 @@ class Group:
 
     def _run(self, call: Callable[[], Any], seed: int) -> Any:
         self._generators.seed(seed)
-        with self._state.entered():
-            result = call()
+        try:
+            with self._state.entered():
+                result = call()
+        finally:
+            free_thread_buffers()
         self._executor.suspend()
         return result
 

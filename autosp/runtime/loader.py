@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from autosp.batch import map_tensors, tensors_in
 from autosp.devices import Copied, Device
@@ -18,6 +19,9 @@ from autosp.runtime.transfers import Prefetch, State, TransferGroup, build_group
 from autosp.runtime.updates import Updates
 from autosp.schedule.actions import Kind, Schedule
 from autosp.tiers import Store
+
+PLAIN = (torch.Tensor, nn.Parameter)
+"""Types of tensors that hold their bytes themselves."""
 
 
 @dataclass
@@ -62,6 +66,7 @@ class Loader:
     ) -> None:
         """`arena` and `staging` hold what the schedule says that they must."""
         self.arena = arena
+        self._arena_address = arena.untyped_storage().data_ptr()
         self.staging = Staging(staging, device, self._was_read)
         self.device = device
         self.counters = Counters()
@@ -70,7 +75,7 @@ class Loader:
         self.recorder = Recorder(device)
         self.updates = Updates(device, self.recorder)
         self._store = store
-        self._by_index = {layer.layer.index: layer for layer in layers}
+        self._by_index = {layer.index: layer for layer in layers}
         self._present: list[TransferGroup] = []
         self.groups: Mapping[tuple[int, ...], TransferGroup] = build_groups(schedule, self._by_index, store, arena)
         self.group_of = {index: group for group in self.groups.values() for index in group.indices}
@@ -100,7 +105,7 @@ class Loader:
 
     def take_samples(self) -> None:
         """Until the next pass anybody may write to the weights, also where no version counter sees it (`.data`)."""
-        with self.updates.inside():  # a layer whose update is under way is found to be written to, and loaded again
+        with self.updates.inside:  # a layer whose update is under way is found to be written to, and loaded again
             for group in {*self._present, *self.staging.ahead()}:
                 group.take_sample()
 
@@ -108,13 +113,13 @@ class Loader:
 
     def acquire(self, layer: StreamedLayer) -> TransferGroup | None:
         """Order compute after the layer's load and bind its tensors. None: it got temporary memory."""
-        group = self.group_of[layer.layer.index]
+        group = self.group_of[layer.index]
         if layer.running:  # a call inside a call of the same layer
             layer.running += 1
             self.running += 1
             return group
-        self.updates.finish(layer.layer.index)
-        fetched = self.fetch(group)
+        self.updates.finish(layer.index)
+        fetched = group.state is State.READY or self.fetch(group)
         if not fetched:
             layer.place(self._load_temporarily(layer))
         layer.bind_device()
@@ -169,13 +174,15 @@ class Loader:
 
     def is_lent(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor, or one that it wraps, is a view of the arena."""
+        if type(tensor) in PLAIN:
+            return self._is_in_arena(tensor)
         return any(True for _ in self._lent(tensor))
 
     def lender(self, tensor: torch.Tensor) -> int:
         """The layer whose bytes in the arena a lent tensor shows."""
         address = next(self._lent(tensor)).data_ptr()
         return next(
-            layer.layer.index
+            layer.index
             for group in self._present
             for layer in group.layers
             if 0 <= address - self._place_of(layer).data_ptr() < layer.layer.n_bytes
@@ -191,7 +198,10 @@ class Loader:
 
     def own(self, output: Any) -> Any:
         """The output, in memory of its own where a layer handed out a view of its weights: those are overwritten."""
-        if not any(self.is_lent(tensor) for tensor in tensors_in(output)):
+        for tensor in tensors_in(output):
+            if self.is_lent(tensor):
+                break
+        else:
             return output
         return map_tensors(lambda tensor: tensor.clone() if self.is_lent(tensor) else tensor, output)
 
@@ -218,31 +228,40 @@ class Loader:
         self.groups = {}
         self._present.clear()
         self.arena = torch.empty(0, dtype=torch.uint8)
+        self._arena_address = 0
 
     def _lent(self, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-        arena = self.arena.untyped_storage().data_ptr()
         for _, held in held_by(tensor):
-            if held.layout is torch.strided and held.numel() and held.untyped_storage().data_ptr() == arena:
+            if self._is_in_arena(held):
                 yield held
 
+    def _is_in_arena(self, held: torch.Tensor) -> bool:
+        return (
+            held.layout is torch.strided
+            and held.numel() > 0
+            and held.untyped_storage().data_ptr() == self._arena_address
+        )
+
     def _place_of(self, layer: StreamedLayer) -> torch.Tensor:
-        return self.group_of[layer.layer.index].place_of(layer)
+        return self.group_of[layer.index].place_of(layer)
 
     def _load(self, group: TransferGroup) -> bool:
         """Start the group's copy if it is not there. False if a layer that is running needs the place."""
         if group.state is not State.ABSENT:
             return True
-        rivals = [other for other in self._present if other.begin < group.end and group.begin < other.end]
-        if any(rival.running for rival in rivals):
-            return False
+        begin, end = group.begin, group.end
+        rivals = [other for other in self._present if other.begin < end and begin < other.end]
+        for rival in rivals:
+            if rival.running:
+                return False
         for rival in rivals:
             self._evict(rival)
-        with self.updates.inside():
+        with self.updates.inside:
             group.loaded_version = group.version()
         group.ready = self._copy(group)
         group.state = State.LOADING
         self._present.append(group)
-        self.recorder.loaded(group.indices, group.begin, group.ready, tuple(rival.indices for rival in rivals))
+        self.recorder.loaded(group.indices, group.begin, group.ready, tuple([one.indices for one in rivals]))
         self.counters.loads += 1
         self.counters.moved_bytes += group.n_bytes
         return True
@@ -261,7 +280,7 @@ class Loader:
 
     def _load_temporarily(self, layer: StreamedLayer) -> torch.Tensor:
         """A layer whose place is taken by one that is running around it: right, at the price of memory."""
-        index, n_bytes = layer.layer.index, layer.layer.n_bytes
+        index, n_bytes = layer.index, layer.layer.n_bytes
         self.counters.temporary_loads += 1
         self.counters.moved_bytes += n_bytes
         memory = self.device.allocate(n_bytes)

@@ -13,13 +13,14 @@ autograd lets go of is let go of here: nothing else holds an activation for long
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
 from weakref import WeakValueDictionary, ref
 
 import torch
+from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from autosp.devices import Device
@@ -118,14 +119,14 @@ class Offload:
         device: Device,
         counters: Counters,
         recorder: Recorder,
-        constant: Callable[[], Iterable[torch.Tensor]],
+        model: nn.Module,
     ) -> None:
-        """`constant` gives what is there whatever is offloaded: the model's parameters and buffers."""
+        """The model's parameters and buffers are there, whatever is offloaded."""
         self.layers = layers
         self._device = device
         self._counters = counters
         self._recorder = recorder
-        self._constant = constant
+        self._model = model
         self._pool = PinnedPool(device)
         self._there: set[StorageWeakRef] = set()
         self._known: WeakValueDictionary[int, Activation] = WeakValueDictionary()
@@ -143,7 +144,7 @@ class Offload:
             return
         self.settle()
         self._pool.begin_pass()
-        self._there = storages_of(self._constant())
+        self._there = storages_of([*self._model.parameters(), *self._model.buffers()])
         for stacks in self._saved.values():
             for stack in stacks.values():
                 stack[:] = [saved for saved in stack if any(one() is not None for one in saved)]

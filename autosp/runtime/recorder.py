@@ -6,7 +6,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from autosp.devices import Copied, CopyTimes, Device, Stamp
 from autosp.schedule.actions import Action, Kind
@@ -42,8 +42,7 @@ class VisitTimes:
     compute_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
+class Load(NamedTuple):
     """One transfer, to `offset` of the arena, and the groups that it overwrote."""
 
     layers: tuple[int, ...]
@@ -52,8 +51,7 @@ class Load:
     evicted: tuple[tuple[int, ...], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Read:
+class Read(NamedTuple):
     """One read from disk, to `offset` of the staging ring."""
 
     layers: tuple[int, ...]
@@ -62,8 +60,15 @@ class Read:
     times: CopyTimes
 
 
-@dataclass(frozen=True, slots=True)
-class Update:
+class Sent(NamedTuple):
+    """One gradient that left the device, and its place among those of its layer."""
+
+    layer: int
+    place: int
+    times: CopyTimes
+
+
+class Update(NamedTuple):
     """One layer's update on the host."""
 
     layer: int
@@ -88,6 +93,7 @@ class Pass:
     visits: list[Visit] = field(default_factory=list)
     loads: list[Load] = field(default_factory=list)
     reads: list[Read] = field(default_factory=list)
+    gradients: list[Sent] = field(default_factory=list)
     updates: list[Update] = field(default_factory=list)
     """By the step before it."""
     moved: list[Moved] = field(default_factory=list)
@@ -98,20 +104,21 @@ class Recorder:
 
     def __init__(self, device: Device) -> None:
         self._device = device
+        self._stamp = device.stamp
         self._passes: deque[Pass] = deque(maxlen=KEPT_PASSES)
         self._now: Pass | None = None
         self._open: list[Visit] = []
 
     def begin_pass(self) -> None:
         """The outermost call starts."""
-        self._now = Pass(self._device.stamp())
+        self._now = Pass(self._stamp())
         self._open.clear()
 
     def end_pass(self) -> None:
         """The outermost call returned, or its backward; what was dropped does not end."""
         if self._now is None:
             return
-        self._now.end = self._device.stamp()
+        self._now.end = self._stamp()
         self._passes.append(self._now)
         self._now = None
 
@@ -121,20 +128,20 @@ class Recorder:
 
     def arrive(self, layer: int, kind: Kind = Kind.FORWARD) -> None:
         """A layer is called, or its backward begins; nothing was waited for yet."""
-        self._open.append(Visit(kind, layer, self._device.stamp()))
+        self._open.append(Visit(kind, layer, self._stamp()))
 
     def start(self) -> None:
         """Its weights are there."""
-        self._open[-1].start = self._device.stamp()
+        self._open[-1].start = self._stamp()
 
     def recomputed(self) -> None:
         """Its activations are there again."""
-        self._open[-1].recomputed = self._device.stamp()
+        self._open[-1].recomputed = self._stamp()
 
     def finish(self) -> None:
         """Its forward returned, or its backward is over."""
         visit = self._open.pop()
-        visit.finish = self._device.stamp()
+        visit.finish = self._stamp()
         if self._now is not None:
             self._now.visits.append(visit)
 
@@ -149,6 +156,11 @@ class Recorder:
         """A read was issued."""
         if self._now is not None:
             self._now.reads.append(Read(layers, offset, n_bytes, read.times))
+
+    def sent(self, layer: int, place: int, copied: Copied) -> None:
+        """A gradient leaves."""
+        if self._now is not None:
+            self._now.gradients.append(Sent(layer, place, copied.times))
 
     def updated(self, layer: int, updated: Copied) -> None:
         """An update is over, which may have begun before the pass."""
@@ -256,6 +268,8 @@ class Recorder:
                 begin, end = at(load.times.began), at(load.times.ended)
                 spans += (Span(action(Kind.EVICT, gone), period, begin, begin) for gone in load.evicted)
                 spans.append(Span(action(Kind.LOAD, load.layers, load.offset), period, begin, end))
+            for layer, first, last in _by_layer(one.gradients):
+                spans.append(Span(action(Kind.GRADIENTS, (layer,)), period, at(first.began), at(last.ended)))
             for moved in one.moved:
                 begin, end = at(moved.times[0].began), at(moved.times[-1].ended)
                 spans.append(Span(action(moved.kind, (moved.layer,)), period, begin, end))
@@ -270,3 +284,16 @@ class Recorder:
                     arrive = start = at(visit.recomputed)
                 spans.append(Span(action(visit.kind, (visit.layer,)), period, start, finish, start - arrive))
         return Timeline(tuple(spans), tuple(at(one.end) for one in self._passes))
+
+
+def _by_layer(gradients: Sequence[Sent]) -> list[tuple[int, CopyTimes, CopyTimes]]:
+    """Layers whose gradients left one after another, with the first and the last; one that comes again begins anew."""
+    runs: list[list[Sent]] = []
+    places: set[int] = set()
+    for one in gradients:
+        if not runs or runs[-1][0].layer != one.layer or one.place in places:
+            runs.append([])
+            places.clear()
+        runs[-1].append(one)
+        places.add(one.place)
+    return [(run[0].layer, run[0].times, run[-1].times) for run in runs]

@@ -30,6 +30,8 @@ class _Saved:
     version: int
     layer: int | None = None
     """Whose weights it shows, if it is a view of the arena."""
+    computed_again: Callable[[], Any] | None = None
+    """What comes before those weights: see [Note: weights after what is computed again]."""
 
 
 @dataclass(slots=True)
@@ -61,15 +63,18 @@ class SavedTensors:
         offload: Offload,
         needed: Callable[[int], torch.Tensor | None],
         visited: Callable[[int], None],
+        computed_again: Callable[[], Callable[[], Any] | None],
     ) -> None:
         """`needed` has a layer loaded; where its place is in use, it gives the layer's bytes in other memory.
 
-        `visited` is told that activations are needed which a layer offloads.
+        `visited` is told that activations are needed which a layer offloads. `computed_again` says, when a layer's
+        weights are saved, what must come before they are needed.
         """
         self._loader = loader
         self._offload = offload
         self._needed = needed
         self._visited = visited
+        self._computed_again = computed_again
 
     def hooks(self, layer: int, leaving: Visit | None) -> saved_tensors_hooks:
         """A context for one forward of a layer; `leaving` gets what is to be offloaded of it, None: nothing is.
@@ -80,7 +85,7 @@ class SavedTensors:
 
         def pack(tensor: torch.Tensor) -> _Saved | _Away | _Delegated:
             if self._loader.is_lent(tensor):
-                return _Saved(tensor.detach(), tensor._version, self._loader.lender(tensor))
+                return _Saved(tensor.detach(), tensor._version, self._loader.lender(tensor), self._computed_again())
             if around is not None:
                 return _Delegated(around[0](tensor))
             activation = None if leaving is None else self._offload.hold(tensor, leaving)
@@ -105,6 +110,8 @@ class SavedTensors:
         _check_version(tensor, tensor.shape, saved.version)
         if saved.layer is None:
             return tensor
+        if saved.computed_again is not None:
+            saved.computed_again()
         elsewhere = self._needed(saved.layer)
         if elsewhere is not None:
             return self._loader.moved(tensor, saved.layer, elsewhere)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -32,7 +33,7 @@ from autosp.runtime.streamed_layer import StreamedLayer
 from autosp.runtime.training import TrainingExecutor
 from autosp.schedule.actions import Schedule
 from autosp.schedule.timeline import Timeline
-from autosp.spec import Mode, Usage
+from autosp.spec import Block, Mode, Usage
 from autosp.tiers import Originals, Store, forget_pages
 
 M = TypeVar("M", bound=nn.Module)
@@ -52,8 +53,11 @@ class StreamedModel(Generic[M]):
         floor_s: float | None = None,
         mode: Mode = "inference",
         optimizer: Optimizer | None = None,
+        most_microbatches: int | None = None,
     ) -> None:
         """`on_close` frees the store once the model is at rest. `floor_s`: the least that one pass can take.
+
+        `most_microbatches`: those of a group that the plan's memory was computed for; None: nobody computed it.
 
         `optimizer`: of which `schedule` has the steps, see [Note: updates under way].
         """
@@ -64,13 +68,16 @@ class StreamedModel(Generic[M]):
         self._originals = originals
         self._on_close = on_close
         self._floor_s = floor_s
+        self._most_microbatches = most_microbatches
         self._disk_layers = schedule.on_disk
         self._wrappers: list[Intercepted] = []
         self._guests: Guests | None = None
         self._lookups: Lookups | None = None
         self._removed = False
+        self._trained = ExitStack()
         self._cut: list[CutLeaf] = []
         residents = set(schedule.residents)
+        blocks = bound.partition.recomputed_blocks(schedule.recomputed)
         pieces = at_rest(bound.layers)
         moving = [piece for piece in pieces if not residents.issuperset(piece.indices)]
         staying = [place for piece in pieces if piece not in moving for place in piece.placed]
@@ -93,7 +100,10 @@ class StreamedModel(Generic[M]):
             device.pin(staging)
             gradients = Gradients([one for one, _ in streamed] if mode == "training" else (), device)
             hide_from_compiler()
-            device.start_measuring()
+            if mode == "training":
+                self._trained.enter_context(device.training())
+            if originals is Originals.KEPT or not device.is_host:  # else it begins once they are freed
+                device.start_measuring()
             self._residents = Residents([*staying, *copied], device)
             self._residents.move_in()
             self._move_opaque()
@@ -107,11 +117,11 @@ class StreamedModel(Generic[M]):
             loader = Loader(schedule, [*self._layers, *self._runs], device, store, arena, staging)
             del arena, staging
             if mode == "training":
-                self._executor: Executor = TrainingExecutor(schedule, loader, gradients, bound.model)
+                self._executor: Executor = TrainingExecutor(schedule, loader, gradients, bound.model, blocks)
             else:
                 self._executor = Executor(schedule, loader)
             self._executor.before_pass = self._before_pass
-            self._intercept(moving)
+            self._intercept(moving, blocks)
             if mode == "training":
                 follow(self.model.parameters())
             if optimizer is not None:
@@ -139,19 +149,26 @@ class StreamedModel(Generic[M]):
         """`[step(model, batch) for batch in batches]`, in one pass: what a transfer brings serves all of the batches.
 
         So weights move as often as for one batch, however many there are; activations of all of them are in memory at
-        the same time, beyond what the plan counted. Outputs are those of the loop, bit for bit, and so are running
-        statistics. But random numbers are drawn per batch: `step` finds torch's generators as after
-        `torch.manual_seed(seed)`, with that batch's number of `torch.randint(2**63 - 1, (len(batches),))`, which is all
-        that is drawn from the caller's generators.
+        the same time: a plan that was tuned with `group` has counted that many, and refuses more. Outputs are those of
+        the loop, bit for bit, and so are running statistics. But random numbers are drawn per batch: `step` finds
+        torch's generators as after `torch.manual_seed(seed)`, with that batch's number of
+        `torch.randint(2**63 - 1, (len(batches),))`, which is all that is drawn from the caller's generators.
 
         Each batch is in a thread of its own; one runs at a time, until the model comes to the next layers. If one
         raises, or Ctrl-C comes, all of them end, and this raises it.
 
-        Raises: SettingError inside a pass, or after `remove()`.
+        Raises: SettingError inside a pass, after `remove()`, or for more batches than the plan has counted.
         """
         if self._removed:
             raise SettingError("the plan was removed: apply it again, or run the batches one after another")
-        return Group(self._executor, [partial(step, self.model, batch) for batch in batches]).run()
+        calls = [partial(step, self.model, batch) for batch in batches]
+        most = self._most_microbatches
+        if most is not None and len(calls) > most:
+            raise SettingError(
+                f"a group of {len(calls)} microbatches: the plan's memory was computed for {most}. Make a plan with "
+                f"group={len(calls)}, or run {-(-len(calls) // most)} groups of {most} one after another"
+            )
+        return Group(self._executor, calls).run()
 
     def backward_group(self, batches: Iterable[Any], step: Step) -> list[torch.Tensor]:
         """`run_group` of losses that `step` returns, with their backward passes: gradients are accumulated.
@@ -162,11 +179,11 @@ class StreamedModel(Generic[M]):
         the device, once. If this raises, gradients are what they were; to that end those that there were are kept
         twice meanwhile.
 
-        Raises: SettingError inside a pass, after `remove()`, for a plan for inference, or if `step` returns no loss.
+        Raises: SettingError as `run_group` does, for a plan for inference, or if `step` returns no loss.
         """
         if not isinstance(self._executor, TrainingExecutor):
             raise SettingError("the plan is for inference: make one with mode='training'")
-        with self._executor.loader.updates.inside():
+        with self._executor.loader.updates.inside:
             parameters = list(self.model.parameters())
         with gradients_kept(parameters), torch.enable_grad():
             return self.run_group(batches, partial(backward, step))
@@ -239,6 +256,7 @@ class StreamedModel(Generic[M]):
             self._residents.forget()
         self._layers, self._runs, self._cut = [], [], []
         self._wrappers = []
+        self._trained.close()
         self._on_close()
         follow(self.model.parameters())
 
@@ -255,15 +273,15 @@ class StreamedModel(Generic[M]):
         for leaf in self._cut:
             leaf.renew()
 
-    def _intercept(self, moving: Sequence[Resting]) -> None:
+    def _intercept(self, moving: Sequence[Resting], recomputed: Sequence[Block]) -> None:
         """Streamed layers load themselves; whatever contains one begins a pass when it is called from outside."""
-        layers = {layer.layer.index: layer for layer in self._layers}
-        runs = {run.layer.index: run for run in self._runs}
+        layers = {layer.index: layer for layer in self._layers}
+        runs = {run.index: run for run in self._runs}
         around: dict[nn.Module, Around] = {}
         for piece in moving:
             module = piece.layers[0].module
             if piece.leaf is None:
-                around[module] = self._around_layer(layers[piece.layers[0].layer.index])
+                around[module] = partial(self._executor.run_layer, layers[piece.layers[0].layer.index])
             else:
                 its = [runs.get(one.layer.index) or ResidentRun(one, self._residents) for one in piece.layers]
                 self._cut.append(CutLeaf(piece.leaf, piece.layers, its, self._executor))
@@ -272,7 +290,8 @@ class StreamedModel(Generic[M]):
         for path in (layer.layer.path for layer in (*self._layers, *self._runs)):
             parts = path.split(".")
             holders.update(self.model.get_submodule(".".join(parts[:length])) for length in range(1, len(parts)))
-        around = dict.fromkeys(holders, self._around_pass) | around
+        blocks = {self.model.get_submodule(block.path): self._around_block(block) for block in recomputed}
+        around = dict.fromkeys(holders, self._around_pass) | blocks | around
         self._wrappers += (Intercepted(one, around[one]) for one in self.model.modules() if one in around)
 
     def _around_pass(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -291,11 +310,15 @@ class StreamedModel(Generic[M]):
 
         return around
 
-    def _around_layer(self, layer: StreamedLayer) -> Around:
-        run_layer = self._executor.run_layer
+    def _around_block(self, block: Block) -> Around:
+        executor, module = self._executor, self.model.get_submodule(block.path)
+        assert isinstance(executor, TrainingExecutor), "only training computes anything again"
 
         def around(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return run_layer(layer, forward, args, kwargs)
+            def run(*args: Any, **kwargs: Any) -> Any:
+                return executor.run_block(block, module, forward, args, kwargs)
+
+            return self._around_pass(run, args, kwargs)
 
         return around
 

@@ -16,43 +16,50 @@ One thread at a time trains a model: another that calls it between a forward and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd import Variable
-from torch.utils.checkpoint import checkpoint
 
 from autosp.batch import tensors_in
-from autosp.devices.heap import TRAINING_CHUNK_BYTES, settle_heap
 from autosp.errors import ModelChangedError
 from autosp.runtime.executor import Executor, uncached_autocast
 from autosp.runtime.gradients import Gradients
 from autosp.runtime.loader import Loader
 from autosp.runtime.offload import Offload, Visit
+from autosp.runtime.recompute import Recomputed
 from autosp.runtime.saved import SavedTensors
 from autosp.runtime.streamed_layer import StreamedLayer
 from autosp.runtime.transfers import ComingBack, Issued, prefetches_of_one_pass
 from autosp.schedule.actions import Kind, Schedule
+from autosp.spec import Block
 
 
 class TrainingExecutor(Executor):
     """An executor whose passes may go on backward. Without autograd its passes are those of inference."""
 
-    def __init__(self, schedule: Schedule, loader: Loader, gradients: Gradients, model: nn.Module) -> None:
-        """`gradients` of the layers that `loader` loads."""
+    def __init__(
+        self,
+        schedule: Schedule,
+        loader: Loader,
+        gradients: Gradients,
+        model: nn.Module,
+        blocks: Sequence[Block] = (),
+    ) -> None:
+        """`gradients` of the layers that `loader` loads; `blocks` are computed again as a whole, by `run_block`."""
         super().__init__(schedule, loader, prefetches_of_one_pass)
-        if loader.device.is_host:
-            settle_heap(TRAINING_CHUNK_BYTES)
-        self._model = model
-        self._recomputed = schedule.recomputed
+        self._recomputed = schedule.recomputed.difference(*(block.layers for block in blocks))
+        self._again = Recomputed()
         self._gradients = gradients
-        self._gradients.connect(self.counters, self._enter_backward)
-        self._offload = Offload(schedule.offloaded, loader.device, self.counters, self.recorder, self._constant)
-        self._saved = SavedTensors(self.loader, self._offload, self._needed, self._activations_needed)
+        self._gradients.connect(self.counters, self.recorder, self._enter_backward)
+        self._offload = Offload(schedule.offloaded, loader.device, self.counters, self.recorder, model)
+        self._saved = SavedTensors(
+            self.loader, self._offload, self._needed, self._activations_needed, self._again.beginning
+        )
         self._tasks: set[int] = set()
         """Backward passes under way, the innermost last; one that raised is still among them."""
         self._visiting: int | None = None
@@ -106,7 +113,7 @@ class TrainingExecutor(Executor):
         """From the schedule's beginning, whatever came before."""
         self._abandon_backward()
         self.loader.updates.give_back()
-        with self.loader.updates.inside():
+        with self.loader.updates.inside:
             self._offload.begin_pass()
             self._gradients.watch()
             if self._updated:
@@ -159,7 +166,7 @@ class TrainingExecutor(Executor):
         self, layer: StreamedLayer, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """One call of a layer: in a forward, or where a checkpoint around it computes its activations again."""
-        index = layer.layer.index
+        index = layer.index
         if _task() is None:
             self._leave()  # of a group's microbatch that went backward before
         if not torch.is_grad_enabled():
@@ -170,21 +177,25 @@ class TrainingExecutor(Executor):
         if index not in self._recomputed:
             return self._visit(layer, forward, args, kwargs)
         self._offload.stays(tensors_in((args, kwargs)))
-        again = False
 
-        def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            nonlocal again
-            with _buffers_kept(layer.module) if again else nullcontext():
-                again = True
-                return self._visit(layer, forward, args, kwargs)
+        def run(_: bool, *args: Any, **kwargs: Any) -> Any:
+            return self._visit(layer, forward, args, kwargs)
 
-        return checkpoint(run, args, kwargs, use_reentrant=False)
+        return self._again.call(layer.module, run, args, kwargs)
+
+    def run_block(self, block: Block, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """One call of a block that is computed again as a whole, within a pass."""
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        self._offload.stays(tensors_in((args, kwargs)))
+        observer = self.observer if _task() is None else None
+        return self._again.block(module, block.path, block.layers[-1], forward, args, kwargs, observer)
 
     def _visit(
         self, layer: StreamedLayer, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """A call with autograd."""
-        index = layer.layer.index
+        index = layer.index
         leaving = Visit() if _task() is None and index in self._offload.layers else None
 
         def watched(*args: Any, **kwargs: Any) -> Any:
@@ -196,6 +207,8 @@ class TrainingExecutor(Executor):
 
         if _task() is None:
             return super().visit(layer, watched, args, kwargs)
+        if self._again.before_last(index):
+            return self._recompute(layer, watched, args, kwargs)
         begins = self._arrive(index)
         group = self.loader.acquire(layer)
         try:
@@ -203,9 +216,29 @@ class TrainingExecutor(Executor):
                 self.recorder.start()
             return self.loader.own(watched(*args, **kwargs))
         finally:  # a checkpoint stops its forward by an exception once it has what it needs
-            if index in self._recomputed:
+            if index in self._recomputed or self._again.at_last(index):
                 self.recorder.recomputed()
             self.loader.release(layer, group)
+
+    def _recompute(
+        self, layer: StreamedLayer, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A visit of its own, in a block that is computed again."""
+        index = layer.index
+        self._enter_backward()
+        self._leave()
+        self.take_turn((Kind.RECOMPUTE, index))
+        self.recorder.arrive(index, Kind.RECOMPUTE)
+        self.counters.visits += 1
+        position = self.cursor.advance((Kind.RECOMPUTE, index))
+        group = self.loader.acquire(layer)
+        try:
+            self.recorder.start()
+            return self.loader.own(forward(*args, **kwargs))
+        finally:  # as above
+            self.recorder.finish()
+            self.loader.release(layer, group)
+            self.cursor.issue_after(position)
 
     # -- backward -------------------------------------------------------------------------------------------------
 
@@ -227,11 +260,6 @@ class TrainingExecutor(Executor):
         """A backward node unpacks what a layer offloaded: its visit begins, too."""
         if index != self._visiting or self._closed:
             self._needed(index)
-
-    def _constant(self) -> Iterator[torch.Tensor]:
-        """What is on the device for all of a pass."""
-        yield from self._model.parameters()
-        yield from self._model.buffers()
 
     def _arrive(self, index: int) -> bool:
         """A layer's backward visit begins, unless it is its visit already."""
@@ -291,8 +319,6 @@ class TrainingExecutor(Executor):
         if outermost:
             self._leave()
         self._gradients.finish()
-        if outermost:
-            self._offload.settle()
         self._tasks.discard(task)
         if outermost:
             self.recorder.end_pass()
@@ -303,24 +329,13 @@ class TrainingExecutor(Executor):
         """If one raised."""
         if self._tasks:
             self._gradients.abandon()
-            self._offload.settle()
             self._close_backward()
 
     def _close_backward(self) -> None:
         self._tasks.clear()
         self._visiting = self._due = None
         self._updated = True
-
-
-@contextmanager
-def _buffers_kept(module: nn.Module) -> Iterator[None]:
-    """What a forward writes, such as a running mean, it writes once. Version counters see nothing of it."""
-    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    try:
-        yield
-    finally:
-        for buffer, value in before:
-            buffer.data.copy_(value)
+        self._offload.settle()
 
 
 def _task() -> int | None:

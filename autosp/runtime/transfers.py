@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 from autosp.devices import Copied, Piece, Region
-from autosp.runtime.streamed_layer import StreamedLayer
-from autosp.schedule.actions import Action, Kind, Ref, Schedule
+from autosp.runtime.streamed_layer import StreamedLayer, version_of
+from autosp.schedule.actions import COMPUTES, Action, Kind, Ref, Schedule
 from autosp.tiers import Store
 
 
@@ -57,20 +58,21 @@ class TransferGroup:
     """Of one read."""
     pieces: tuple[Piece, ...] = field(init=False)
     """What a load from staging copies."""
+    n_bytes: int = field(init=False)
+    """Of one load."""
+    tensors: tuple[torch.Tensor, ...] = field(init=False)
+    """Of its layers."""
 
     def __post_init__(self) -> None:
-        self.indices = tuple(layer.layer.index for layer in self.layers)
+        self.indices = tuple(layer.index for layer in self.layers)
         self.read_bytes = sum(layer.layer.read_bytes for layer in self.layers)
         self.pieces = _joined(self.layers)
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of one load."""
-        return self.end - self.begin
+        self.n_bytes = self.end - self.begin
+        self.tensors = tuple(tensor for layer in self.layers for tensor in layer.tensors)
 
     def version(self) -> int:
-        """Changes when its weights at rest are written to."""
-        return sum(layer.version() for layer in self.layers)
+        """Changes when its weights at rest are written to, in place and under autograd's eyes."""
+        return sum(map(version_of, self.tensors))
 
     def take_sample(self) -> None:
         """Of its weights at rest, for `written_since`."""
@@ -199,15 +201,20 @@ def prefetches(schedule: Schedule, groups: Groups) -> Issues:
 
 
 def prefetches_of_one_pass(schedule: Schedule, groups: Groups) -> Issues:
-    """Within a pass only, in list order: what moves is issued after the compute action that it follows in the list."""
+    """Within a pass only, in list order: what moves is issued after the compute action that it follows in the list.
+
+    A RECOMPUTE is part of the visit of a BACKWARD of its layer that is next.
+    """
     streamed = {index for layers in groups for index in layers}
     visits: list[Visit] = []
     issued_after: list[tuple[int, Action]] = []
     needed_by: dict[Ref, int] = {}
+    computes = schedule.computes
+    merged = {one.ref for one, other in pairwise(computes) if one.kind is Kind.RECOMPUTE and one.layers == other.layers}
     for action in schedule.actions:
         if action.kind in (Kind.LOAD, Kind.RESTORE):
             issued_after.append((len(visits) - 1, action))
-        elif action.kind in (Kind.FORWARD, Kind.BACKWARD) and action.layers[0] in streamed:
+        elif action.kind in COMPUTES and action.layers[0] in streamed and action.ref not in merged:
             for ref in action.waits:
                 needed_by.setdefault(ref, len(visits))
             visits.append((action.kind, action.layers[0]))

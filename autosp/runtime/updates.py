@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, wraps
+from types import MethodType
 from typing import Any
 
 import torch
@@ -109,6 +109,19 @@ def _is_unhooked(step: Any) -> bool:
     return not getattr(step, "hooked", False)
 
 
+class _Inside:
+    """Within, what is done to guarded parameters does not touch their data, nor their gradients'."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+
+    def __enter__(self) -> None:
+        self.depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.depth -= 1
+
+
 class Updates:
     """Those of one model. Nothing is ever under way unless an optimizer is watched."""
 
@@ -122,11 +135,11 @@ class Updates:
         """Layer -> its update, in their order."""
         self._aside: list[tuple[nn.Parameter, torch.Tensor]] = []
         """Gradients that `step()` must not see."""
-        self._inside = False
+        self.inside = _Inside()
         self._class = guarded(self._before_use)
         self._hooks: list[Any] = []
         self._before: Any = None
-        self._methods: list[_ZeroGrad] = []
+        self._methods: list[_ZeroGrad | _Step] = []
 
     def watch(self, optimizer: Optimizer, model: nn.Module, layers: Sequence[BoundLayer], order: Sequence[int]) -> None:
         """Update these streamed layers beside passes, in that order. `check_optimizer` has no objections."""
@@ -142,7 +155,7 @@ class Updates:
         loading = optimizer.register_load_state_dict_pre_hook(lambda *_: self.settle())
         self._hooks = [after, saving, loading]
         self._before = optimizer.register_step_pre_hook(self._take)
-        self._methods = [_ZeroGrad(one, self) for one in (optimizer, model)]
+        self._methods = [*(_ZeroGrad(one, self) for one in (optimizer, model)), _Step(optimizer, self)]
 
     # -- what a pass asks -----------------------------------------------------------------------------------------
 
@@ -166,15 +179,6 @@ class Updates:
         if failure.error is not None and not failure.told:
             failure.told = True
             raise failure.error
-
-    @contextmanager
-    def inside(self) -> Iterator[None]:
-        """What is done to guarded parameters here does not touch their data, nor their gradients'."""
-        before, self._inside = self._inside, True
-        try:
-            yield
-        finally:
-            self._inside = before
 
     # -- what the user asks ---------------------------------------------------------------------------------------
 
@@ -216,7 +220,7 @@ class Updates:
             self._layer_of, self._optimizer = {}, None
 
     def _before_use(self) -> None:
-        if not self._inside:
+        if not self.inside.depth:
             self.settle()
 
     # -- around the user's step -----------------------------------------------------------------------------------
@@ -291,6 +295,32 @@ def _alone(optimizer: Optimizer) -> Optimizer:
     return alone
 
 
+class _Step:
+    """An optimizer's `step`, which leaves gradients where they were if it raises."""
+
+    def __init__(self, optimizer: Optimizer, updates: Updates) -> None:
+        own = optimizer.step
+        self._attributes = optimizer.__dict__
+        self._before = {"step": own} if "step" in self._attributes else {}  # a scheduler's wrapper, say
+
+        @wraps(own)
+        def step(_: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return own(*args, **kwargs)
+            except BaseException:
+                updates.give_back()
+                raise
+
+        self._method = MethodType(step, optimizer)  # whose function schedulers look for
+        self._attributes["step"] = self._method
+
+    def remove(self) -> None:
+        """Give the optimizer its own back; where somebody's wrapper is around this one, it stays, and does nothing."""
+        if self._attributes.get("step") is self._method:
+            del self._attributes["step"]
+            self._attributes |= self._before
+
+
 class _ZeroGrad:
     """A model's or an optimizer's `zero_grad`, which waits for no update where it only lets gradients go."""
 
@@ -305,7 +335,7 @@ class _ZeroGrad:
         if not set_to_none:
             self._own(set_to_none=False)
             return
-        with self._updates.inside():
+        with self._updates.inside:
             self._own(set_to_none=True)
 
     def remove(self) -> None:

@@ -6,7 +6,7 @@ Text form, one token per action: `<layers><kind><occurrence>[@<offset>][<waits>]
     4F0[4+5L0]        forward of layer 4, the first one in this pass
     3L0@0[-6E0]       a load of the next pass's beginning: `-` is an action of the pass before
     7R0@4096[5L0]     read layer 7 from disk to offset 4096 of the host's staging ring, once layer 5 was loaded from it
-    4B0[4+5L1,4C0]    backward of layer 4, whose activations were recomputed (4C0)
+    4B0[4+5L1,4C0]    backward of layer 4, whose activations were recomputed (4C0): alone, or with those of its block
     4G0[4B0]          gradients of layer 4 to the host
     4S0[3G0]          step of the optimizer over layer 4 on the host, once the last gradients (of layer 3) are there
     4O0[4F0]          what that forward of layer 4 saved for its backward, out to the host

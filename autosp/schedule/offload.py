@@ -11,12 +11,14 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from autosp.schedule.actions import Kind
 from autosp.schedule.streaming import Transfer
+from autosp.schedule.visits import used_up_after, visits_of
 from autosp.spec import Candidate, Partition
 
 
 class Restore(NamedTuple):
-    """What one visit backward needs back. Visits count on from those forward, as a training ring's do.
+    """What one visit backward needs back. Visits are those of `visits_of`, as a training ring's are.
 
     It may be issued after visit `after`, is needed by visit `before`, and brings what the visits `saved` have saved.
     """
@@ -28,12 +30,12 @@ class Restore(NamedTuple):
 
 
 def saves(candidate: Candidate, partition: Partition) -> dict[int, int]:
-    """Visit forward -> bytes that it sends to the host."""
+    """Visit forward -> bytes that it sends to the host, of all microbatches of a group."""
     if not candidate.offload:
         return {}
     away = frozenset(candidate.offload)
     sizes = partition.activation_bytes or (0,) * len(partition.visits)
-    return {visit: sizes[visit] for visit, layer in enumerate(partition.visits) if layer in away}
+    return {visit: candidate.group * sizes[visit] for visit, layer in enumerate(partition.visits) if layer in away}
 
 
 def saves_held_up(candidate: Candidate, partition: Partition) -> dict[int, int]:
@@ -48,10 +50,12 @@ def restores(candidate: Candidate, partition: Partition, transfers: Iterable[Tra
     if not sizes:
         return []
     n_forward = len(partition.visits)
+    visits = visits_of(candidate, partition)
+    backward = [visit for visit, (kind, _, _) in enumerate(visits) if kind is Kind.BACKWARD]
     saved: dict[int, list[int]] = {}
     for visit, position in enumerate(used_up_after(partition.visits, partition.backward)):
         if visit in sizes:
-            saved.setdefault(n_forward + position, []).append(visit)
+            saved.setdefault(backward[position], []).append(visit)
     n_bytes = {before: sum(map(sizes.__getitem__, mine)) for before, mine in saved.items()}
     most = 2 * max(n_bytes.values())
     issued_with = {transfer.before: transfer.after for transfer in transfers}
@@ -94,19 +98,3 @@ def held_up(sizes: Mapping[int, int], most: int) -> dict[int, int]:
         under_way.append(visit)
         total += sizes[visit]
     return found
-
-
-def used_up_after(visits: Sequence[int], backward: Sequence[int]) -> list[int]:
-    """Forward visit -> the backward visit that uses up its activations; `len(backward)`: the end of the pass.
-
-    A layer's visits are used up from its last to its first; where it has fewer backward, all others by the last.
-    """
-    remaining: dict[int, list[int]] = {}
-    for position, layer in enumerate(backward):
-        remaining.setdefault(layer, []).append(position)
-    order = [len(backward)] * len(visits)
-    for visit in reversed(range(len(visits))):
-        mine = remaining.get(visits[visit])
-        if mine:
-            order[visit] = mine.pop(0) if len(mine) > 1 else mine[0]
-    return order

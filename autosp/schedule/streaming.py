@@ -67,17 +67,25 @@ def build_ring(
 
     Raises: ValueError if only some layers of a group rest on disk.
     """
-    members = candidate.groups(visits)
-    sizes = [sum(map(layer_bytes.__getitem__, group)) for group in members]
-    offsets = place(sizes, candidate.depth)
-    groups = [Group(*group) for group in zip(members, offsets, sizes, strict=True)]
-    unvisited = set(range(len(layer_bytes))).difference(visits, candidate.residents)
-    ends = [*(group.offset + group.n_bytes for group in groups), *(layer_bytes[layer] for layer in unvisited)]
+    groups, arena_bytes = place_groups(candidate, layer_bytes, visits)
     walks = 1 if len(set(visits)) == len(visits) else 2
-    ring = Ring(tuple(groups), max(ends, default=0), time_transfers(groups, visits, walks))
+    ring = Ring(groups, arena_bytes, time_transfers(groups, visits, walks))
     if not candidate.on_disk:
         return ring
     return replace(ring, staging=stage(ring, candidate, layer_bytes if read_bytes is None else read_bytes, visits))
+
+
+def place_groups(
+    candidate: Candidate, layer_bytes: Sequence[int], visits: Sequence[int]
+) -> tuple[tuple[Group, ...], int]:
+    """A candidate's groups in their places, and the bytes of the arena: see `build_ring`."""
+    members = candidate.groups(visits)
+    sizes = [sum(map(layer_bytes.__getitem__, group)) for group in members]
+    offsets = place(sizes, candidate.depth)
+    groups = tuple(Group(*group) for group in zip(members, offsets, sizes, strict=True))
+    unvisited = set(range(len(layer_bytes))).difference(visits, candidate.residents)
+    ends = [*(group.offset + group.n_bytes for group in groups), *(layer_bytes[layer] for layer in unvisited)]
+    return groups, max(ends, default=0)
 
 
 def stage(ring: Ring, candidate: Candidate, read_bytes: Sequence[int], visits: Sequence[int]) -> Staging:

@@ -12,15 +12,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from autosp.schedule.actions import Action, Kind, Ref, Schedule
-from autosp.schedule.offload import Restore, held_up, link_queue, restores, saves_held_up
-from autosp.schedule.streaming import Ring, build_ring, time_transfers
+from autosp.schedule.offload import Restore, held_up, link_queue, restores, saves, saves_held_up
+from autosp.schedule.streaming import Ring, place_groups, time_transfers
+from autosp.schedule.visits import Visit, visits_of
 from autosp.spec import Candidate, Partition
 
 
 def lower_training(candidate: Candidate, partition: Partition) -> Schedule:
     """The action list of one training pass.
 
-    Raises: ValueError if layers rest on disk, or one is recomputed or offloaded that the backward pass does not visit.
+    Raises: ValueError if layers rest on disk, or one is recomputed or offloaded that the backward pass does not visit,
+    or one is recomputed without the rest of its block.
     """
     if candidate.on_disk:
         raise ValueError(f"layers {candidate.on_disk} rest on disk: in training, weights rest in host memory")
@@ -28,6 +30,10 @@ def lower_training(candidate: Candidate, partition: Partition) -> Schedule:
         raise ValueError("a layer is recomputed whose backward needs no weights")
     if not {*candidate.offload} <= {*partition.backward}:
         raise ValueError("activations are offloaded of a layer whose backward needs no weights")
+    whole = {layer for block in partition.recomputed_blocks(candidate.recompute) for layer in block.layers}
+    parted = [block.path for block in partition.blocks if {*block.layers} & {*candidate.recompute} - whole]
+    if parted:
+        raise ValueError(f"some layers of block {parted[0]} are recomputed, and others are not")
     ring = training_ring(candidate, partition)
     actions = _Lowering(ring, candidate, partition).actions
     return Schedule(tuple(actions), (), candidate.residents, ring.arena_bytes)
@@ -39,10 +45,10 @@ def least_training(partition: Partition) -> Candidate:
 
 
 def training_ring(candidate: Candidate, partition: Partition) -> Ring:
-    """Where streamed layers live, and when they move in a pass: its visits are those forward, then those backward."""
-    ring = build_ring(candidate, [layer.n_bytes for layer in partition.layers], partition.visits)
-    visits = (*partition.visits, *partition.backward)
-    return Ring(ring.groups, ring.arena_bytes, time_transfers(ring.groups, visits, walks=0))
+    """Where streamed layers live, and when they move in a pass: see `visits_of`."""
+    groups, arena_bytes = place_groups(candidate, [layer.n_bytes for layer in partition.layers], partition.visits)
+    visits = [visit.layer for visit in visits_of(candidate, partition)]
+    return Ring(groups, arena_bytes, time_transfers(groups, visits, walks=0))
 
 
 class _Lowering:
@@ -51,7 +57,6 @@ class _Lowering:
     def __init__(self, ring: Ring, candidate: Candidate, partition: Partition) -> None:
         self.actions: list[Action] = []
         self._ring = ring
-        self._recomputed, self._offloaded = frozenset(candidate.recompute), frozenset(candidate.offload)
         self._group_of = {layer: index for index, group in enumerate(ring.groups) for layer in group.layers}
         self._numbers: Counter[tuple[Kind, tuple[int, ...]]] = Counter()
         self._brought: dict[int, Ref] = {}
@@ -63,18 +68,19 @@ class _Lowering:
         self._restored: dict[int, Ref] = {}
         """Visits backward whose activations come back."""
         self._last_use: dict[int, Ref] = {}
-        visits = (*partition.visits, *partition.backward)
-        leaving = leaving_after(candidate, partition)
+        self._again: dict[int, Ref] = {}
+        """Layers whose activations are there again, and what computed them."""
+        visits = visits_of(candidate, partition)
+        leaving = leaving_after(candidate, partition, visits)
         held = held_up_by(leaving, partition)
-        saves_held = saves_held_up(candidate, partition)
+        sends, saves_held = saves(candidate, partition), saves_held_up(candidate, partition)
         left_after: dict[int, Ref] = {}
         queue = list(link_queue(ring.transfers, restores(candidate, partition, ring.transfers)))
         for visit in range(-1, len(visits)):
             if visit >= 0:
-                forward = visit < len(partition.visits)
-                done = self._compute(visit, visits[visit], forward)
-                if forward and visits[visit] in self._offloaded:
-                    self._saved[visit] = self._act(Kind.SAVE, (visits[visit],), (done,))
+                done = self._compute(visits[visit], self._restored.get(visit))
+                if visit in sends:
+                    self._saved[visit] = self._act(Kind.SAVE, (visits[visit].layer,), (done,))
                 for layer in leaving.get(visit, ()):
                     left_after[visit] = self._act(Kind.GRADIENTS, (layer,), (done,))
                 if visit in held:
@@ -84,7 +90,7 @@ class _Lowering:
             while queue and queue[0].after <= visit:
                 first = queue.pop(0)
                 if isinstance(first, Restore):
-                    self._restore(first, visits[first.before], done)
+                    self._restore(first, visits[first.before].layer, done)
                 else:
                     self._load(first.group)
         left = {group: self._evict(group) for group in sorted(self._brought)}
@@ -96,18 +102,21 @@ class _Lowering:
         self.actions.append(Action(kind, layers, number, tuple(waits), offset))
         return self.actions[-1].ref
 
-    def _compute(self, visit: int, layer: int, forward: bool) -> Ref:
+    def _compute(self, visit: Visit, restored: Ref | None) -> Ref:
+        """`restored`: what brings its activations back, if they were away."""
+        kind, layer, again = visit
         group = self._group_of.get(layer)
         waits = [*([self._brought[group]] if group is not None else []), *self._held_up]
         self._held_up = ()
-        if forward:
-            done = self._act(Kind.FORWARD, (layer,), waits)
-        else:
-            if visit in self._restored:
-                waits.append(self._restored[visit])
-            if layer in self._recomputed:
-                waits = [*waits, self._act(Kind.RECOMPUTE, (layer,), waits)]
-            done = self._act(Kind.BACKWARD, (layer,), waits)
+        if restored is not None:
+            waits.append(restored)
+        if again:
+            self._again[layer] = self._act(Kind.RECOMPUTE, (layer,), waits)
+        if kind is Kind.BACKWARD and layer in self._again:
+            waits.append(self._again.pop(layer))
+        done = self._act(kind, (layer,), waits)
+        if kind is Kind.RECOMPUTE:
+            self._again[layer] = done
         if group is not None:
             self._last_use[group] = done
         return done
@@ -138,10 +147,9 @@ class _Lowering:
             self.actions[position] = replace(action, waits=action.waits + waits)
 
 
-def leaving_after(candidate: Candidate, partition: Partition) -> dict[int, list[int]]:
+def leaving_after(candidate: Candidate, partition: Partition, visits: Sequence[Visit]) -> dict[int, list[int]]:
     """Visit -> the streamed layers whose gradients leave after it: their last one backward, or the last of all."""
-    visits = (*partition.visits, *partition.backward)
-    last = {layer: visit for visit, layer in enumerate(partition.backward, len(partition.visits))}
+    last = {visit.layer: position for position, visit in enumerate(visits) if visit.kind is Kind.BACKWARD}
     leaving: dict[int, list[int]] = {}
     for layer in partition.layers:
         if layer.gradient_bytes and layer.index not in candidate.residents:

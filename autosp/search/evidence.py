@@ -19,10 +19,12 @@ def known_profile(
 
     The key says that model, batch, step and device are the same, with its version of torch. The profile must be of this
     version's schema and of the layers as they are found now, and know the disk if, and only if, the host has no room
-    for all of them: its links are measured in another way then.
+    for all of them: its links are measured in another way then. For a group, it must know the memory of one.
     """
     for _, profile in _profiles(repository, key):
-        if profile.partition == partition and (profile.disk_link is None) == (host_budget_bytes is None):
+        knows_groups = key.group == 1 or profile.waiting_bytes is not None
+        knows_disk = profile.disk_link is not None
+        if profile.partition == partition and knows_groups and knows_disk == (host_budget_bytes is not None):
             return profile
     return None
 

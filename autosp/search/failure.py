@@ -26,7 +26,9 @@ def no_plan(profile: Profile, budget_bytes: int, trials: Sequence[Trial]) -> Aut
             f"none of {len(trials)} validated plans came to its end ({told}): free host memory, raise "
             "trial_timeout_s, or see what the model does without isolate=True"
         )
-    least = budget_for(profile, min(trial.measurement.peak_bytes for trial in measured))
+    leanest = min(measured, key=lambda trial: trial.measurement.peak_bytes)
+    least_peak = leanest.measurement.peak_bytes + profile.heap_scatter_bytes  # which a prediction would have in it
+    least = budget_for(profile, least_peak, leanest.prediction.candidate.group)
     layer = max(profile.partition.layers, key=lambda layer: layer.n_bytes)
     return BudgetTooSmallError(
         f"all {len(measured)} plans that could be measured took more than {budget_bytes / 1e9:.4g} GB has room for; "

@@ -126,6 +126,7 @@ class IsolatedTrials:
             step=workload.step,
             mode=workload.mode,
             seed=workload.seed,
+            group=workload.group,
             device=device,
             partition=profile.partition,
             reading=measured_reading(profile),

@@ -43,7 +43,7 @@ def least_memory(repository: Repository, name: str, key: StudyKey, fastest_under
     repository.save_profile(name, profile)
     assert fastest.measurement is not None and key.slack is not None
     limit_s = fastest.measurement.latency_s * (1 + key.slack)
-    lessons = Lessons(profile, front(profile, key.budget_bytes, fastest.host_budget_bytes))
+    lessons = Lessons(profile, front(profile, key.budget_bytes, fastest.host_budget_bytes, key.group))
     tried = {key.budget_bytes}
     too_slow_bytes = 0
     for _ in range(MOST_BUDGETS):
@@ -52,7 +52,7 @@ def least_memory(repository: Repository, name: str, key: StudyKey, fastest_under
         target = _next(learned, trials, limit_s, too_slow_bytes, best.measurement.peak_bytes)
         if target is None:
             break
-        budget_bytes = budget_for(profile, learned.peak_bytes(target))
+        budget_bytes = budget_for(profile, learned.peak_bytes(target), key.group)
         if budget_bytes in tried:
             break
         tried.add(budget_bytes)

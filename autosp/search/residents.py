@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Self
 
@@ -27,8 +28,6 @@ class Pass:
     """A pass as the filling sees it. Shapes: bytes per layer; layer and compute per visit."""
 
     layer_bytes: tuple[int, ...]
-    resident_bytes: tuple[int, ...]
-    """What a layer takes that stays: of a training pass, with its gradient."""
     visits: tuple[tuple[int, float], ...]
     layers: tuple[int, ...]
     """Those visited, in the order of their first visit."""
@@ -50,7 +49,6 @@ class Pass:
         )
         return cls(
             layer_bytes=tuple(layer.n_bytes for layer in layers),
-            resident_bytes=tuple(layer.n_bytes + layer.gradient_bytes for layer in layers),
             visits=timed,
             layers=tuple(counts),
             pools=tuple(
@@ -63,12 +61,14 @@ class Pass:
 
 @dataclass(frozen=True)
 class Filling:
-    """A ring of `depth` groups of `k_prime` layers, and `free_bytes` for it and for what stays beside it."""
+    """A ring of `depth` groups of `k_prime` layers, and `free_bytes` for it and for what there is beside it."""
 
     of: Pass
     k_prime: int
     depth: int
     free_bytes: int
+    moving_bytes: Callable[[AbstractSet[int]], int] = lambda residents: 0
+    """What a training pass takes besides weights, where these layers stay."""
 
     def resident_sets(self) -> Iterator[tuple[int, ...]]:
         """Sets that use up the memory: spread evenly or to the pace of compute, all or some sizes being streamed."""
@@ -99,10 +99,13 @@ class Filling:
             chosen.update(spread(open_layers, low))
         return tuple(sorted(chosen))
 
-    def _fits(self, residents: set[int] | frozenset[int]) -> bool:
+    def _fits(self, residents: AbstractSet[int]) -> bool:
         sizes = self.of.layer_bytes
+        free_bytes = self.free_bytes - sum(map(sizes.__getitem__, residents))
+        if free_bytes < 0:
+            return False
+        free_bytes -= self.moving_bytes(residents)
         streamed = [sizes[layer] for layer in self.of.layers if layer not in residents]
-        free_bytes = self.free_bytes - sum(map(self.of.resident_bytes.__getitem__, residents))
         if self.k_prime == 1:
             return free_bytes >= arena_bytes(streamed, self.depth)
         groups = [sum(streamed[start : start + self.k_prime]) for start in range(0, len(streamed), self.k_prime)]

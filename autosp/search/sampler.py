@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
+from itertools import takewhile
 from typing import Any
 
 from optuna import Study
@@ -18,8 +19,23 @@ PARAMETERS = ("k", "k_prime", "residents", "on_disk", "read_ahead", "recompute",
 """As in `key_of`."""
 
 
+TIE = 0.01
+"""Predictions that are no further apart than this share say nothing about which plan is faster."""
+
+
+def least_traffic(ordered: Sequence[Prediction]) -> Prediction:
+    """Of predictions, the fastest first, those that tie with the first: the one that moves least, then of least memory.
+
+    What a transfer costs compute is what the cost model knows least: of that, a plan that moves less has less.
+    """
+    tied = takewhile(lambda prediction: prediction.latency_s <= ordered[0].latency_s * (1 + TIE), ordered)
+    return min(tied, key=lambda prediction: (prediction.moved_bytes, prediction.peak_bytes))
+
+
 class CostModelSampler(BaseSampler):
     """Proposes the unvalidated candidate with the least predicted latency among those corrected to fit the budget.
+
+    Of those that tie, the one that moves least.
 
     Before these, the candidates `first`, in their order.
     """
@@ -41,7 +57,8 @@ class CostModelSampler(BaseSampler):
 
     def best_unvalidated(self, tried: Set[Key]) -> Prediction | None:
         """The next candidate; None if all that fit were tried."""
-        return next(iter(self.learned.rivals(tried, self._budget_bytes)), None)
+        rivals = self.learned.rivals(tried, self._budget_bytes)
+        return least_traffic(rivals) if rivals else None
 
     def due(self, study: Study) -> list[Key]:
         """Those of `first` that no trial has or had."""

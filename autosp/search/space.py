@@ -33,42 +33,50 @@ BOOKKEEPING_BYTES, BOOKKEEPING_BYTES_PER_LAYER = 250_000, 20_000
 """On a CPU: what the objects that run a plan take. A study does not see them, in a process that has freed as many: of
 26 to 75 layers in a new process they were 0.6 to 0.9 MB, with a scatter of a part of Python's own arena, 1 MiB."""
 
+BACKWARD_KERNEL_BYTES = 4_500_000
+"""On a CPU: what the kernels of training take once in a process. A study's own passes have taken it before a plan is
+tried: in a new process a ViT's peak was 4.5 MB above what its study saw, that of linear layers 0.8 MB."""
+
 HEAP_NOISE_OF_WORKSPACE = 0.45
 HEAP_GROWTH_OF_WORKSPACE = 0.3
 HEAP_NOISE_OF_BUDGET = 0.01
 """On a CPU the heap fragments differently in every run. A plan's first passes in a new process were seen to take up to
 0.3 of the workspace more than its validation did: so the growth is left free of what was measured, and the noise, which
-has a validation's own scatter in it, of what is predicted. An accelerator's caching allocator has no such noise, and a
-cap that holds."""
+has a validation's own scatter in it, of what is predicted: as far as the prediction has not left it free itself. An
+accelerator's caching allocator has no such noise, and a cap that holds."""
 
 
-def usable_bytes(profile: Profile, budget_bytes: int) -> int:
+def usable_bytes(profile: Profile, budget_bytes: int, group: int = 1) -> int:
     """What may be predicted to be in use."""
-    return budget_bytes - _left_free(profile, budget_bytes, HEAP_NOISE_OF_WORKSPACE)
+    free_bytes = _left_free(profile, budget_bytes, HEAP_NOISE_OF_WORKSPACE, group)
+    return budget_bytes - free_bytes + profile.heap_scatter_bytes
 
 
-def acceptable_bytes(profile: Profile, budget_bytes: int) -> int:
+def acceptable_bytes(profile: Profile, budget_bytes: int, group: int = 1) -> int:
     """What may have been measured to be in use, for a plan to be returned."""
-    return budget_bytes - _left_free(profile, budget_bytes, HEAP_GROWTH_OF_WORKSPACE)
+    return budget_bytes - _left_free(profile, budget_bytes, HEAP_GROWTH_OF_WORKSPACE, group)
 
 
-def _left_free(profile: Profile, budget_bytes: int, share_of_workspace: float) -> int:
+def _left_free(profile: Profile, budget_bytes: int, share_of_workspace: float, group: int) -> int:
     if profile.device.kind != "cpu":
         return 0
-    return int(_heap_bytes(profile, share_of_workspace) + HEAP_NOISE_OF_BUDGET * budget_bytes)
+    return int(_heap_bytes(profile, share_of_workspace, group) + HEAP_NOISE_OF_BUDGET * budget_bytes)
 
 
-def _heap_bytes(profile: Profile, share_of_workspace: float) -> float:
+def _heap_bytes(profile: Profile, share_of_workspace: float, group: int) -> float:
     bookkeeping_bytes = BOOKKEEPING_BYTES + BOOKKEEPING_BYTES_PER_LAYER * len(profile.partition.layers)
-    return share_of_workspace * profile.workspace_bytes + bookkeeping_bytes
+    kernel_bytes = BACKWARD_KERNEL_BYTES if profile.mode == "training" else 0
+    return share_of_workspace * profile.workspace_of(group) + bookkeeping_bytes + kernel_bytes
 
 
 Key = tuple[int, int, int, int, int, int, int]
 """See `key_of`."""
 
 
-def rank(profile: Profile, budget_bytes: int, host_budget_bytes: int | None = None) -> list[Prediction]:
+def rank(profile: Profile, budget_bytes: int, host_budget_bytes: int | None = None, group: int = 1) -> list[Prediction]:
     """Every candidate predicted to fit, the fastest first; of equally fast ones, the one with less memory.
+
+    All of them are of passes of `group` microbatches.
 
     For each ring (k', number of groups) the budget is filled with residents. Besides these there are every k with its
     residents spread evenly, the plain sliding windows (no residents), and everything resident, k' on the `rungs`. Where
@@ -77,50 +85,61 @@ def rank(profile: Profile, budget_bytes: int, host_budget_bytes: int | None = No
 
     Raises: BudgetTooSmallError if nothing is predicted to fit; SettingError if the profile does not know the disk.
     """
-    usable = usable_bytes(profile, budget_bytes)
+    usable = usable_bytes(profile, budget_bytes, group)
     best: dict[Key, Prediction] = {}
-    for prediction in _predictions(profile, _filled(profile, usable), usable, host_budget_bytes):
+    for prediction in _predictions(profile, _filled(profile, usable, group), usable, host_budget_bytes, group):
         key = key_of(prediction.candidate)
         if key not in best or _order(prediction) < _order(best[key]):
             best[key] = prediction
     if not best:
-        raise too_small(profile, budget_bytes)
+        raise too_small(profile, budget_bytes, group)
     return sorted(best.values(), key=_order)
 
 
-def front(profile: Profile, budget_bytes: int, host_budget_bytes: int | None = None) -> list[Prediction]:
+def front(
+    profile: Profile, budget_bytes: int, host_budget_bytes: int | None = None, group: int = 1
+) -> list[Prediction]:
     """The candidates that none beats in both memory and latency, by rising memory: over all budgets up to this one.
 
     Raises: as `rank`.
     """
-    usable = usable_bytes(profile, budget_bytes)
-    least = profile.observed.prediction.peak_bytes
+    usable = usable_bytes(profile, budget_bytes, group)
+    least = _observed_bytes(profile, group)
     budgets = {least + (usable - least) * step // FRONT_STEPS for step in range(1, FRONT_STEPS + 1)}
-    filled = (candidate for budget in sorted(budgets) for candidate in _filled(profile, budget))
+    filled = (candidate for budget in sorted(budgets) for candidate in _filled(profile, budget, group))
     best: list[Prediction] = []
-    for prediction in sorted(_predictions(profile, filled, usable, host_budget_bytes), key=_by_memory):
+    for prediction in sorted(_predictions(profile, filled, usable, host_budget_bytes, group), key=_by_memory):
         if not best or prediction.latency_s < best[-1].latency_s:
             best.append(prediction)
     if not best:
-        raise too_small(profile, budget_bytes)
+        raise too_small(profile, budget_bytes, group)
     return best
 
 
 def _predictions(
-    profile: Profile, filled: Iterable[Candidate], usable: int, host_budget_bytes: int | None
+    profile: Profile, filled: Iterable[Candidate], usable: int, host_budget_bytes: int | None, group: int
 ) -> list[Prediction]:
     """Of `filled`, and of the candidates that are the same under any budget, those that fit."""
     memory = memory_of(profile)
     others = [*sliding_windows(profile), all_resident(profile)]
     if profile.mode == "training":
-        others = list(training_space.with_activations(profile, others, usable))
+        others = list(training_space.with_activations(profile, others, usable, group))
     else:
         others = [*grid(profile, usable), *others]
-    fitting = (candidate for candidate in others if memory.may_fit(candidate, usable))
-    candidates = dict.fromkeys([*filled, *fitting])
+    fitting = (candidate for candidate in _serving(others, group) if memory.may_fit(candidate, usable))
+    candidates = dict.fromkeys([*_serving(filled, group), *fitting])
     if host_budget_bytes is not None and exceeds(profile.partition, host_budget_bytes):
         return _within(profile, candidates, usable, host_budget_bytes)
     return _within_device(profile, candidates, usable)
+
+
+def _serving(candidates: Iterable[Candidate], group: int) -> Iterator[Candidate]:
+    """The candidates, of passes of so many microbatches."""
+    if group == 1:
+        yield from candidates
+        return
+    for candidate in candidates:
+        yield candidate.model_copy(update={"group": group})
 
 
 def key_of(candidate: Candidate) -> Key:
@@ -173,35 +192,48 @@ def all_resident(profile: Profile) -> Candidate:
     return Candidate(k=len(visited), k_prime=1, residents=visited)
 
 
-def least_bytes(profile: Profile) -> int:
-    """The least budget in which the observed peak of the least-memory plan is usable."""
-    return budget_for(profile, profile.observed.measurement.peak_bytes)
+def least_bytes(profile: Profile, group: int = 1) -> int:
+    """The least budget in which what is predicted of the least-memory plan is usable."""
+    return budget_for(profile, _observed_bytes(profile, group), group)
 
 
-def budget_for(profile: Profile, peak_bytes: int) -> int:
+def _observed_bytes(profile: Profile, group: int) -> int:
+    """What the plan that was observed is predicted to take with so many microbatches."""
+    observed = profile.observed.prediction
+    if group == 1:
+        return observed.peak_bytes
+    ((candidate, ring),) = with_rings(profile, _serving([observed.candidate], group))
+    return memory_of(profile).peak_bytes(candidate, ring.arena_bytes)
+
+
+def budget_for(profile: Profile, peak_bytes: int, group: int = 1) -> int:
     """The least budget of which so much may be predicted to be in use."""
     if profile.device.kind != "cpu":
         return peak_bytes
-    heap_bytes = _heap_bytes(profile, HEAP_NOISE_OF_WORKSPACE)
+    heap_bytes = _heap_bytes(profile, HEAP_NOISE_OF_WORKSPACE, group) - profile.heap_scatter_bytes
     return math.ceil((peak_bytes + heap_bytes) / (1 - HEAP_NOISE_OF_BUDGET)) + 1
 
 
-def too_small(profile: Profile, budget_bytes: int) -> BudgetTooSmallError:
+def too_small(profile: Profile, budget_bytes: int, group: int = 1) -> BudgetTooSmallError:
     """The error for a budget below the least that works, with the layer that sets it."""
     layer = max(profile.partition.layers, key=lambda layer: layer.n_bytes)
-    least = least_bytes(profile)
-    nothing = least_training(profile.partition).model_copy(update={"k": 0})
+    least = least_bytes(profile, group)
+    nothing = least_training(profile.partition).model_copy(update={"k": 0, "group": group})
     beside = memory_of(profile).peak_bytes(nothing, 0) - profile.partition.resident_bytes
     return BudgetTooSmallError(
         f"no setting fits {budget_bytes / 1e9:.4g} GB: the least that works is {least / 1e9:.4g} GB. It is set by "
         f"layer {layer.index} ({layer.name}), {layer.n_bytes / 1e9:.4g} GB at once, beside "
         f"{profile.partition.resident_bytes / 1e9:.4g} GB that must be resident and "
-        f"{beside / 1e9:.4g} GB of activations and workspace; "
+        f"{beside / 1e9:.4g} GB of activations and workspace{_of_group(group)}; "
         f"try max_gpu_gb={suggested_gb(least)}",
         budget_bytes=budget_bytes,
         least_bytes=least,
         layer=layer.name,
     )
+
+
+def _of_group(group: int) -> str:
+    return f" of {group} microbatches, which a smaller group has fewer of" if group > 1 else ""
 
 
 def suggested_gb(least_bytes: int) -> str:
@@ -240,12 +272,12 @@ def _within(profile: Profile, candidates: Iterable[Candidate], usable: int, host
     return predict_rings(profile, found.items())
 
 
-def _filled(profile: Profile, budget_bytes: int) -> Iterator[Candidate]:
-    """For each ring, resident sets that use up the budget."""
+def _filled(profile: Profile, budget_bytes: int, group: int) -> Iterator[Candidate]:
+    """For each ring, resident sets that use up the budget beside the activations of a group."""
     if profile.mode == "training":
-        yield from training_space.filled(profile, budget_bytes)
+        yield from training_space.filled(profile, budget_bytes, group)
         return
-    free = budget_bytes - profile.partition.resident_bytes - profile.workspace_bytes
+    free = budget_bytes - profile.partition.resident_bytes - profile.planned_workspace_of(group)
     of = Pass.of(profile)
     count = len(of.layers)
     for k_prime in rungs(count):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -18,7 +18,7 @@ from autosp.cost_model.calibrate import observations
 from autosp.search.finals import fastest, pooled, undecided
 from autosp.search.learned import Learned, Lessons
 from autosp.search.limits import Limits
-from autosp.search.sampler import PARAMETERS, CostModelSampler, running_keys
+from autosp.search.sampler import PARAMETERS, CostModelSampler, least_traffic, running_keys
 from autosp.search.space import Key, acceptable_bytes, all_resident, key_of, usable_bytes
 from autosp.search.validate import LEAST_PASSES
 from autosp.spec import Candidate, Measurement, Outcome, Prediction, Profile, Trial
@@ -67,10 +67,12 @@ def run_study(
     progress: Callable[[str], None],
     hold_device: Callable[[], AbstractContextManager[None]] = nullcontext,
     repeat: Validate | None = None,
+    stored: Collection[Measurement] = (),
 ) -> Verdict:
     """Validate candidates until none can win, or a limit is reached. Continues a study that was interrupted.
 
     With `repeat`, which measures a candidate anew, the fastest are measured again at the end: see `finals`.
+    `stored`: what the database had before this study. It taught something, and took none of its time.
 
     The trivial baselines come first (everything resident where it fits, the best plain sliding window), then the
     cost model's favourite.
@@ -82,10 +84,12 @@ def run_study(
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = repository.optuna_storage()
-    usable = usable_bytes(profile, budget_bytes)
-    acceptable = acceptable_bytes(profile, budget_bytes)
+    group = ranked[0].candidate.group
+    usable = usable_bytes(profile, budget_bytes, group)
+    acceptable = acceptable_bytes(profile, budget_bytes, group)
     lessons = Lessons(profile, ranked)
-    sampler = CostModelSampler(ranked, usable, [*_baselines(profile, ranked), key_of(ranked[0].candidate)])
+    favourite = key_of(least_traffic(ranked).candidate)
+    sampler = CostModelSampler(ranked, usable, [*_baselines(profile, ranked), favourite])
     with repository.turn(name):
         study = optuna.create_study(study_name=name, storage=storage, sampler=sampler, load_if_exists=True)
         study.set_user_attr("autosp_fingerprint", repository.study_key(name).fingerprint)
@@ -99,7 +103,7 @@ def run_study(
             verdict = judge(trials, learned, usable, acceptable)
             running = running_keys(study)
             without_running = judge(trials, learned.without(running), usable, acceptable) if running else verdict
-            spent_s, pass_s = _spent(profile, trials, verdict)
+            spent_s, pass_s = _spent(profile, trials, verdict, stored)
             reached = partial(limits.reached, spent_s=spent_s, pass_s=pass_s)
             upcoming = _what_next(study, sampler, reached, len(trials), len(running), verdict, without_running)
             if upcoming is Next.END:
@@ -151,12 +155,17 @@ def _what_next(
     return Next.VALIDATE
 
 
-def _spent(profile: Profile, trials: Sequence[Trial], verdict: Verdict) -> tuple[float, float]:
-    """What profiling and all trials spent on passes, with one more trial of the best plan; and that plan's pass."""
+def _spent(
+    profile: Profile, trials: Sequence[Trial], verdict: Verdict, stored: Collection[Measurement]
+) -> tuple[float, float]:
+    """What profiling and all trials spent on passes, with one more trial of the best plan; and that plan's pass.
+
+    What was `stored` before took none of this study's time.
+    """
     if verdict.best is None:
         return 0.0, math.inf
     pass_s = verdict.best.measurement.latency_s
-    measured = [trial.measurement for trial in (*observations(profile), *trials)]
+    measured = [trial.measurement for trial in (*observations(profile), *trials) if trial.measurement not in stored]
     spent_s = sum(one.cold_latency_s + sum(one.samples_s) for one in measured)
     return spent_s + (1 + LEAST_PASSES) * pass_s, pass_s
 

@@ -43,6 +43,7 @@ class Job:
     step: Step | None
     mode: str
     seed: int
+    group: int
     device: Device
     partition: Partition
     reading: Reading
@@ -112,7 +113,7 @@ def _serve(pipe: Connection, job: Job) -> None:
         pipe.send(Answer(said, content))
 
     warnings.showwarning = lambda message, category, *_: tell(Said.WARNED, (str(message), category))
-    workload = Workload.of(job.model, job.batch, job.step, job.mode, job.device, job.seed)
+    workload = Workload.of(job.model, job.batch, job.step, job.mode, job.device, job.seed, job.group)
     reference = None if workload.mode == "training" else Reference.of_inference(job.device, workload)
     with Bench(job.model, job.partition, job.device, job.cache_dir, job.host_budget_bytes, workload.mode) as bench:
         bench.readers.use(job.reading)

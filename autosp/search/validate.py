@@ -10,11 +10,13 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import nn
 
 from autosp.batch import equal
 from autosp.devices import Device
 from autosp.errors import HostMemoryError
 from autosp.runtime.bench import Bench
+from autosp.runtime.streamed_model import StreamedModel
 from autosp.schedule.training import least_training
 from autosp.spec import Candidate, Measurement, Outcome
 from autosp.workload import Workload
@@ -94,7 +96,7 @@ def validate(
                 progress("cold")
                 begin = time.perf_counter()
                 with torch.compiler.set_stance("force_eager"):  # as the reference was run
-                    output = workload.run_seeded()
+                    output = workload.run_seeded(streamed)
                 device.synchronize()
                 cold_s = time.perf_counter() - begin
                 same = reference.is_given_by(output)
@@ -102,7 +104,8 @@ def validate(
                 samples: list[float] = []
                 while len(samples) < LEAST_PASSES or (sum(samples) < ENOUGH_S and len(samples) < MOST_PASSES):
                     progress(f"pass {len(samples) + 1}")
-                    seconds, output = _timed_pass(bench, workload)  # as in a loop, the last output lives meanwhile
+                    # as in a loop, the last output lives meanwhile
+                    seconds, output = _timed_pass(bench, workload, streamed)
                     samples.append(seconds)
                 stats = streamed.stats()
                 usage = streamed.usage(len(samples))
@@ -139,9 +142,9 @@ def failed(outcome: Outcome, peak_bytes: int) -> Measurement:
     )
 
 
-def _timed_pass(bench: Bench, workload: Workload) -> tuple[float, Any]:
+def _timed_pass(bench: Bench, workload: Workload, streamed: StreamedModel[nn.Module]) -> tuple[float, Any]:
     begin = bench.device.stamp()
-    output = workload.run()
+    output = workload.run_under(streamed)
     end = bench.device.stamp()
     bench.device.finish_compute()
     return bench.device.seconds(begin, end), output

@@ -3,7 +3,7 @@
 Units are in the names: `_bytes`, `_s` (seconds), `_bytes_per_s`. A GB is 10^9 bytes.
 """
 
-from autosp.spec.layers import Layer, Leaf, Partition
+from autosp.spec.layers import Block, Layer, Leaf, Partition
 from autosp.spec.plan import PLAN_SCHEMA_VERSION, Plan
 from autosp.spec.profile import (
     PROFILE_SCHEMA_VERSION,
@@ -22,6 +22,7 @@ __all__ = [
     "PLAN_SCHEMA_VERSION",
     "PROFILE_SCHEMA_VERSION",
     "BackwardProfile",
+    "Block",
     "Candidate",
     "DeviceInfo",
     "Layer",

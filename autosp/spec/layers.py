@@ -41,6 +41,16 @@ class Leaf(Record):
     inputs: tuple[str, ...] = Field(description="of which the output was seen to be the same, bit by bit, run by run")
 
 
+class Block(Record):
+    """A repeated module, such as a decoder layer: in training it is computed again as a whole, or not at all.
+
+    A pass calls it once. Its layers are visited one after another, and backward in the reverse order.
+    """
+
+    path: str
+    layers: tuple[int, ...] = Field(description="in the order of their visits")
+
+
 class Partition(Record):
     """A model as ordered layers. Every byte is in one layer, or a lookup table, or among the resident tensors."""
 
@@ -60,11 +70,24 @@ class Partition(Record):
         default=None, description="tables of which a pass reads a few rows: they stay on the slow tier"
     )
     leaves: tuple[Leaf, ...] = Field(default=(), description="modules that are several layers")
+    blocks: tuple[Block, ...] = Field(default=(), description="of which a training pass may keep the inputs only")
 
     def whole(self, layers: Collection[int]) -> frozenset[int]:
         """These layers, and all other runs of the leaves that they are runs of: together those rest as one tensor."""
         cut = {self.layers[index].path for index in layers if self.layers[index].rows} if self.leaves else set()
         return frozenset(layers).union(layer.index for layer in self.layers if cut and layer.rows and layer.path in cut)
+
+    @property
+    def recomputable(self) -> tuple[tuple[int, ...], ...]:
+        """The layers that are computed again together: a block's, or one in no block. In the order of the forward."""
+        block_of = {layer: block.layers for block in self.blocks for layer in block.layers}
+        backward = frozenset(self.backward)
+        return tuple(dict.fromkeys(block_of.get(one, (one,)) for one in self.visits if one in backward))
+
+    def recomputed_blocks(self, recompute: Collection[int]) -> tuple[Block, ...]:
+        """Those of which all layers are computed again."""
+        again = frozenset(recompute)
+        return tuple(block for block in self.blocks if again.issuperset(block.layers))
 
     @property
     def streamable_bytes(self) -> int:

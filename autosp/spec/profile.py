@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from autosp.errors import SettingError
 from autosp.spec.layers import Partition
 from autosp.spec.record import DeviceInfo, Mode, Record, Tier
 from autosp.spec.trial import Candidate, Trial
@@ -20,8 +21,14 @@ class LayerProfile(Record):
     forward_s: float
     peak_bytes: int = Field(description="most memory beyond the plan's own buffers during the visit")
     output_bytes: int
-    kept_bytes: int = Field(default=0, description="activations kept for its backward, if none are computed again")
-    input_bytes: int = Field(default=0, description="what is kept of it where its activations are computed again")
+    kept_bytes: int = Field(
+        default=0,
+        description="activations kept for its backward, if none are computed again; in a block, until its next layer's",
+    )
+    input_bytes: int = Field(
+        default=0,
+        description="what is kept of it where its activations are computed again: of a block by its first layer only",
+    )
 
 
 class BackwardProfile(Record):
@@ -29,7 +36,9 @@ class BackwardProfile(Record):
 
     layer: int
     before_s: float = Field(description="compute between the previous visit's end and this visit: the loss, before all")
-    recompute_s: float = Field(description="its activations computed again, where they are")
+    recompute_s: float = Field(
+        description="its activations computed again, where they are: in a block, from the end of the layer before"
+    )
     backward_s: float = Field(description="from there until the next visit")
 
 
@@ -63,7 +72,7 @@ class LinkProfile(Record):
 
 
 class Profile(Record):
-    """Everything the cost model needs, measured once per model, batch and device."""
+    """Everything the cost model needs, measured once per model, batch and device: of passes of one microbatch."""
 
     schema_version: int = Field(default=1, description="1 where there is none: in databases of autosp 0.1.0")
     model_name: str
@@ -81,6 +90,14 @@ class Profile(Record):
         description="observed peak beyond the plan's own buffers: activations, workspace. In training, beyond what the "
         "cost model knows of activations and gradients, too"
     )
+    heap_scatter_bytes: int = Field(
+        default=0, description="how much more of it a plan may turn out to take, where activations live in a C heap"
+    )
+    waiting_bytes: int | None = Field(
+        default=None,
+        description="what each microbatch of a group holds, beyond what the cost model knows of activations, while "
+        "another one computes; None if no group was observed",
+    )
     observed: Trial = Field(description="the least-memory plan's own trial, on which the model is calibrated")
     overlapped: Trial | None = Field(
         default=None, description="the same of a ring that overlaps loads with compute; None if there was no room"
@@ -95,9 +112,28 @@ class Profile(Record):
         return period * self.partition.repeats + backward_s + self.tail_s
 
     def compute_of(self, candidate: Candidate) -> float:
-        """The same under a candidate: with what it computes again."""
+        """The same under a candidate: with what it computes again, for all microbatches of its group."""
         again = frozenset(candidate.recompute)
-        return self.compute_s + sum(visit.recompute_s for visit in self.backward if visit.layer in again)
+        recompute_s = sum(visit.recompute_s for visit in self.backward if visit.layer in again)
+        return candidate.group * (self.compute_s + recompute_s)
+
+    def workspace_of(self, group: int) -> int:
+        """The workspace of one microbatch, and what the others of its group hold meanwhile.
+
+        Raises: SettingError if the profile does not know the latter.
+        """
+        if group == 1:
+            return self.workspace_bytes
+        if self.waiting_bytes is None:
+            raise SettingError(
+                f"the profile is of one microbatch, and knows nothing of the memory of {group} that share a pass: make "
+                f"it with group={group}"
+            )
+        return self.workspace_bytes + (group - 1) * self.waiting_bytes
+
+    def planned_workspace_of(self, group: int) -> int:
+        """What a prediction leaves for it: no plan is to turn out to take more. Raises: SettingError."""
+        return self.workspace_of(group) + self.heap_scatter_bytes
 
     @property
     def link(self) -> LinkProfile:

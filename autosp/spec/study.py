@@ -19,6 +19,7 @@ class StudyKey(Record):
     step: str = Field(description="what runs a pass: `call`, or the qualified name and code hash of `step`")
     mode: Mode
     trained: str | None = Field(default=None, description="in training: which parameters get gradients")
+    group: int = Field(default=1, description="microbatches that share a pass")
     budget_bytes: int
     host_budget_bytes: int | None = Field(default=None, description="None: as much as the machine has")
     slack: float | None = Field(
@@ -28,11 +29,11 @@ class StudyKey(Record):
     @property
     def fingerprint(self) -> str:
         """Hash of all the fields that say something: a field that an older database does not know changes nothing."""
-        return hashlib.sha256(self.model_dump_json(exclude_none=True).encode()).hexdigest()[:32]
+        return hashlib.sha256(self.model_dump_json(exclude_defaults=True).encode()).hexdigest()[:32]
 
     def is_of_the_same_work(self, other: StudyKey) -> bool:
-        """Whether the two differ in no more than what they allow a plan."""
-        return self.differences(other).keys() <= {"budget_bytes", "host_budget_bytes", "slack"}
+        """Whether the two differ in no more than what they allow a plan, and how many microbatches it serves."""
+        return self.differences(other).keys() <= {"group", "budget_bytes", "host_budget_bytes", "slack"}
 
     def differences(self, other: StudyKey) -> dict[str, tuple[object, object]]:
         """Field name -> (mine, theirs) for every field that differs."""

@@ -15,8 +15,9 @@ class Candidate(Record):
 
     `residents` never leave; the other `k - len(residents)` layers are the ring that streamed layers share. Layers
     `on_disk` rest behind the host: they are read into a ring of `read_ahead` groups in host memory, and loaded from it.
-    In training, of layers to `recompute` only the inputs are kept for the backward pass; what autograd saves of layers
-    to `offload` is in host memory until then.
+    In training, of layers to `recompute` only the inputs are kept for the backward pass, and of a block all of whose
+    layers are among them only the block's; what autograd saves of layers to `offload` is in host memory until then. A
+    pass serves `group` microbatches: what a transfer brings is used by all of them before it leaves.
     """
 
     k: int = Field(ge=0)
@@ -26,6 +27,7 @@ class Candidate(Record):
     read_ahead: int = Field(default=0, ge=0, description="groups in the host's ring; 0 if nothing rests on disk")
     recompute: tuple[int, ...] = ()
     offload: tuple[int, ...] = ()
+    group: int = Field(default=1, ge=1, description="microbatches that share a pass")
 
     @model_validator(mode="after")
     def _what_rests_on_disk_is_streamed(self) -> Candidate:
@@ -63,11 +65,12 @@ class Candidate(Record):
         disk = f" on disk={len(self.on_disk)} read-ahead={self.read_ahead}" if self.on_disk else ""
         again = f" recompute={len(self.recompute)}" if self.recompute else ""
         away = f" offload={len(self.offload)}" if self.offload else ""
-        return f"k={self.k} k'={self.k_prime} residents={len(self.residents)}{disk}{again}{away}"
+        group = f" group={self.group}" if self.group > 1 else ""
+        return f"k={self.k} k'={self.k_prime} residents={len(self.residents)}{disk}{again}{away}{group}"
 
 
 class Prediction(Record):
-    """What the cost model says of a candidate."""
+    """What the cost model says of a candidate: of a pass, with all microbatches of its group."""
 
     candidate: Candidate
     latency_s: float = Field(description="one pass in the steady state")
@@ -118,7 +121,7 @@ class Usage(Record):
 
 
 class Measurement(Record):
-    """What the device said of a candidate."""
+    """What the device said of a candidate: of passes, each with all microbatches of its group."""
 
     outcome: Outcome
     latency_s: float = Field(description="median of `samples_s`; 0 when the trial did not get so far")

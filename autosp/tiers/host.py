@@ -129,12 +129,20 @@ def _read(placed: Sequence[Placed], memory: torch.Tensor) -> None:
 def _check_room(moving: Sequence[Resting], n_bytes: int) -> None:
     """Memory of the process's own goes as it moves; mapped pages of files, which are not in it, take new RAM."""
     largest = max((sum(bound.layer.n_bytes for bound in resting.layers) for resting in moving), default=0)
-    needed = max(largest, n_bytes - anonymous_bytes())
+    check_free(
+        max(largest, n_bytes - anonymous_bytes()),
+        f"moving {n_bytes / 1e9:.2f} GB of weights to one buffer",
+        "close other programs, or load the model in a smaller dtype",
+    )
+
+
+def check_free(n_bytes: int, purpose: str, advice: str) -> None:
+    """Raises: HostMemoryError if so much host memory cannot be had."""
     available = available_bytes()
-    if needed > available:
+    if n_bytes > available:
         raise HostMemoryError(
-            f"moving {n_bytes / 1e9:.2f} GB of weights to one buffer takes {needed / 1e9:.2f} GB of host memory, of "
-            f"which {available / 1e9:.2f} GB are free: close other programs, or load the model in a smaller dtype"
+            f"{purpose} takes {n_bytes / 1e9:.2f} GB of host memory, of which {available / 1e9:.2f} GB are free: "
+            f"{advice}"
         )
 
 

@@ -88,4 +88,4 @@ def test_peak_of_any_prediction(profile: Profile, data: st.DataObject) -> None:
     ring = build_ring(candidate, [layer.n_bytes for layer in layers], profile.partition.visits)
     (predicted,) = predict(profile, [candidate])
     everything = sum(layers[index].n_bytes for index in candidate.residents) + ring.arena_bytes
-    assert predicted.peak_bytes == profile.partition.resident_bytes + profile.workspace_bytes + everything
+    assert predicted.peak_bytes == profile.partition.resident_bytes + profile.planned_workspace_of(1) + everything

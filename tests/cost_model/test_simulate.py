@@ -273,6 +273,7 @@ def test_costs_of_a_profile() -> None:
         read_bytes=[10, 30],
         link_latency_s=0.125,
         link_bytes_per_s=100.0,
+        backward=[],
         before_backward_s=[],
         recompute_s=[],
         backward_s=[],

@@ -14,12 +14,13 @@ from autosp.cost_model.calibrate import calibrated
 from autosp.cost_model.floor import floor_s
 from autosp.cost_model.predict import contended_periods, predict, with_rings
 from autosp.cost_model.simulate import costs_of, simulate
-from autosp.cost_model.training_memory import TrainingMemory, used_up_after
+from autosp.cost_model.training_memory import TrainingMemory, freed_bytes
 from autosp.schedule.actions import Kind, Ref
 from autosp.schedule.training import lower_training
+from autosp.schedule.visits import used_up_after
 from autosp.search.space import rank
-from autosp.spec import BackwardProfile, Candidate, Prediction, Profile, Tier, Usage
-from builders import candidates, link, profile, profiles, quick, seconds, thorough, trial
+from autosp.spec import BackwardProfile, Block, Candidate, Prediction, Profile, Tier, Usage
+from builders import blocks, candidates, link, profile, profiles, quick, recomputed, seconds, thorough, trial
 
 
 def trained(
@@ -103,10 +104,10 @@ def test_time_by_hand(candidate: Candidate, expected_s: float) -> None:
 @pytest.mark.parametrize(
     ("candidate", "expected_bytes"),
     [
-        # 5 resident, 7 workspace, an arena of 10; at the turn 60 of activations; backward 10 of gradients under way.
+        # 5 resident, 7 workspace, an arena of 10; at the turn 60 of activations, and the first gradient.
         pytest.param(Candidate(k=1, k_prime=1), 5 + 7 + 10 + 60 + 10, id="kept"),
-        # Inputs of all, and all of the one whose backward it is.
-        pytest.param(Candidate(k=1, k_prime=1, recompute=(0, 1, 2)), 5 + 7 + 10 + 12 + 16 + 10, id="recomputed"),
+        # At the second: two inputs, all of the one whose backward it is, its gradient, and one that leaves.
+        pytest.param(Candidate(k=1, k_prime=1, recompute=(0, 1, 2)), 5 + 7 + 10 + 8 + 16 + 20, id="recomputed"),
         # The last two are gone when the gradients of all three are there: 20 + 30. At the turn: 60 + 10.
         pytest.param(Candidate(k=3, k_prime=1, residents=(0, 1, 2)), 5 + 7 + 30 + 70, id="resident"),
     ],
@@ -116,12 +117,31 @@ def test_memory_by_hand(candidate: Candidate, expected_bytes: int) -> None:
     assert prediction.peak_bytes == expected_bytes
 
 
+@pytest.mark.parametrize(
+    ("layer_bytes", "backward", "residents", "expected_bytes"),
+    [
+        pytest.param((10, 10, 10), (2, 1, 0), (), 20, id="one leaves, one is made"),
+        pytest.param((40, 10, 20, 10), (3, 2, 1, 0), (), 80, id="of those before it as many as are as large"),
+        pytest.param((10, 20, 10, 40), (3, 2, 1, 0), (3,), 40 + 10 + 20, id="the largest stays, the others leave"),
+        pytest.param((10, 10, 10), (2, 1), (), 20, id="the first one's comes after the last visit"),
+        pytest.param((10, 10, 10), (), (), 20, id="all of them, one after another"),
+        pytest.param((10, 10, 10), (2, 1), (0, 1, 2), 30, id="all stay"),
+    ],
+)
+def test_gradients_by_hand(
+    layer_bytes: tuple[int, ...], backward: tuple[int, ...], residents: tuple[int, ...], expected_bytes: int
+) -> None:
+    times = [1.0] * len(backward)
+    measured = trained(profile(layer_bytes), backward, backward_s=times, recompute_s=times)
+    assert TrainingMemory(measured).moving_bytes((), residents) == expected_bytes
+
+
 def test_a_front_is_drawn_up_to_where_nothing_moves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Activations and gradients take more than the weights."""
     drawn: list[Prediction] = []
     pictures = SimpleNamespace(front=lambda profile, predictions, *_, **__: drawn.extend(predictions))
     monkeypatch.setattr("autosp.answers.load_pictures", lambda name: pictures)
-    draw_front(SMALL, [], [60], None, Path("front.png"))
+    draw_front(SMALL, [], [66], None, Path("front.png"))
     assert any(not prediction.candidate.ring and not prediction.candidate.recompute for prediction in drawn)
 
 
@@ -155,15 +175,22 @@ def test_floor_of_links() -> None:
     assert floor_s(KEEPING.model_copy(update={"links": (SMALL.links[0], back)}), 12 + 20) == 200  # half of 20 B stay
 
 
+def with_blocks(measured: Profile, found: tuple[Block, ...]) -> Profile:
+    """The profile, of a model that has blocks."""
+    return measured.model_copy(update={"partition": measured.partition.model_copy(update={"blocks": found})})
+
+
 @st.composite
 def training_profiles(draw: st.DrawFn, *, contention: bool = False) -> Profile:
     """A small model that is trained on any machine."""
     measured = draw(profiles(contention=contention))
     visits = measured.partition.visits
-    backward = tuple(draw(st.lists(st.sampled_from(visits), max_size=8)))
+    reverse = visits[::-1][: draw(st.integers(0, len(visits)))]
+    backward = draw(st.one_of(st.just(reverse), st.lists(st.sampled_from(visits), max_size=8).map(tuple)))
+    measured = with_blocks(measured, draw(blocks(visits, backward)))
     count = len(backward)
     sizes = st.tuples(st.integers(0, 40), st.integers(0, 20))
-    return trained(
+    found = trained(
         measured,
         backward,
         backward_s=draw(st.lists(seconds, min_size=count, max_size=count)),
@@ -172,17 +199,19 @@ def training_profiles(draw: st.DrawFn, *, contention: bool = False) -> Profile:
         kept=draw(st.lists(sizes, min_size=len(visits), max_size=len(visits))),
         return_bytes_per_s=draw(st.sampled_from([0.5, 3.0, 1000.0])),
     )
+    return found.model_copy(update={"waiting_bytes": draw(st.integers(0, 5))})
 
 
 @st.composite
 def training_candidates(draw: st.DrawFn, measured: Profile) -> Candidate:
     """Any setting that `autosp.plan` would accept."""
     parts = measured.partition
-    again = draw(st.lists(st.sampled_from(parts.backward), unique=True)) if parts.backward else []
+    again = draw(recomputed(parts))
     candidate = draw(candidates(parts.visits))
     left = [layer for layer in dict.fromkeys(parts.backward) if layer not in (*again, *candidate.residents)]
     away = draw(st.lists(st.sampled_from(left), unique=True)) if left else []
-    return candidate.model_copy(update={"recompute": tuple(sorted(again)), "offload": tuple(sorted(away))})
+    chosen = {"recompute": again, "offload": tuple(sorted(away)), "group": draw(st.sampled_from((1, 3)))}
+    return candidate.model_copy(update=chosen)
 
 
 @thorough
@@ -192,7 +221,7 @@ def test_the_fast_predictor_and_the_simulator_agree(measured: Profile, data: st.
     schedule = lower_training(candidate, measured.partition)
     periods = contended_periods(measured, with_rings(measured, [candidate]))
     factors = (float(one[0]) for one in (periods.compute_factor, periods.link_factor, periods.disk_factor))
-    timeline = simulate(schedule, costs_of(measured).contended(*factors), periods=2)
+    timeline = simulate(schedule, costs_of(measured, candidate.group).contended(*factors), periods=2)
     (prediction,) = predict(measured, [candidate])
     assert prediction.latency_s == pytest.approx(timeline.period_ends_s[0])
     assert prediction.stall_s == pytest.approx(sum(timeline.stalls_s().values()))
@@ -203,7 +232,8 @@ def test_the_fast_predictor_and_the_simulator_agree(measured: Profile, data: st.
 @given(training_profiles(), st.data())
 def test_floor_below_any_plan_at_its_own_peak(measured: Profile, data: st.DataObject) -> None:
     (predicted,) = predict(measured, [data.draw(training_candidates(measured))])
-    assert floor_s(measured, predicted.peak_bytes) <= predicted.latency_s * (1 + 1e-9)
+    floor = floor_s(measured, predicted.peak_bytes, group=predicted.candidate.group)
+    assert floor <= predicted.latency_s * (1 + 1e-9)
 
 
 def test_activations_are_offloaded_where_that_is_faster() -> None:
@@ -239,17 +269,22 @@ def test_activations_by_the_action_list(measured: Profile, data: st.DataObject) 
     parts = measured.partition
     until = used_up_after(parts.visits, parts.backward)
     again = set(candidate.recompute)
+    block_of = {layer: set(block.layers) for block in parts.blocks for layer in block.layers}
     held = [one.input_bytes if one.layer in again else one.kept_bytes for one in measured.visits]
     anew = [max(0, one.kept_bytes - one.input_bytes) if one.layer in again else 0 for one in measured.visits]
     now = peak = backward = forward = 0
+    there: set[int] = set()
     for action in lower_training(candidate, parts).actions:
         if action.kind is Kind.FORWARD:
             now += held[forward]
             forward += 1
         elif action.kind is Kind.BACKWARD:
             mine = [visit for visit, last in enumerate(until) if last == backward]
-            peak = max(peak, now + sum(anew[visit] for visit in mine))
+            with_it = {one for visit in mine for one in block_of.get(parts.visits[visit], ())}
+            there |= {visit for visit, layer in enumerate(parts.visits) if visit in mine or layer in with_it}
+            peak = max(peak, now + sum(anew[visit] for visit in there))
             now -= sum(held[visit] for visit in mine)
+            there -= set(mine)
             backward += 1
         peak = max(peak, now)
     assert TrainingMemory(measured).activation_bytes(candidate.recompute) == peak
@@ -271,13 +306,19 @@ def with_memory_of_activations_only(measured: Profile, *, kept: bool) -> Profile
 @thorough
 @given(training_profiles(), st.data())
 def test_what_is_away_by_the_action_list(measured: Profile, data: st.DataObject) -> None:
-    """No more is on the device than predicted: it may come back later than it might in any ring."""
-    candidate = data.draw(training_candidates(measured)).model_copy(update={"recompute": ()})
-    parts = measured.partition
+    """No more is on the device than predicted: it may come back later than it might in any ring. Also beside blocks."""
+    candidate = data.draw(training_candidates(measured))
+    parts, group, again = measured.partition, candidate.group, set(candidate.recompute)
     until = used_up_after(parts.visits, parts.backward)
-    kept = [one.kept_bytes for one in measured.visits]
-    assert parts.activation_bytes == tuple(kept)
+    assert parts.activation_bytes == tuple(one.kept_bytes for one in measured.visits)
+    kept = [group * (one.input_bytes if one.layer in again else one.kept_bytes) for one in measured.visits]
+    block_of = {layer: set(block.layers) for block in parts.blocks for layer in block.layers}
+    anew = [
+        max(0, one.kept_bytes - one.input_bytes) * (group if one.layer in block_of else 1) if one.layer in again else 0
+        for one in measured.visits
+    ]
     there: dict[int, int] = {}
+    there_again: set[int] = set()
     leaving: list[tuple[Ref, int]] = []
     visit_of: dict[Ref, int] = {}
     peak = backward = forward = 0
@@ -295,14 +336,18 @@ def test_what_is_away_by_the_action_list(measured: Profile, data: st.DataObject)
             brought = [visit_of[ref] for ref in action.waits if ref.kind is Kind.SAVE]
             leaving = [one for one in leaving if one[1] not in brought]
             there.update((visit, kept[visit]) for visit in brought)
-        peak = max(peak, sum(there.values()))
+        elif action.kind is Kind.BACKWARD:
+            mine = [visit for visit, last in enumerate(until) if last == backward]
+            with_it = {one for visit in mine for one in block_of.get(parts.visits[visit], ())}
+            there_again |= {visit for visit, layer in enumerate(parts.visits) if visit in mine or layer in with_it}
+        peak = max(peak, sum(there.values()) + sum(anew[visit] for visit in there_again))
         if action.kind is Kind.BACKWARD:
+            there_again -= set(mine)
             there = {visit: n_bytes for visit, n_bytes in there.items() if until[visit] != backward}
             backward += 1
     whole, bare = (with_memory_of_activations_only(measured, kept=one) for one in (True, False))
     predicted = TrainingMemory(whole).peak_bytes(candidate, 0) - TrainingMemory(bare).peak_bytes(candidate, 0)
-    stays = TrainingMemory(whole).activation_bytes(())
-    assert peak <= predicted <= stays
+    assert peak <= predicted <= TrainingMemory(whole).activation_bytes(candidate.recompute, group)
 
 
 def test_where_host_memory_is_the_devices_nothing_is_away() -> None:
@@ -313,8 +358,35 @@ def test_where_host_memory_is_the_devices_nothing_is_away() -> None:
         kind: [one.peak_bytes for one in predict(of, [away, kept])] for kind, of in (("cpu", on_cpu), ("gpu", on_gpu))
     }
     assert peaks["cpu"][0] == peaks["cpu"][1]
-    assert peaks["gpu"][0] == peaks["gpu"][1] - 20  # that of 0: that of 1 may be under way until the turn
+    assert peaks["gpu"][0] == peaks["gpu"][1] - 10  # that of 0 is back beside a gradient more
     assert [one.offloaded_bytes for one in predict(on_gpu, [away, kept])] == [40, 0]
+
+
+@thorough
+@given(training_profiles(), st.data())
+def test_gradients_as_the_executor_lets_them_go(measured: Profile, data: st.DataObject) -> None:
+    """Each is sent when it is there, after the oldest of those before it beyond the largest layer's."""
+    candidate = data.draw(training_candidates(measured))
+    parts = measured.partition
+    sizes = [layer.gradient_bytes for layer in parts.layers]
+    streamed = [size for layer, size in enumerate(sizes) if layer not in candidate.residents]
+    last_first = dict.fromkeys(reversed(parts.backward))
+    order = [*reversed(last_first), *(layer for layer in range(len(sizes)) if layer not in last_first)]
+    staying = peak = 0
+    leaving: list[int] = []
+    for layer in order:
+        peak = max(peak, staying + sum(leaving) + sizes[layer])
+        if layer in candidate.residents:
+            staying += sizes[layer]
+            continue
+        leaving.append(sizes[layer])
+        while sum(leaving) > max(streamed):
+            leaving.pop(0)
+    bare = [visit.model_copy(update={"kept_bytes": 0, "input_bytes": 0}) for visit in measured.visits]
+    memory = TrainingMemory(measured.model_copy(update={"visits": tuple(bare)}))
+    assert peak <= memory.moving_bytes((), candidate.residents)
+    if len(last_first) == len(sizes):
+        assert peak == memory.moving_bytes((), candidate.residents)
 
 
 @pytest.mark.parametrize(
@@ -328,6 +400,21 @@ def test_where_host_memory_is_the_devices_nothing_is_away() -> None:
 )
 def test_what_uses_activations_up(visits: tuple[int, ...], backward: tuple[int, ...], expected: list[int]) -> None:
     assert used_up_after(visits, backward) == expected
+
+
+def test_a_block_by_hand() -> None:
+    """Its inputs are kept, all of it is there again from its first backward visit, and one more pass of it is made."""
+    block = Block(path="block", layers=(0, 1, 2))
+    found = with_blocks(SMALL, (block,))
+    visits = tuple(visit.model_copy(update={"input_bytes": 4 if visit.layer == 0 else 0}) for visit in found.visits)
+    found = found.model_copy(update={"visits": visits})
+    (kept, again) = predict(found, [Candidate(k=1, k_prime=1), Candidate(k=1, k_prime=1, recompute=(0, 1, 2))])
+    # 5 resident, 7 workspace, an arena of 10; 4 of inputs and 16 + 20 + 20 beyond them, with 10 of gradients.
+    assert (kept.peak_bytes, again.peak_bytes) == (5 + 7 + 10 + 60 + 10, 5 + 7 + 10 + 60 + 10)
+    # As kept until 6; loads 0: 6-7, again 7-8; 1: 8-9, 9-10; 2: 10-11, again and backward 11-14; as kept from there.
+    assert (kept.latency_s, again.latency_s) == (15, 15 + 3 + 3)
+    assert (kept.moved_bytes, again.moved_bytes) == (50, 80)
+    assert freed_bytes(found) == {(0, 1, 2): 56}
 
 
 def test_what_is_computed_again_is_not_slower_compute() -> None:

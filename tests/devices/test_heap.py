@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
+from contextlib import ExitStack
+from itertools import count
 
 import pytest
 import torch
 
-from autosp.devices import CpuDevice
-from autosp.devices.heap import trim_heap
+from autosp.devices import CpuDevice, heap
+from autosp.devices.heap import MOST_PLUGS, PATIENCE, PLUG_SIZES, Plugs, trim_heap
 from autosp.devices.memory import anonymous_bytes
 from processes import start
 
@@ -106,6 +109,75 @@ def test_a_heap_that_is_not_one_piece_at_the_end_of_the_data(code: str) -> None:
     start(code).says()
 
 
+THE_END_STAYS = """
+import ctypes
+import torch
+import test_heap
+from autosp.devices.heap import PLUG_SIZES, Plugs, settle_heap, trim_heap
+
+libc = ctypes.CDLL(None)
+libc.sbrk.argtypes, libc.sbrk.restype = (ctypes.c_ssize_t,), ctypes.c_size_t
+kept = [torch.ones(n_bytes, dtype=torch.uint8) for n_bytes in PLUG_SIZES for _ in range(40) if n_bytes < 2**19]
+del kept[::2]
+settle_heap()
+plugs = Plugs()
+trim_heap()
+end = libc.sbrk(0)
+for _ in range(2):
+    plugs.fill()
+    assert abs(libc.sbrk(0) - end) <= 2**16, libc.sbrk(0) - end
+"""
+
+
+def test_the_heap_ends_where_it_did() -> None:
+    """What was tried and found to be no hole is gone: nothing else was laid behind it."""
+    start(THE_END_STAYS).says()
+
+
+def test_crumbs_are_left_when_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    malloc, calls = heap._malloc, count()
+
+    def counted(n_bytes: int) -> int | None:
+        next(calls)
+        return malloc(n_bytes)
+
+    n_bytes = PLUG_SIZES[-1]
+    crumbs = [malloc(n_bytes) for _ in range(5 * MOST_PLUGS)]
+    kept = [crumbs.pop(at) for at in range(len(crumbs) - 1, 0, -2)]
+    for crumb in crumbs:
+        heap._free(crumb)
+    monkeypatch.setattr(heap, "_malloc", counted)
+    plugs = Plugs()
+    plugs.fill()
+    assert MOST_PLUGS <= next(calls) <= MOST_PLUGS + (PATIENCE + 2) * len(PLUG_SIZES)
+    plugs.release()
+    for piece in kept:
+        heap._free(piece)
+
+
+def freed_at_once() -> bool:
+    """Whether pieces of which a later one stays give their memory back."""
+    pieces = [piece(4 * MIB) for _ in range(9)]
+    held = anonymous_bytes()
+    del pieces[:-1]
+    return anonymous_bytes() < held - 30 * MIB
+
+
+def test_large_pieces_are_freed_at_once_while_a_model_is_trained() -> None:
+    device, other = CpuDevice(), CpuDevice()
+    device.start_measuring()
+    assert not freed_at_once()
+    with ExitStack() as training:
+        training.enter_context(device.training())
+        with other.training():
+            other.start_measuring()
+            assert freed_at_once()
+        assert freed_at_once()  # one of the two goes on
+    assert not freed_at_once()
+    device.close()
+    other.close()
+
+
 @pytest.mark.parametrize("end", [CpuDevice.close, lambda device: None])
 def test_holes_are_free_again_with_the_device(end: Callable[[CpuDevice], None]) -> None:
     device = CpuDevice()
@@ -116,3 +188,15 @@ def test_holes_are_free_again_with_the_device(end: Callable[[CpuDevice], None]) 
     del device
     assert are_used(holes, pieces_that_fit(64))
     assert len(kept) == 32
+
+
+def test_a_device_that_is_collected_opens_no_holes_that_another_has_closed() -> None:
+    first, second = CpuDevice(), CpuDevice()
+    first.start_measuring()
+    kept, holes = with_holes()
+    second.start_measuring()
+    del first
+    gc.collect()
+    assert not are_used(holes, pieces_that_fit(32))
+    assert len(kept) == 32
+    second.close()

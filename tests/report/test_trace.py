@@ -204,6 +204,17 @@ def test_saved_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [path.name for path in tmp_path.iterdir()] == ["trace.json"]
 
 
+def test_gradients_have_a_track_of_their_own() -> None:
+    layers = [layer.model_copy(update={"gradient_bytes": 25 * 10**7}) for layer in PLAN.partition.layers]
+    plan = PLAN.model_copy(update={"partition": PLAN.partition.model_copy(update={"layers": tuple(layers)})})
+    sent = timeline(Span(Action(Kind.GRADIENTS, (1,), 0), 0, 0.5, 0.75))
+    events = checked(trace.chrome_trace(plan, sent, timeline(forward(1, 0, 0.5))))
+    (gradients,) = track(events, "predicted", "gradients")
+    assert (gradients["ts"], gradients["dur"], gradients["name"]) == (500_000, 250_000, "blocks.1")
+    assert gradients["args"] == {"layers": [1], "bytes": 250_000_000, "GB/s": 1.0}
+    assert [one["args"]["name"] for one in events if one["name"] == "thread_name"].count("gradients") == 1
+
+
 def test_reads_have_a_track_of_their_own() -> None:
     timeline = Timeline((Span(Action(Kind.READ, (1,), 0, (), 8192), 0, 0.0, 0.25),), (1.0,))
     plan = samples.plan()

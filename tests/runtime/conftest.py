@@ -46,7 +46,10 @@ def stream(request: pytest.FixtureRequest) -> Iterator[Callable[..., autosp.Stre
 
 @pytest.fixture
 def apply(tmp_path: Path) -> Iterator[Apply]:
-    """Trains a model under a candidate; what of the candidate is no layer of the model's is left out."""
+    """Trains a model under a candidate; what of the candidate is no layer of the model's is left out.
+
+    Where a layer of a block is computed again, so is the block.
+    """
     devices: list[Device] = []
     applied: list[StreamedModel[nn.Module]] = []
 
@@ -62,8 +65,9 @@ def apply(tmp_path: Path) -> Iterator[Apply]:
         devices.append(device)
         parts = training_partition(Workload.of(model, batch, step, "training", device), device, tmp_path)
         residents = tuple(index for index in candidate.residents if index < len(parts.layers))
-        recompute = tuple(index for index in candidate.recompute if index in parts.backward)
-        offload = tuple(index for index in candidate.offload if index in parts.backward)
+        whole = {index for unit in parts.recomputable if {*unit} & {*candidate.recompute} for index in unit}
+        recompute = tuple(sorted(whole))
+        offload = tuple(index for index in candidate.offload if index in parts.backward and index not in whole)
         candidate = candidate.model_copy(update={"residents": residents, "recompute": recompute, "offload": offload})
         bound = bind(model, parts)
         store = open_store(device, bound.layers, tmp_path, Originals.FREED)

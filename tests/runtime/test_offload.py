@@ -63,7 +63,8 @@ PLANS = {
     "k=3 k'=1": Candidate(k=3, k_prime=1, offload=ALL[::2]),
     "k=4 k'=2": Candidate(k=4, k_prime=2, offload=ALL),
     "residents": Candidate(k=3, k_prime=1, residents=(1,), offload=(0, *ALL[2:])),
-    "recompute others": Candidate(k=2, k_prime=1, recompute=ALL[::2], offload=ALL[1::2]),
+    "recompute first": Candidate(k=2, k_prime=1, recompute=ALL[:2], offload=ALL[2:]),
+    "recompute last": Candidate(k=2, k_prime=1, recompute=ALL[4:], offload=ALL[:4]),
 }
 
 DEVICES: dict[str, Callable[[], Device]] = {

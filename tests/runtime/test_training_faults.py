@@ -14,10 +14,13 @@ from torch import nn
 from autosp.batch import call, equal
 from autosp.devices import Region, VirtualDevice
 from autosp.devices.virtual import VirtualCopy
+from autosp.errors import HostMemoryError
 from autosp.partition import bind
+from autosp.partition.tensors import EXTENT_ALIGNMENT, align
+from autosp.runtime.gradients import Gradients
 from autosp.runtime.streamed_model import StreamedModel
 from autosp.schedule.training import lower_training
-from autosp.tiers import Originals, open_store
+from autosp.tiers import Originals, host, open_store
 from models import make, tokens, vectors
 from trained import PLANS, SOME, Apply, assert_same_gradients, assert_same_weights, backward, loss_of, twins
 
@@ -274,6 +277,34 @@ def test_a_step_that_the_scaler_skips(plan: str, apply: Apply) -> None:
         scales.append(scalers[0].get_scale())
         assert equal(before, list(model.parameters())) == (step == 2)
     assert scales == [256, 512, 256, 256, 512, 512]
+
+
+def test_gradients_that_ram_has_no_room_for(apply: Apply, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told before any memory is taken: when the plan is applied, or when more parameters are trained."""
+    model, batch = make("stack")
+    model, plain = twins(model)
+    weight = model.head.weight
+    for one in (model, plain):
+        for parameter in one.parameters():
+            parameter.requires_grad_(parameter is one.blocks[0].down.weight)
+    streamed = apply(model, batch, PLANS["k=1 k'=1"], device=VirtualDevice(bytes_per_s=1e9))
+    n_bytes = align(weight.numel() * weight.element_size(), EXTENT_ALIGNMENT)
+    staged = 2 * n_bytes if weight.numel() > model.blocks[0].down.weight.numel() else 0
+    monkeypatch.setattr(host, "available_bytes", lambda: n_bytes + staged - 1)
+    weight.requires_grad_()
+    with pytest.raises(
+        HostMemoryError, match=r"room for the gradients of 1 streamed parameters takes 0\.00 GB of host"
+    ):
+        backward(model, batch)
+    monkeypatch.setattr(host, "available_bytes", lambda: n_bytes + staged)
+    plain.head.weight.requires_grad_()
+    for one in (model, plain):
+        backward(one, batch)
+    assert_same_gradients(model, plain)
+    streamed.remove()
+    monkeypatch.setattr(host, "available_bytes", lambda: 10)
+    with pytest.raises(HostMemoryError, match="close other programs, train fewer parameters"):
+        Gradients(bind(model, streamed._bound.partition).layers, VirtualDevice(bytes_per_s=1e9))
 
 
 class Crowded(VirtualDevice):

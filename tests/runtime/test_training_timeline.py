@@ -82,6 +82,7 @@ def test_prediction_and_execution_are_the_same_numbers(plan: str, apply: Apply) 
     costs = Costs(
         before_s=[0.0] * 7,
         forward_s=[FORWARD_S[number % 3] for number in range(7)],
+        backward=parts.backward,
         before_backward_s=[LOSS_S, *[0.0] * 6],
         recompute_s=[FORWARD_S[number % 3] for number in reversed(range(7))],
         backward_s=[BACKWARD_S[number % 3] for number in reversed(range(7))],
@@ -99,7 +100,7 @@ def test_prediction_and_execution_are_the_same_numbers(plan: str, apply: Apply) 
     returned = [(span.start_s, span.end_s) for span in predicted.of_kind(Kind.GRADIENTS)]
     for one in sends:
         assert [pytest.approx(pair, rel=1e-9) for pair in returned] == [(start, end) for start, end, _ in one]
-    for kind in (Kind.FORWARD, Kind.RECOMPUTE, Kind.BACKWARD, Kind.LOAD):
+    for kind in (Kind.FORWARD, Kind.RECOMPUTE, Kind.BACKWARD, Kind.LOAD, Kind.GRADIENTS):
         seen = [span for span in measured.of_kind(kind) if span.period == 0]
         expected = [span for span in predicted.of_kind(kind) if not set(span.action.layers) & set(residents)]
         assert [span.action.layers for span in seen] == [span.action.layers for span in expected]
@@ -139,6 +140,7 @@ def test_activations_move_when_predicted(k: int, k_prime: int, apply: Apply) -> 
     costs = Costs(
         before_s=[0.0] * 7,
         forward_s=[FORWARD_S[number % 3] for number in range(7)],
+        backward=parts.backward,
         before_backward_s=[LOSS_S, *[0.0] * 6],
         recompute_s=[0.0] * 7,
         backward_s=[BACKWARD_S[number % 3] for number in reversed(range(7))],
@@ -159,6 +161,20 @@ def test_activations_move_when_predicted(k: int, k_prime: int, apply: Apply) -> 
         assert [span.action.layers for span in seen] == [span.action.layers for span in expected]
         for left, right in zip(seen, expected, strict=True):
             assert (left.start_s, left.end_s) == pytest.approx((right.start_s, right.end_s), rel=1e-9)
+
+
+def test_the_gradients_of_a_layer_leave_as_one_and_those_of_each_microbatch_by_themselves(apply: Apply) -> None:
+    """Where there are gradients already, a group's are added to them one microbatch after another."""
+    torch.manual_seed(0)
+    model, batch = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3))), torch.ones(5, 64, requires_grad=True)
+    streamed = apply(model, batch, Candidate(k=1, k_prime=1), device=VirtualDevice(bytes_per_s=1e4))
+    loss_step(model, batch).backward()
+    streamed.backward_group([batch, batch], loss_step)
+    sent = streamed.timeline().of_kind(Kind.GRADIENTS)
+    whole = [span for span in sent if span.period == 0]
+    assert [span.action.layers for span in whole] == [(2,), (1,), (0,)]
+    assert [span.end_s - span.start_s for span in whole] == pytest.approx([(64 * 64 + 64) * 4 / 1e4] * 3)
+    assert [span.action.layers for span in sent if span.period == 1] == [(2,), (2,), (1,), (1,), (0,), (0,)]
 
 
 def test_stalls_count_backward_too(apply: Apply) -> None:

@@ -346,10 +346,34 @@ def test_a_step_that_raises_at_once_keeps_all_gradients(apply: Apply) -> None:
             optimizer.step()
         optimizer.param_groups[0]["betas"] = betas
     assert_same_weights(pair.model, pair.plain)
+    assert_same_gradients(pair.model, pair.plain)
+    assert all(one.grad is not None for one in pair.model.parameters())
     for one in (pair.model, pair.plain):
         backward(one, pair.batch)
     assert_same_gradients(pair.model, pair.plain)
     assert pair.model.head.weight.grad is not None
+
+
+@pytest.mark.parametrize("scheduled", ["before", "meanwhile", "never"])
+def test_removal_gives_the_optimizer_its_own_step(scheduled: str, apply: Apply) -> None:
+    """Also where a scheduler, which counts the steps, has put itself around it."""
+    model, batch = make("stack")
+    optimizer = OPTIMIZERS["adam"](model.train())
+    if scheduled == "before":
+        torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    before = optimizer.__dict__.get("step")
+    streamed = apply(model, batch, PLANS["k=3 k'=1"], optimizer=optimizer)
+    if scheduled == "meanwhile":
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+        before = optimizer.__dict__["step"]
+    streamed.remove()
+    assert optimizer.__dict__.get("step") is before
+    backward(model, batch)
+    weight = model.head.weight.clone()
+    optimizer.step()
+    assert not equal(weight, model.head.weight)
+    if scheduled == "meanwhile":
+        scheduler.step()  # warns of steps that it did not see
 
 
 def test_loads_wait_for_their_update_only(apply: Apply) -> None:

@@ -15,8 +15,8 @@ from autosp.schedule.offload import restores
 from autosp.schedule.training import lower_training
 from autosp.schedule.updates import with_updates
 from autosp.schedule.validate import validate
-from autosp.spec import Candidate, Partition
-from builders import candidates, orders, partition, profile, sizes, thorough
+from autosp.spec import Block, Candidate, Partition
+from builders import blocks, candidates, orders, partition, profile, recomputed, sizes, thorough
 
 
 def trained(layer_bytes: tuple[int, ...], visits: tuple[int, ...], backward: tuple[int, ...]) -> Partition:
@@ -79,20 +79,48 @@ def test_by_hand(name: str) -> None:
     validate(schedule, (10, 10, 10))
 
 
+@pytest.mark.parametrize(
+    ("k", "actions"),
+    [
+        pytest.param(
+            1,  # 1 and 2 are loaded to compute the block again; 2 stays for its backward, 1 is loaded once more
+            "3B0[3L0] 3G0[3B0] 3E0[3B0] 1L1@0[3E0] 1C0[1L1] 1E1[1C0] 2L1@0[1E1] 2C0[2L1] 2B0[2L1,2C0] 2G0[2B0] 2E1[2B0]"
+            " 1L2@0[2E1] 1B0[1L2,3G0,1C0] 0G0[1B0] 1G0[1B0] 1E2[1B0]",
+            id="a ring of one",
+        ),
+        pytest.param(
+            3,  # the block is there at the turn, but for layer 0, whose place 3 has: no load
+            "3B0[3L0] 3G0[3B0] 1C0[1L0] 2C0[2L0] 2B0[2L0,2C0] 2G0[2B0] 1B0[1L0,3G0,1C0] 0G0[1B0] 1G0[1B0]"
+            " 1E0[1B0] 2E0[2B0] 3E0[3B0]",
+            id="a ring that holds the block",
+        ),
+    ],
+)
+def test_a_block_by_hand(k: int, actions: str) -> None:
+    parts = trained((10, 10, 10, 10), (0, 1, 2, 3), (3, 2, 1))
+    parts = parts.model_copy(update={"blocks": (Block(path="block", layers=(1, 2)),)})
+    schedule = lower_training(Candidate(k=k, k_prime=1, recompute=(1, 2)), parts)
+    assert str(schedule).endswith(f"3F0[3L0] {actions}")
+    validate(schedule, (10,) * 4)
+    with pytest.raises(ValueError, match="some layers of block block are recomputed, and others are not"):
+        lower_training(Candidate(k=k, k_prime=1, recompute=(2,)), parts)
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[Candidate, Partition]:
     """Any candidate for any small model; its backward needs some of the visited layers, in any order."""
     layer_bytes = tuple(draw(st.lists(sizes, min_size=1, max_size=8)))
     visits = draw(orders(len(layer_bytes)))
-    backward = tuple(draw(st.lists(st.sampled_from(visits), max_size=10)))
+    reverse = visits[::-1][: draw(st.integers(0, len(visits)))]
+    backward = draw(st.one_of(st.just(reverse), st.lists(st.sampled_from(visits), max_size=10).map(tuple)))
+    saved = tuple(draw(st.lists(st.integers(0, 40), min_size=len(visits), max_size=len(visits))))
+    parts = trained(layer_bytes, visits, backward)
+    parts = parts.model_copy(update={"blocks": draw(blocks(visits, backward)), "activation_bytes": saved})
+    again = draw(recomputed(parts))
     candidate = draw(candidates(visits))
-    again = draw(st.lists(st.sampled_from(backward), unique=True)) if backward else []
     left = [layer for layer in dict.fromkeys(backward) if layer not in (*again, *candidate.residents)]
     away = draw(st.lists(st.sampled_from(left), unique=True)) if left else []
-    chosen = {"recompute": tuple(sorted(again)), "offload": tuple(sorted(away))}
-    parts = trained(layer_bytes, visits, backward)
-    saved = draw(st.lists(st.integers(0, 40), min_size=len(visits), max_size=len(visits)))
-    return candidate.model_copy(update=chosen), parts.model_copy(update={"activation_bytes": tuple(saved)})
+    return candidate.model_copy(update={"recompute": again, "offload": tuple(sorted(away))}), parts
 
 
 def layer_bytes_of(parts: Partition) -> tuple[int, ...]:
@@ -113,7 +141,10 @@ def test_every_schedule_is_valid_and_round_trips(case: tuple[Candidate, Partitio
     assert schedule.cold == ()
     assert tuple(visits_of(schedule, Kind.FORWARD)) == parts.visits
     assert tuple(visits_of(schedule, Kind.BACKWARD)) == parts.backward
-    assert visits_of(schedule, Kind.RECOMPUTE) == [layer for layer in parts.backward if layer in candidate.recompute]
+    last = {block.layers[-1]: block.layers for block in parts.blocks}
+    others = {layer for block in parts.blocks for layer in block.layers[:-1]}
+    again = [layer for layer in parts.backward if layer in candidate.recompute and layer not in others]
+    assert visits_of(schedule, Kind.RECOMPUTE) == [one for layer in again for one in last.get(layer, (layer,))]
 
 
 @thorough

@@ -10,7 +10,7 @@ from optuna.distributions import IntDistribution
 from optuna.trial import TrialState
 
 from autosp.search.learned import Learned
-from autosp.search.sampler import PARAMETERS, CostModelSampler, running_keys
+from autosp.search.sampler import PARAMETERS, CostModelSampler, least_traffic, running_keys
 from autosp.search.space import Key, key_of, rank
 from autosp.spec import Candidate, Prediction
 from builders import prediction, profile
@@ -69,6 +69,21 @@ def test_proposes_the_best_unvalidated(sampler: CostModelSampler) -> None:
     assert sampler.best_unvalidated({key_of(STEADY.candidate)}) == FAST
     assert sampler.best_unvalidated({key_of(FAST.candidate), key_of(STEADY.candidate)}) == SLOW
     assert sampler.best_unvalidated({key_of(each.candidate) for each in RANKED}) is None
+
+
+def test_of_predictions_that_tie_the_one_that_moves_least_is_proposed() -> None:
+    most, same, least, slower = (
+        prediction(Candidate(k=k, k_prime=1), latency_s=latency_s, moved_bytes=moved, peak_bytes=peak)
+        for k, latency_s, moved, peak in [(1, 1.0, 900, 10), (2, 1.004, 100, 50), (3, 1.009, 100, 40), (4, 1.02, 0, 10)]
+    )
+    assert least_traffic([most, same, least, slower]) == least
+    assert least_traffic([most, slower]) == most
+    ranked = [most, same, least, slower]
+    sampler = CostModelSampler(ranked, 1000)
+    sampler.learned = Learned(tuple(ranked), 0.0, 0)
+    assert sampler.best_unvalidated(set()) == least
+    assert sampler.best_unvalidated({key_of(least.candidate)}) == same
+    assert sampler.best_unvalidated({key_of(one.candidate) for one in ranked}) is None
 
 
 def test_uses_the_order_that_was_learned(sampler: CostModelSampler) -> None:

@@ -199,6 +199,25 @@ def test_heap_noise_is_left_free_on_a_cpu() -> None:
         rank(on_cpu, 996 * mb)
 
 
+def test_scatter_that_is_predicted_is_not_left_free_once_more() -> None:
+    mb = 10**6
+    without = profile((870 * mb,), workspace_bytes=80 * mb, kind="cpu")
+    least = without.observed.prediction
+    known = without.observed.model_copy(
+        update={"prediction": least.model_copy(update={"peak_bytes": least.peak_bytes + 20 * mb})}
+    )
+    scattering = without.model_copy(update={"heap_scatter_bytes": 20 * mb, "observed": known})
+    assert [p.peak_bytes for p in rank(scattering, 1000 * mb)] == [970 * mb, 970 * mb]
+    assert acceptable_bytes(scattering, 1000 * mb) == acceptable_bytes(without, 1000 * mb)
+    refused = []
+    for one in (scattering, without):
+        with pytest.raises(BudgetTooSmallError) as refusal:
+            rank(one, 996 * mb)
+        refused.append(refusal.value.least_bytes)
+        assert rank(one, refusal.value.least_bytes)
+    assert refused[0] == refused[1]
+
+
 def test_nothing_is_left_free_on_an_accelerator() -> None:
     on_gpu = profile((8900,), workspace_bytes=800, kind="cuda")
     assert usable_bytes(on_gpu, 10_000) == acceptable_bytes(on_gpu, 10_000) == 10_000

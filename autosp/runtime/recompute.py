@@ -1,0 +1,142 @@
+"""Calls of which autograd keeps the inputs only: the backward pass computes their activations again.
+
+[Note: weights after what is computed again] A backward node may ask for a streamed weight before it asks for an
+activation of its block. If computing the block again began after that, it could load another layer over the weight that
+the node already holds. So whatever a block saves of the arena has the block computed again first.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch._C._autograd import _top_saved_tensors_default_hooks as hooks_around
+from torch.utils.checkpoint import checkpoint
+
+from autosp.errors import ModelChangedError
+from autosp.partition import Inputs
+from autosp.runtime.executor import Observer
+
+
+@dataclass(frozen=True)
+class _Here:
+    """The call of a block that a thread is in."""
+
+    last: int
+    """The last layer that it visits."""
+    again: bool
+    hooks: tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
+    """Of its checkpoint."""
+
+
+class Recomputed:
+    """Calls of blocks and layers, which may be inside each other and in several threads."""
+
+    def __init__(self) -> None:
+        self._threads = threading.local()
+
+    def block(
+        self,
+        module: nn.Module,
+        name: str,
+        last: int,
+        forward: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        observer: Observer | None,
+    ) -> Any:
+        """Call a block whose last layer is `last`, seen by `observer`. With inputs that may change it is called as is.
+
+        Its backward raises: ModelChangedError if they changed nevertheless.
+        """
+        inputs = Inputs(args, kwargs)
+        seen = forward if observer is None else partial(_observed, observer, forward)
+        if not inputs.plain:
+            return seen(*args, **kwargs)
+
+        def run(again: bool, *args: Any, **kwargs: Any) -> Any:
+            if again and not inputs.untouched():
+                raise ModelChangedError(
+                    f"{name} cannot be computed again in the backward pass: its inputs were written to after it was "
+                    "called; make the plan with recompute=0, or write to a copy of them"
+                )
+            with self._entered(last, again):
+                return (forward if again else seen)(*args, **kwargs)
+
+        return self.call(module, run, args, kwargs)
+
+    def call(self, module: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """`run(again, *args, **kwargs)`, now and in the backward pass. What the module's buffers count, they do once.
+
+        Random numbers and autocast are as they were the first time.
+        """
+        again = False
+
+        def first_or_again(args: Any, kwargs: Any) -> Any:
+            nonlocal again
+            if again:
+                with _buffers_kept(module):
+                    return run(True, *args, **kwargs)
+            again = True
+            return run(False, *args, **kwargs)
+
+        return checkpoint(first_or_again, args, kwargs, use_reentrant=False)
+
+    def before_last(self, layer: int) -> bool:
+        """Whether this thread computes a block again, and the layer is not the last one of it."""
+        here = self._here()
+        return here is not None and here.again and here.last != layer
+
+    def at_last(self, layer: int) -> bool:
+        """The same of the layer that is the last one of it."""
+        here = self._here()
+        return here is not None and here.again and here.last == layer
+
+    def beginning(self) -> Callable[[], Any] | None:
+        """Of what is saved of the arena now: what computes the block that this thread is in again. None outside one.
+
+        See [Note: weights after what is computed again]. The first pass and the second must save as many tensors.
+        """
+        here = self._here()
+        if here is None:
+            return None
+        pack, unpack = here.hooks
+        return partial(unpack, pack(torch.empty(0)))
+
+    def _here(self) -> _Here | None:
+        return getattr(self._threads, "here", None)
+
+    @contextmanager
+    def _entered(self, last: int, again: bool) -> Iterator[None]:
+        hooks = hooks_around(True)
+        assert hooks is not None, "a checkpoint has hooks"
+        around, self._threads.here = self._here(), _Here(last, again, hooks)
+        try:
+            yield
+        finally:
+            self._threads.here = around
+
+
+def _observed(observer: Observer, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    observer.enter((args, kwargs))
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        observer.leave()
+
+
+@contextmanager
+def _buffers_kept(module: nn.Module) -> Iterator[None]:
+    """What a forward writes, such as a running mean, it writes once. Version counters see nothing of it."""
+    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in before:
+            buffer.data.copy_(value)
