@@ -32,6 +32,7 @@ def plan(
     step: Step | None = None,
     device: torch.device | str | Device | None = None,
     recompute: int = 0,
+    offload: int = 0,
     group: int = 1,
 ) -> Plan:
     """The plan with the k and k' that the user sets, as the Superpipeline paper uses them: nothing is searched.
@@ -41,8 +42,9 @@ def plan(
 
     With mode="training", `step` returns the loss, and weights rest in host memory. Of `recompute` blocks of the model,
     such as decoder layers, and layers that are in none, spread evenly, only the inputs are kept for the backward pass,
-    which computes their activations again. With `group` the plan says how many microbatches share a pass, and more are
-    refused.
+    which computes their activations again. Of `offload` of the other streamed layers, spread evenly too, activations
+    are in host memory until the backward pass comes to them: on a CPU, where that is no other memory, to no gain. With
+    `group` the plan says how many microbatches share a pass, and more are refused.
 
     Raises: SettingError if the numbers do not fit together or the model has fewer layers; BudgetTooSmallError if the
     host has no room for a transfer.
@@ -50,9 +52,9 @@ def plan(
     chosen = choose_device(device, mode)
     workload = Workload.of(model, sample_batch, step, mode, chosen, group=group)
     if mode == "training":
-        return _training_plan(workload, chosen, k, k_prime, residents, recompute, max_cpu_gb)
-    if recompute:
-        raise SettingError(f"recompute={recompute!r}: activations are computed again in mode='training' only")
+        return _training_plan(workload, chosen, k, k_prime, residents, recompute, offload, max_cpu_gb)
+    if recompute or offload:
+        raise SettingError(f"recompute={recompute!r}, offload={offload!r}: these are for mode='training' only")
     parts = workload.layers(chosen)
     candidate = _candidate(k, k_prime, residents, list(dict.fromkeys(parts.visits)), group)
     host_bytes = None if max_cpu_gb is None else parse_budget(max_cpu_gb, "max_cpu_gb")
@@ -79,6 +81,7 @@ def _training_plan(
     k_prime: int,
     residents: int,
     recompute: int,
+    offload: int,
     max_cpu_gb: float | str | None,
 ) -> Plan:
     """`plan` for training: a training pass is observed too."""
@@ -92,7 +95,12 @@ def _training_plan(
             f"{len(units) - len(parts.blocks)} layers that are in none; pass a whole number of up to {len(units)}"
         )
     again = tuple(sorted(layer for unit in evenly_spread(units, recompute) for layer in unit))
-    candidate = candidate.model_copy(update={"recompute": again})
+    there = {*again, *candidate.residents}
+    left = [layer for layer in dict.fromkeys(parts.backward) if layer not in there]
+    if isinstance(offload, bool) or not isinstance(offload, int) or not 0 <= offload <= len(left):
+        raise SettingError(f"offload={offload!r}: {len(left)} layers are streamed, go backward and are not recomputed")
+    away = tuple(sorted(evenly_spread(left, offload)))
+    candidate = candidate.model_copy(update={"recompute": again, "offload": away})
     return Plan(
         **workload.identity(device),
         partition=parts,

@@ -81,6 +81,7 @@ def test_file_is_readable_json(tmp_path: Path) -> None:
         "on_disk": [],
         "read_ahead": 0,
         "recompute": [],
+        "offload": [],
         "group": 1,
     }
     assert data["device"]["slow_tier"] == "disk"
@@ -354,7 +355,11 @@ def test_a_plan_of_before_the_disk_tier_is_read(tmp_path: Path) -> None:
 def before_blocks(data: dict[str, Any]) -> None:
     """As schema 6 had it."""
     data["schema_version"] = 6
-    del data["partition"]["blocks"]
+    del data["partition"]["blocks"], data["partition"]["activation_bytes"]
+    del data["candidate"]["offload"], data["candidate"]["group"]
+    if data["prediction"]:
+        del data["prediction"]["candidate"]["offload"], data["prediction"]["candidate"]["group"]
+        del data["prediction"]["offloaded_bytes"]
 
 
 def test_a_plan_of_before_blocks_computes_each_layer_again_by_itself(tmp_path: Path) -> None:
@@ -367,6 +372,12 @@ def test_a_plan_of_before_blocks_computes_each_layer_again_by_itself(tmp_path: P
     loaded = Plan.load(path)
     assert loaded.schema_version == 6
     assert loaded.partition.recomputable == ((0,), (1,))
+
+
+def test_a_plan_of_before_activations_were_offloaded_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(changed(before_blocks), encoding="utf-8")
+    assert Plan.load(path) == PLAN.model_copy(update={"schema_version": 6})
 
 
 def before_disk_bytes(data: dict[str, Any]) -> None:

@@ -36,6 +36,7 @@ SETTINGS: list[dict[str, int]] = [
     {"k": 4, "k_prime": 2, "recompute": 5},
     {"k": 5, "k_prime": 1, "residents": 3},
     {"k": 14, "k_prime": 1, "residents": 14, "recompute": 7},
+    {"k": 3, "k_prime": 1, "residents": 1, "recompute": 2, "offload": 4},
 ]
 
 
@@ -51,6 +52,7 @@ def test_a_saved_plan_trains_as_plain_torch_does(setting: dict[str, int], tmp_pa
     again = [unit for unit in plan.partition.recomputable if {*unit} & {*plan.candidate.recompute}]
     assert len(again) == setting.get("recompute", 0)
     assert sorted(layer for unit in again for layer in unit) == list(plan.candidate.recompute)
+    assert len(plan.candidate.offload) == setting.get("offload", 0)
     with autosp.apply(model, plan) as applied:
         train(applied, batch)
     train(twin, batch)
@@ -132,8 +134,12 @@ def test_what_a_budget_counts_stays_small() -> None:
         ({"recompute": 8}, "visits 6 blocks, and 1 layers that are in none"),
         ({"recompute": -1}, "visits 6 blocks"),
         ({"recompute": True}, "visits 6 blocks"),
+        ({"recompute": 3, "offload": 8}, "7 layers are streamed, go backward and are not recomputed"),
+        ({"offload": -1}, "13 layers are streamed"),
+        ({"offload": True}, "13 layers are streamed"),
         ({"device": CpuDevice()}, "rest on disk, and training updates them"),
-        ({"mode": "inference", "step": None, "recompute": 1}, "in mode='training' only"),
+        ({"mode": "inference", "step": None, "recompute": 1}, "for mode='training' only"),
+        ({"mode": "inference", "step": None, "offload": 1}, "for mode='training' only"),
     ],
 )
 def test_what_cannot_be_planned(changes: dict[str, Any], message: str) -> None:

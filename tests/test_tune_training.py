@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 import autosp
 import trained
 from autosp.batch import equal
-from autosp.devices import CpuDevice
-from autosp.errors import BudgetTooSmallError, SettingError, StudyMismatchError
+from autosp.devices import CpuDevice, VirtualDevice
+from autosp.errors import BudgetTooSmallError, HostMemoryError, SettingError, StudyMismatchError
 from autosp.intercept import is_intercepted
 from autosp.profiler.training import training_partition
 from autosp.runtime.bench import Bench
@@ -303,3 +303,29 @@ def test_other_gradients_are_found(tmp_path: Any) -> None:
         model[1].weight.register_hook(lambda gradient: gradient * 1.001 if is_intercepted(model) else gradient)
         assert validate(bench, workload, reference, 10**9, candidate).outcome is Outcome.OUTPUT_DIFFERS
     device.close()
+
+
+class Apart(VirtualDevice):
+    """Its memory is not the host's."""
+
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        return False
+
+
+def test_what_offloads_is_validated_and_a_full_host_is_an_outcome(tmp_path: Any) -> None:
+    model, batch = wide(4, 64)
+    device = Apart(bytes_per_s=1e9)
+    workload = Workload.of(model, batch, loss_step, "training", device)
+    parts = training_partition(workload, device, tmp_path)
+    assert min(parts.activation_bytes) > 0
+
+    def full(*_: Any) -> None:
+        if is_intercepted(model):
+            raise HostMemoryError("no room")
+
+    with Bench(model, parts, device, tmp_path, mode="training") as bench:
+        reference = Reference.of_training(bench, workload)
+        candidate = Candidate(k=2, k_prime=1, offload=tuple(sorted(parts.backward)))
+        assert validate(bench, workload, reference, 10**9, candidate).outcome is Outcome.FITS
+        model[1].register_forward_hook(full)
+        assert validate(bench, workload, reference, 10**9, candidate).outcome is Outcome.OUT_OF_MEMORY

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from autosp.cost_model.offload_memory import offloadable_bytes
 from autosp.cost_model.training_memory import freed_bytes, seconds_per_freed_byte
 from autosp.errors import SettingError
 from autosp.spec import Profile
+
+HALVINGS = 40
+"""Of the range in which the bytes to offload are sought: to a part in 10^12."""
 
 
 def floor_s(profile: Profile, budget_bytes: int, host_budget_bytes: int | None = None, group: int = 1) -> float:
@@ -46,15 +50,18 @@ def training_floor_s(profile: Profile, budget_bytes: int, group: int = 1) -> flo
 def training_floors(profile: Profile, budget_bytes: int, group: int = 1) -> dict[str, float]:
     """What each resource needs at least, in seconds, by its name: compute, weights in, gradients out.
 
-    `max(C + recompute, (max(0, W - M) + max(0, V - M_turn)) / B, max(0, G - M / 2) / B_return)`.
+    `max(C + recompute, (max(0, W - M) + max(0, V - M_turn) + A) / B, (max(0, G - M / 2) + A) / B_return)`, with the A
+    for which that is least.
 
     C is the compute forward and backward, each visit at the fastest it was seen; recompute the least time that makes
     activations fit at the turn, from forward to backward, beside no weights at all. W and V are the bytes of the layers
     visited forward and backward, G those of their gradients. M = budget - workspace - always-resident bytes is what may
     be on the device when a pass begins, M_turn what is left of it at the turn beside the least activations: only that
     need not be loaded, which for weights all of which move is 2 W - turn. A resident's gradient, as large as itself,
-    stays beside it. The update is no part of the pass, so nor is the optimizer. A pass of `group` microbatches computes
-    as often; activations are those of one, for microbatches may go backward one after another.
+    stays beside it. A are the bytes of activations that are offloaded: they are not there at the turn, and cross both
+    links beside weights and gradients. The update is no part of the pass, so nor is the optimizer. A pass of `group`
+    microbatches computes, and offloads, as often; activations are those of one, for microbatches may go backward one
+    after another.
     """
     partition = profile.partition
     sizes = {layer.index: layer.n_bytes for layer in partition.layers}
@@ -62,18 +69,33 @@ def training_floors(profile: Profile, budget_bytes: int, group: int = 1) -> dict
     least_kept = sum(min(visit.kept_bytes, visit.input_bytes) for visit in profile.visits)
     forward = sum(sizes[index] for index in set(partition.visits))
     backward = sum(sizes[index] for index in set(partition.backward))
-    moved = max(0, forward - room) + max(0, backward - max(0, room - least_kept))
     gradients = max(0.0, sum(layer.gradient_bytes for layer in partition.layers) - room / 2)
     back = profile.return_link
-    return_s = gradients / back.bytes_per_s if back else 0.0
-    return {
-        "compute": group * (profile.least_compute_s + least_recompute_s(profile, room)),
-        "weights in": moved / profile.link.bytes_per_s,
-        "gradients out": return_s,
-    }
+
+    def floors(more_away: float, less_away: float) -> dict[str, float]:
+        """Of compute where more is away, and of the links where less is."""
+        there = max(0, room - max(0, least_kept - less_away))
+        loaded = max(0, forward - room) + max(0, backward - there) + group * less_away
+        return {
+            "compute": group * (profile.least_compute_s + least_recompute_s(profile, room + more_away)),
+            "weights in": loaded / profile.link.bytes_per_s,
+            "gradients out": (gradients + group * less_away) / back.bytes_per_s if back else 0.0,
+        }
+
+    def compute_binds(away: float) -> bool:
+        compute_s, *moving_s = floors(away, away).values()
+        return compute_s > max(moving_s)
+
+    low, high = 0.0, float(offloadable_bytes(profile))
+    if not compute_binds(low):
+        return floors(low, low)
+    for _ in range(HALVINGS if high else 0):  # the more is away, the less is computed and the more is moved
+        away = (low + high) / 2
+        low, high = (away, high) if compute_binds(away) else (low, away)
+    return floors(high, low)
 
 
-def least_recompute_s(profile: Profile, room_bytes: int) -> float:
+def least_recompute_s(profile: Profile, room_bytes: float) -> float:
     """The least time that computing activations again may take for the rest to fit: of blocks or layers, and parts."""
     excess = sum(visit.kept_bytes for visit in profile.visits) - room_bytes
     freed, cost_of = freed_bytes(profile), seconds_per_freed_byte(profile)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from autosp.cost_model.memory import host_bytes
+from autosp.cost_model.offload_memory import offloaded_bytes
 from autosp.cost_model.simulate import Costs, costs_of
 from autosp.cost_model.steady import Array, SteadyTraffic
 from autosp.cost_model.training_memory import memory_of
@@ -55,13 +56,14 @@ def predict(profile: Profile, candidates: Sequence[Candidate]) -> list[Predictio
 def with_rings(profile: Profile, candidates: Iterable[Candidate]) -> Iterator[Pair]:
     """Each candidate with its ring, built when it is asked for.
 
-    Neighbours that differ in nothing but the layers that they compute again in their backward visits have one ring,
-    which is built once; a block that is computed again is visited, and loaded, once more.
+    Neighbours that differ in nothing but the layers that they offload, or compute again in their backward visits, have
+    one ring, which is built once; a block that is computed again is visited, and loaded, once more.
     """
     found: tuple[Candidate, Ring] | None = None
     in_blocks = {layer for block in profile.partition.blocks for layer in block.layers}
     for candidate in candidates:
-        loads_as = candidate.model_copy(update={"recompute": tuple(in_blocks.intersection(candidate.recompute))})
+        again = tuple(in_blocks.intersection(candidate.recompute))
+        loads_as = candidate.model_copy(update={"recompute": again, "offload": ()})
         if found is None or found[0] != loads_as:
             found = loads_as, ring_for(profile.mode, candidate, profile.partition)
         yield candidate, found[1]
@@ -90,7 +92,11 @@ class Predictor:
                 if ring is not before:
                     before, traffic = ring, _bytes_of(profile, candidate, ring)
                 peak_bytes = memory.peak_bytes(candidate, ring.arena_bytes)
-                self._figures.append({"candidate": candidate, "peak_bytes": peak_bytes, **traffic})
+                figures = {"candidate": candidate, "peak_bytes": peak_bytes, **traffic}
+                if candidate.offload:
+                    away = offloaded_bytes(profile, candidate)
+                    figures |= {"offloaded_bytes": away, "host_bytes": traffic["host_bytes"] + away}
+                self._figures.append(figures)
                 self._groups.append(candidate.group)
                 yield candidate, ring
 

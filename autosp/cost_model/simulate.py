@@ -39,6 +39,8 @@ class Costs:
     gradient_bytes: Sequence[int] = ()
     return_latency_s: float = 0.0
     return_bytes_per_s: float = math.inf
+    activation_bytes: Sequence[int] = ()
+    """What each FORWARD sends to the host, if its layer's activations are offloaded; empty: nothing."""
 
     def load_s(self, layers: Sequence[int]) -> float:
         """One transfer of `layers`: latency plus bytes over bandwidth."""
@@ -52,6 +54,15 @@ class Costs:
     def return_s(self, layers: Sequence[int]) -> float:
         """The gradients of `layers` on their way to the host."""
         return self.return_latency_s + sum(self.gradient_bytes[layer] for layer in layers) / self.return_bytes_per_s
+
+    def save_s(self, visit: int) -> float:
+        """The activations of a visit forward on their way to the host."""
+        n_bytes = self.activation_bytes[visit] if self.activation_bytes else 0
+        return self.return_latency_s + n_bytes / self.return_bytes_per_s
+
+    def restore_s(self, n_bytes: int) -> float:
+        """Activations on their way back."""
+        return self.link_latency_s + n_bytes / self.link_bytes_per_s
 
     def before_computes(self, actions: Iterable[Action]) -> Iterator[float]:
         """The compute before each FORWARD, RECOMPUTE and BACKWARD of passes in a row, which needs no weights."""
@@ -85,8 +96,11 @@ class Costs:
         )
 
 
-def costs_of(profile: Profile) -> Costs:
-    """The costs of one period of the profiled pass, uncontended. The pass's tail is spread over its periods."""
+def costs_of(profile: Profile, group: int = 1) -> Costs:
+    """The costs of one period of the profiled pass, uncontended. The pass's tail is spread over its periods.
+
+    What is offloaded is that of all microbatches of a group; how much longer it computes is not in them.
+    """
     disk, back = profile.disk_link, profile.return_link
     return Costs(
         before_s=[visit.before_s for visit in profile.visits],
@@ -104,6 +118,7 @@ def costs_of(profile: Profile) -> Costs:
         recompute_s=[visit.recompute_s for visit in profile.backward],
         backward_s=[visit.backward_s for visit in profile.backward],
         gradient_bytes=[layer.gradient_bytes for layer in profile.partition.layers],
+        activation_bytes=[group * n_bytes for n_bytes in profile.partition.activation_bytes],
         return_latency_s=back.latency_s if back else 0.0,
         return_bytes_per_s=back.bytes_per_s if back else math.inf,
     )
@@ -150,6 +165,8 @@ class _Run:
         self._done: dict[Ref, float] = {}
         self._previous: dict[Ref, float] = {}
         self._forwards = self._backwards = 0
+        self._away: dict[Ref, int] = {}
+        """Bytes that a SAVE of this pass sent."""
         self._recomputed = False
         """Whether the BACKWARD to come follows a RECOMPUTE, before which its other compute was."""
         self._recompute_s: dict[tuple[int, int], float] = {}
@@ -198,6 +215,12 @@ class _Run:
                 return 0.0, costs.load_s(action.layers)
             case Kind.READ:
                 return 0.0, costs.read_s(action.layers)
+            case Kind.SAVE:  # follows its FORWARD
+                visit = self._forwards - 1
+                self._away[action.ref] = costs.activation_bytes[visit] if costs.activation_bytes else 0
+                return 0.0, costs.save_s(visit)
+            case Kind.RESTORE:
+                return 0.0, costs.restore_s(sum(self._away.get(ref, 0) for ref in action.waits))
             case Kind.GRADIENTS:
                 return 0.0, costs.return_s(action.layers)
             case Kind.FORWARD:

@@ -5,8 +5,9 @@
 - fixed is what is resident for every plan, and the workspace: what the least-memory plan was observed to take beyond
   this formula, so that kernels' own memory, and gradients of activations, are in it;
 - activations at a visit are what the forward has kept so far, or the backward has not used up: of a layer that is
-  computed again its inputs, and during its own backward all; of a block likewise. Of a group each microbatch keeps its
-  own; one at a time computes a layer again, but all together a block;
+  computed again its inputs, and during its own backward all; of a block likewise; of one that offloads them, none while
+  they are away. Of a group each microbatch keeps its own; one at a time computes a layer again, but all together a
+  block;
 - gradients are those that resident layers have by then, that which the visit makes, and those of streamed layers before
   it that may still be under way: of these, no more than the largest layer's ([Note: gradients under way]).
 
@@ -16,12 +17,13 @@ fast the link is. So of equal layers two gradients are there at once: one leaves
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 
 from autosp.cost_model.memory import DeviceMemory
+from autosp.cost_model.offload_memory import bytes_away
+from autosp.schedule.visits import used_up_after
 from autosp.spec import Candidate, Profile
 
 CURVES = 512
@@ -37,7 +39,7 @@ class TrainingMemory:
     """`peak_bytes` of many candidates of one profile."""
 
     def __init__(self, profile: Profile) -> None:
-        self._partition = profile.partition
+        self._profile, self._partition = profile, profile.partition
         self._weights = DeviceMemory(profile)
         self._layers = np.array([visit.layer for visit in profile.visits], np.intp)
         self._kept = np.array([visit.kept_bytes for visit in profile.visits], np.int64)
@@ -49,10 +51,13 @@ class TrainingMemory:
         self._gradient_visits = self._last_backward_visits()
         self._curve = lru_cache(maxsize=CURVES)(self._activations)
         self._gradient_curve = lru_cache(maxsize=CURVES)(self._gradients_of)
+        self._away = lru_cache(maxsize=CURVES)(self._bytes_away)
 
     def peak_bytes(self, candidate: Candidate, arena_bytes: int) -> int:
         """See the formula at this module's top."""
-        moving = self.moving_bytes(candidate.recompute, candidate.residents, candidate.group)
+        moving = self.moving_bytes(
+            candidate.recompute, candidate.residents, candidate.group, candidate.offload, candidate.ring
+        )
         return self._weights.peak_bytes(candidate, arena_bytes) + moving
 
     def may_fit(self, candidate: Candidate, usable_bytes: int) -> bool:
@@ -61,13 +66,30 @@ class TrainingMemory:
             return False
         return self.peak_bytes(candidate, self._weights.least_arena_bytes(candidate)) <= usable_bytes
 
-    def moving_bytes(self, recompute: tuple[int, ...], residents: tuple[int, ...] = (), group: int = 1) -> int:
-        """Activations and gradients at the peak of both together."""
-        return int((self._curve(recompute, group) + self._gradient_curve(residents)).max(initial=0))
+    def moving_bytes(
+        self,
+        recompute: tuple[int, ...],
+        residents: tuple[int, ...] = (),
+        group: int = 1,
+        offload: tuple[int, ...] = (),
+        ring: int = 1,
+    ) -> int:
+        """Activations and gradients at the peak of both together, in a ring of so many layers."""
+        moving = self._curve(recompute, group) + self._gradient_curve(residents)
+        if offload:
+            moving = moving - self._away(recompute, group, offload, ring)
+        return int(moving.max(initial=0))
 
     def activation_bytes(self, recompute: tuple[int, ...], group: int = 1) -> int:
-        """Activations at their peak."""
+        """Activations at their peak, nothing offloaded."""
         return int(self._curve(recompute, group).max(initial=0))
+
+    def _bytes_away(
+        self, recompute: tuple[int, ...], group: int, offload: tuple[int, ...], ring: int
+    ) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        return bytes_away(
+            self._profile, Candidate(k=ring, k_prime=1, recompute=recompute, offload=offload, group=group)
+        )
 
     def _activations(self, recompute: tuple[int, ...], group: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         """Bytes during each visit, forward and backward, and at the end of the pass. [F + B + 1]"""
@@ -138,19 +160,3 @@ def seconds_per_freed_byte(profile: Profile) -> dict[Together, float]:
         taken[again.layer] = taken.get(again.layer, 0.0) + again.recompute_s
     freed = freed_bytes(profile).items()
     return {layers: sum(taken[layer] for layer in layers) / n_bytes for layers, n_bytes in freed if n_bytes > 0}
-
-
-def used_up_after(visits: Sequence[int], backward: Sequence[int]) -> list[int]:
-    """Forward visit -> the backward visit that uses up its activations; `len(backward)`: the end of the pass.
-
-    A layer's visits are used up from its last to its first; where it has fewer backward, all others by the last.
-    """
-    remaining: dict[int, list[int]] = {}
-    for position, layer in enumerate(backward):
-        remaining.setdefault(layer, []).append(position)
-    order = [len(backward)] * len(visits)
-    for visit in reversed(range(len(visits))):
-        mine = remaining.get(visits[visit])
-        if mine:
-            order[visit] = mine.pop(0) if len(mine) > 1 else mine[0]
-    return order

@@ -16,7 +16,6 @@ from typing import Any, Self
 
 import torch
 from torch import nn
-from torch._C._autograd import _top_saved_tensors_default_hooks as hooks_around
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -24,8 +23,8 @@ from autosp.batch import tensors_in
 from autosp.devices import Device
 from autosp.partition import follows
 from autosp.profiler.layers import LEAST_MEMORY, MemoryObserver, Observation, measured_passes, timed_pass
+from autosp.profiler.saving import ForwardOrder, Storages, storages_of, watching
 from autosp.runtime.bench import Bench
-from autosp.runtime.executor import Observer
 from autosp.runtime.recorder import VisitTimes
 from autosp.runtime.streamed_model import StreamedModel
 from autosp.schedule.actions import Kind
@@ -55,10 +54,11 @@ def training_partition(workload: Workload, device: Device, cache_dir: Path) -> P
         expected = parts.model_copy(update={"visits": visits, "repeats": 1, "backward": tuple(reversed(visits))})
         with Bench(model, expected, device, cache_dir, mode="training") as bench:
             streamed = bench.apply(LEAST_MEMORY)
-            forward = _ForwardOrder()
+            there = [*model.parameters(), *model.buffers(), *tensors_in(workload.batch)]
+            forward = ForwardOrder(there, device.torch_device)
             streamed.observe(forward)
             try:
-                with save_on_cpu():
+                with save_on_cpu(), forward.watching():
                     workload.run()
                 backward = streamed.backward_visits
             finally:
@@ -74,28 +74,15 @@ def training_partition(workload: Workload, device: Device, cache_dir: Path) -> P
     )
     visits = tuple(forward.visits)  # a pass with autograd may visit others than one without, which found the layers
     blocks = tuple(block for block in parts.blocks if follows(block, visits, backward))
-    return expected.model_copy(update={"layers": layers, "visits": visits, "backward": backward, "blocks": blocks})
-
-
-class _ForwardOrder(Observer):
-    """The layers that a pass visits. One that is called inside its own call is part of the outer visit."""
-
-    def __init__(self) -> None:
-        self.visits: list[int] = []
-        self._open: list[int] = []
-
-    def arrive(self, layer: int, inputs: Any) -> None:
-        """A visit begins, unless a checkpoint computes again for a backward that is under way."""
-        if layer not in self._open and torch._C._current_graph_task_id() == -1:
-            self.visits.append(layer)
-        self._open.append(layer)
-
-    def start(self, layer: int) -> None:
-        """Its weights are there."""
-
-    def finish(self, layer: int, output: Any) -> None:
-        """It is over."""
-        self._open.remove(layer)
+    return expected.model_copy(
+        update={
+            "layers": layers,
+            "visits": visits,
+            "backward": backward,
+            "blocks": blocks,
+            "activation_bytes": tuple(forward.saved_bytes),
+        }
+    )
 
 
 def observe_training(
@@ -189,10 +176,6 @@ def _least_compute_s(visits: Sequence[Sequence[VisitTimes]]) -> float:
     return sum(min((one.before_s + one.compute_s for one in mine), default=0.0) for mine in visits)
 
 
-Storages = dict[StorageWeakRef, int]
-"""Bytes of each. A weak reference keeps the identity from being used twice, and no memory."""
-
-
 class _ActivationObserver(MemoryObserver):
     """Peaks of forward visits, and what is kept of each for its backward: see [Note: activations kept]."""
 
@@ -225,7 +208,7 @@ class _ActivationObserver(MemoryObserver):
     def __enter__(self) -> Self:
         """From here on what is saved between two visits is watched, too."""
         model = self._workload.model
-        self._there = _storages([*model.parameters(), *model.buffers(), *tensors_in(self._workload.batch)])
+        self._there = storages_of([*model.parameters(), *model.buffers(), *tensors_in(self._workload.batch)])
         self._watch()
         return self
 
@@ -272,18 +255,7 @@ class _ActivationObserver(MemoryObserver):
 
     def _watch(self) -> None:
         """See what autograd saves, also where hooks around make something else of it; but not for a backward pass."""
-        around = hooks_around(True)
-
-        def pack(tensor: torch.Tensor) -> Any:
-            if torch._C._current_graph_task_id() == -1:
-                self._open[-1].update(self._counted([tensor]))
-            return tensor if around is None else around[0](tensor)
-
-        def unpack(packed: Any) -> torch.Tensor:
-            tensor: torch.Tensor = packed if around is None else around[1](packed)
-            return tensor
-
-        self._hooks.append(saved_tensors_hooks(pack, unpack))
+        self._hooks.append(watching(lambda tensor: self._open[-1].update(self._counted([tensor]))))
         self._hooks[-1].__enter__()
 
     def _keep_between(self) -> None:
@@ -307,9 +279,4 @@ class _ActivationObserver(MemoryObserver):
         return sizes
 
     def _counted(self, tensors: Sequence[torch.Tensor]) -> Storages:
-        return {one: n_bytes for one, n_bytes in _storages(tensors).items() if one not in self._there}
-
-
-def _storages(tensors: Sequence[torch.Tensor]) -> Storages:
-    storages = (tensor.untyped_storage() for tensor in tensors if tensor.layout is torch.strided)
-    return {StorageWeakRef(storage): storage.nbytes() for storage in storages}
+        return {one: n_bytes for one, n_bytes in storages_of(tensors).items() if one not in self._there}

@@ -288,14 +288,15 @@ def _setting(candidate: Candidate) -> tuple[str, str, str]:
 
 
 def _remarks(candidate: Candidate) -> str:
-    """The baseline that a candidate is, if it is one; what rests on disk; what is computed again; its group."""
+    """The baseline that a candidate is, if it is one; what rests on disk; whose activations do not stay; its group."""
     baseline = "" if candidate.residents else "sliding window"
     if not candidate.ring:
         baseline = "everything resident"
     resting = f"{len(candidate.on_disk)} on disk, {candidate.read_ahead} ahead" if candidate.on_disk else ""
     again = f"{len(candidate.recompute)} computed again" if candidate.recompute else ""
+    away = f"{len(candidate.offload)} offloaded" if candidate.offload else ""
     group = f"{candidate.group} microbatches" if candidate.group > 1 else ""
-    return ", ".join(filter(None, (baseline, resting, again, group)))
+    return ", ".join(filter(None, (baseline, resting, again, away, group)))
 
 
 def over_floor(latency_s: float | None, floor_s: float) -> str:

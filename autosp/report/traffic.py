@@ -43,7 +43,7 @@ def expected_costs(profile: Profile, candidate: Candidate) -> Costs:
     """What each action takes while link and compute slow each other down as they do under this candidate."""
     found = contended_periods(profile, with_rings(profile, [candidate]))
     factors = (float(factor[0]) for factor in (found.compute_factor, found.link_factor, found.disk_factor))
-    return costs_of(profile).contended(*factors)
+    return costs_of(profile, candidate.group).contended(*factors)
 
 
 def expected(profile: Profile, candidate: Candidate, periods: int) -> Timeline:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from autosp.runtime.transfers import Prefetch, Visit
+from autosp.runtime.transfers import Issued, Visit
 
 
 class Cursor:
     """A position in one period of visits. See [Note: prefetch is a hint] for what depends on it: time only."""
 
     def __init__(
-        self, visits: Sequence[Visit], after: Sequence[Sequence[Prefetch]], issue: Callable[[Prefetch], None]
+        self, visits: Sequence[Visit], after: Sequence[Sequence[Issued]], issue: Callable[[Issued], None]
     ) -> None:
         """`after`: what to issue after each of the `visits`."""
         self._visits = visits

@@ -18,7 +18,7 @@ from autosp.errors import SettingError
 from autosp.runtime.cursor import Cursor
 from autosp.runtime.loader import Loader
 from autosp.runtime.streamed_layer import StreamedLayer
-from autosp.runtime.transfers import Issue, Visit, prefetches
+from autosp.runtime.transfers import Issue, Issued, Prefetch, Visit, prefetches
 from autosp.schedule.actions import Kind, Schedule
 
 
@@ -70,7 +70,7 @@ class Executor:
         self.backward_visits: list[int] = []
         """Layers whose weights the last backward pass needed, in the order of need."""
         visits, self._start, after = issue(schedule, loader.groups)
-        self.cursor = Cursor(visits, after, self.loader.issue)
+        self.cursor = Cursor(visits, after, self.issue)
         self._lock = threading.RLock()
         self._owner: int | None = None
         self._group: Microbatches | None = None
@@ -146,7 +146,7 @@ class Executor:
         self.abort()
         self.loader.close()
         self._start = ()
-        self.cursor = Cursor((), (), self.loader.issue)
+        self.cursor = Cursor((), (), self.issue)
 
     # -- what a pass consists of; training does more at each of these -----------------------------------------------
 
@@ -174,7 +174,12 @@ class Executor:
     def issue_start(self) -> None:
         """Issue what is due before the first visit."""
         for prefetch in self._start:
-            self.loader.issue(prefetch)
+            self.issue(prefetch)
+
+    def issue(self, prefetch: Issued) -> None:
+        """Start what is due."""
+        assert isinstance(prefetch, Prefetch), "only a training pass brings anything else"
+        self.loader.issue(prefetch)
 
     def end_forward(self) -> None:
         """The outermost call returned."""

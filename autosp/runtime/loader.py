@@ -42,6 +42,14 @@ class Counters:
     """From disk to host, of what rests behind it."""
     gradient_bytes: int = 0
     """From device to host."""
+    offloaded_bytes: int = 0
+    """Activations from device to host."""
+    restored_bytes: int = 0
+    """And back."""
+    restore_misses: int = 0
+    """Activations that backward needed before they were asked for."""
+    offload_buffers: int = 0
+    """Runs of host memory that were taken for activations: a steady state takes no more."""
 
 
 class Loader:

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from autosp.errors import ModelChangedError
 from autosp.partition import Inputs
+from autosp.runtime.executor import Observer
 
 
 @dataclass(frozen=True)
@@ -41,15 +42,23 @@ class Recomputed:
         self._threads = threading.local()
 
     def block(
-        self, module: nn.Module, name: str, last: int, forward: Callable[..., Any], args: Any, kwargs: Any
+        self,
+        module: nn.Module,
+        name: str,
+        last: int,
+        forward: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        observer: Observer | None,
     ) -> Any:
-        """Call a block whose last layer is `last`. With inputs that may change it is called as it is.
+        """Call a block whose last layer is `last`, seen by `observer`. With inputs that may change it is called as is.
 
         Its backward raises: ModelChangedError if they changed nevertheless.
         """
         inputs = Inputs(args, kwargs)
+        seen = forward if observer is None else partial(_observed, observer, forward)
         if not inputs.plain:
-            return forward(*args, **kwargs)
+            return seen(*args, **kwargs)
 
         def run(again: bool, *args: Any, **kwargs: Any) -> Any:
             if again and not inputs.untouched():
@@ -58,7 +67,7 @@ class Recomputed:
                     "called; make the plan with recompute=0, or write to a copy of them"
                 )
             with self._entered(last, again):
-                return forward(*args, **kwargs)
+                return (forward if again else seen)(*args, **kwargs)
 
         return self.call(module, run, args, kwargs)
 
@@ -112,6 +121,14 @@ class Recomputed:
             yield
         finally:
             self._threads.here = around
+
+
+def _observed(observer: Observer, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    observer.enter((args, kwargs))
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        observer.leave()
 
 
 @contextmanager

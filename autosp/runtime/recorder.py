@@ -75,6 +75,15 @@ class Update(NamedTuple):
     times: CopyTimes
 
 
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """One layer's activations, to the host or back."""
+
+    kind: Kind
+    layer: int
+    times: tuple[CopyTimes, ...]
+
+
 @dataclass(slots=True)
 class Pass:
     """One outermost call of the model."""
@@ -87,6 +96,7 @@ class Pass:
     gradients: list[Sent] = field(default_factory=list)
     updates: list[Update] = field(default_factory=list)
     """By the step before it."""
+    moved: list[Moved] = field(default_factory=list)
 
 
 class Recorder:
@@ -156,6 +166,11 @@ class Recorder:
         """An update is over, which may have begun before the pass."""
         if self._now is not None:
             self._now.updates.append(Update(layer, updated.times))
+
+    def moved(self, kind: Kind, layer: int, copies: Sequence[Copied]) -> None:
+        """Copies of a layer's activations were issued."""
+        if self._now is not None and copies:
+            self._now.moved.append(Moved(kind, layer, tuple(copied.times for copied in copies)))
 
     # -- what is read from it: waits for the device, so not for use within a pass ------------------------------------
 
@@ -255,6 +270,9 @@ class Recorder:
                 spans.append(Span(action(Kind.LOAD, load.layers, load.offset), period, begin, end))
             for layer, first, last in _by_layer(one.gradients):
                 spans.append(Span(action(Kind.GRADIENTS, (layer,)), period, at(first.began), at(last.ended)))
+            for moved in one.moved:
+                begin, end = at(moved.times[0].began), at(moved.times[-1].ended)
+                spans.append(Span(action(moved.kind, (moved.layer,)), period, begin, end))
             for update in one.updates:
                 begin, end = max(0.0, at(update.times.began)), max(0.0, at(update.times.ended))
                 spans.append(Span(action(Kind.STEP, (update.layer,)), period, begin, end))

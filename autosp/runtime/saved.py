@@ -3,8 +3,9 @@
 [Note: what autograd saved] A layer's forward saves its weights, or views of them, for its backward. By then the arena's
 bytes at that address are most likely another layer's. So what is saved of the arena is looked at only through `unpack`,
 which has the layer loaded again first: a layer has one address, so the saved view shows the same weights. Order, early
-loads and hints do not matter for that. The hooks see no version counters on torch's behalf, so they check them
-themselves: an in-place write between forward and backward is refused as torch refuses it.
+loads and hints do not matter for that. What a layer offloads is looked at through `unpack` likewise. The hooks see no
+version counters on torch's behalf, so they check them themselves: an in-place write between forward and backward is
+refused as torch refuses it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch._C._autograd import _top_saved_tensors_default_hooks as hooks_around
 from torch.autograd.graph import saved_tensors_hooks
 
 from autosp.runtime.loader import Loader
+from autosp.runtime.offload import Activation, Offload, Visit
 
 
 @dataclass(slots=True)
@@ -33,6 +35,19 @@ class _Saved:
 
 
 @dataclass(slots=True)
+class _Away:
+    """A view of an activation that may leave the device. `counter` has the tensor's version counter, and no memory."""
+
+    activation: Activation
+    layer: int
+    counter: torch.Tensor
+    version: int
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+@dataclass(slots=True)
 class _Delegated:
     """What hooks around the layer, such as a checkpoint's, made of a tensor that is not the arena's."""
 
@@ -45,29 +60,45 @@ class SavedTensors:
     def __init__(
         self,
         loader: Loader,
+        offload: Offload,
         needed: Callable[[int], torch.Tensor | None],
+        visited: Callable[[int], None],
         computed_again: Callable[[], Callable[[], Any] | None],
     ) -> None:
         """`needed` has a layer loaded; where its place is in use, it gives the layer's bytes in other memory.
 
-        `computed_again` says, when a layer's weights are saved, what must come before they are needed.
+        `visited` is told that activations are needed which a layer offloads. `computed_again` says, when a layer's
+        weights are saved, what must come before they are needed.
         """
         self._loader = loader
+        self._offload = offload
         self._needed = needed
+        self._visited = visited
         self._computed_again = computed_again
 
-    def hooks(self) -> saved_tensors_hooks:
-        """A context for one forward. Of what is not the arena's, hooks that are around it get to see all."""
+    def hooks(self, layer: int, leaving: Visit | None) -> saved_tensors_hooks:
+        """A context for one forward of a layer; `leaving` gets what is to be offloaded of it, None: nothing is.
+
+        Of what is not the arena's, hooks that are around it get to see all, and what they keep is theirs.
+        """
         around = hooks_around(True)
 
-        def pack(tensor: torch.Tensor) -> _Saved | _Delegated:
+        def pack(tensor: torch.Tensor) -> _Saved | _Away | _Delegated:
             if self._loader.is_lent(tensor):
                 return _Saved(tensor.detach(), tensor._version, self._loader.lender(tensor), self._computed_again())
-            return _Saved(tensor.detach(), tensor._version) if around is None else _Delegated(around[0](tensor))
+            if around is not None:
+                return _Delegated(around[0](tensor))
+            activation = None if leaving is None else self._offload.hold(tensor, leaving)
+            if activation is not None:
+                return _away(tensor, activation, layer)
+            self._offload.stays([tensor])
+            return _Saved(tensor.detach(), tensor._version)
 
-        def unpack(saved: _Saved | _Delegated) -> torch.Tensor:
+        def unpack(saved: _Saved | _Away | _Delegated) -> torch.Tensor:
             if isinstance(saved, _Saved):
                 return self._unpack(saved)
+            if isinstance(saved, _Away):
+                return self._bring_back(saved)
             assert around is not None, "only hooks around the layer are delegated to"
             tensor: torch.Tensor = around[1](saved.packed)
             return tensor
@@ -76,12 +107,7 @@ class SavedTensors:
 
     def _unpack(self, saved: _Saved) -> torch.Tensor:
         tensor = saved.tensor
-        if tensor._version != saved.version:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                f"[{tensor.dtype}, {list(tensor.shape)}] is at version {tensor._version}; expected version "
-                f"{saved.version} instead"
-            )
+        _check_version(tensor, tensor.shape, saved.version)
         if saved.layer is None:
             return tensor
         if saved.computed_again is not None:
@@ -91,3 +117,27 @@ class SavedTensors:
             return self._loader.moved(tensor, saved.layer, elsewhere)
         # A graph of the backward pass itself is built without these hooks.
         return tensor.clone() if torch.is_grad_enabled() else tensor
+
+    def _bring_back(self, saved: _Away) -> torch.Tensor:
+        _check_version(saved.counter, saved.size, saved.version)
+        self._visited(saved.layer)
+        memory = self._offload.memory_of(saved.activation, saved.layer)
+        with torch.no_grad():
+            view = torch.empty(0, dtype=saved.counter.dtype, device=memory.device)
+            return view.set_(memory.untyped_storage(), saved.offset, saved.size, saved.stride)
+
+
+def _away(tensor: torch.Tensor, activation: Activation, layer: int) -> _Away:
+    counter = tensor.detach()
+    counter.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return _Away(
+        activation, layer, counter, tensor._version, tensor.size(), tensor.stride(), int(tensor.storage_offset())
+    )
+
+
+def _check_version(tensor: torch.Tensor, size: torch.Size, version: int) -> None:
+    if tensor._version != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: "
+            f"[{tensor.dtype}, {list(size)}] is at version {tensor._version}; expected version {version} instead"
+        )

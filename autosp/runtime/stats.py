@@ -29,6 +29,14 @@ class Stats:
     """From disk to host, where layers rest behind it."""
     gradient_bytes: int
     """From device to host, while training."""
+    offloaded_bytes: int
+    """Activations from device to host, of layers that offload them."""
+    restored_bytes: int
+    """And back: less, where a backward came before they had left."""
+    restore_misses: int
+    """Activations that backward needed before they were asked for."""
+    offload_buffers: int
+    """Runs of host memory that were taken for activations: a steady state takes no more."""
     link_bytes: dict[str, int]
     """Bytes moved over each link, such as "host->device"."""
     pass_s: tuple[float, ...]
@@ -53,9 +61,9 @@ def stats_of(
     `names`: of layers by their index. `on_disk`: those behind the slow tier. `floor_s`: of a pass, if it is known.
     """
     pass_s = tuple(recorder.pass_s())
-    link_bytes = {f"{slow_tier}->{Tier.DEVICE}": counters.moved_bytes}
-    if counters.gradient_bytes:
-        link_bytes[f"{Tier.DEVICE}->{slow_tier}"] = counters.gradient_bytes
+    link_bytes = {f"{slow_tier}->{Tier.DEVICE}": counters.moved_bytes + counters.restored_bytes}
+    if returned := counters.gradient_bytes + counters.offloaded_bytes:
+        link_bytes[f"{Tier.DEVICE}->{slow_tier}"] = returned
     if on_disk:
         link_bytes[f"{Tier.DISK}->{Tier.HOST}"] = counters.read_bytes
     return Stats(

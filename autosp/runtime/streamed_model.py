@@ -117,7 +117,7 @@ class StreamedModel(Generic[M]):
             loader = Loader(schedule, [*self._layers, *self._runs], device, store, arena, staging)
             del arena, staging
             if mode == "training":
-                self._executor: Executor = TrainingExecutor(schedule, loader, gradients, blocks)
+                self._executor: Executor = TrainingExecutor(schedule, loader, gradients, bound.model, blocks)
             else:
                 self._executor = Executor(schedule, loader)
             self._executor.before_pass = self._before_pass

@@ -30,10 +30,11 @@ from autosp.errors import ModelChangedError
 from autosp.runtime.executor import Executor, uncached_autocast
 from autosp.runtime.gradients import Gradients
 from autosp.runtime.loader import Loader
+from autosp.runtime.offload import Offload, Visit
 from autosp.runtime.recompute import Recomputed
 from autosp.runtime.saved import SavedTensors
 from autosp.runtime.streamed_layer import StreamedLayer
-from autosp.runtime.transfers import prefetches_of_one_pass
+from autosp.runtime.transfers import ComingBack, Issued, prefetches_of_one_pass
 from autosp.schedule.actions import Kind, Schedule
 from autosp.spec import Block
 
@@ -41,14 +42,24 @@ from autosp.spec import Block
 class TrainingExecutor(Executor):
     """An executor whose passes may go on backward. Without autograd its passes are those of inference."""
 
-    def __init__(self, schedule: Schedule, loader: Loader, gradients: Gradients, blocks: Sequence[Block] = ()) -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        loader: Loader,
+        gradients: Gradients,
+        model: nn.Module,
+        blocks: Sequence[Block] = (),
+    ) -> None:
         """`gradients` of the layers that `loader` loads; `blocks` are computed again as a whole, by `run_block`."""
         super().__init__(schedule, loader, prefetches_of_one_pass)
         self._recomputed = schedule.recomputed.difference(*(block.layers for block in blocks))
         self._again = Recomputed()
         self._gradients = gradients
         self._gradients.connect(self.counters, self.recorder, self._enter_backward)
-        self._saved = SavedTensors(self.loader, self._needed, self._again.beginning)
+        self._offload = Offload(schedule.offloaded, loader.device, self.counters, self.recorder, model)
+        self._saved = SavedTensors(
+            self.loader, self._offload, self._needed, self._activations_needed, self._again.beginning
+        )
         self._tasks: set[int] = set()
         """Backward passes under way, the innermost last; one that raised is still among them."""
         self._visiting: int | None = None
@@ -70,6 +81,7 @@ class TrainingExecutor(Executor):
         self._closed = True
         self._gradients.close()
         super().close()
+        self._offload.close()
 
     # -- forward --------------------------------------------------------------------------------------------------
 
@@ -79,11 +91,30 @@ class TrainingExecutor(Executor):
         modes.enter_context(uncached_autocast(self.device.torch_device.type))
         return modes
 
+    def run_pass(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """As for inference. What the model is given is kept by who gives it."""
+        if self.running_here():
+            return forward(*args, **kwargs)
+
+        def given(*args: Any, **kwargs: Any) -> Any:
+            self._offload.stays(tensors_in((args, kwargs)))
+            return forward(*args, **kwargs)
+
+        return super().run_pass(given, args, kwargs)
+
+    def issue(self, prefetch: Issued) -> None:
+        """A load, or activations that come back."""
+        if isinstance(prefetch, ComingBack):
+            self._offload.restore(prefetch.layer, prefetch.visits)
+        else:
+            super().issue(prefetch)
+
     def begin_pass(self) -> None:
         """From the schedule's beginning, whatever came before."""
         self._abandon_backward()
         self.loader.updates.give_back()
         with self.loader.updates.inside:
+            self._offload.begin_pass()
             self._gradients.watch()
             if self._updated:
                 groups = self.loader.groups.values()
@@ -112,6 +143,7 @@ class TrainingExecutor(Executor):
     def abort(self) -> None:
         """As for inference; of a group, microbatches may have been in their backward passes."""
         super().abort()
+        self._offload.settle()
         if self._group is not None:
             self._abandon_backward()
 
@@ -123,6 +155,7 @@ class TrainingExecutor(Executor):
     def begin_turn(self, microbatch: int | None, others_follow: bool) -> None:
         """See [Note: gradients of a group]."""
         self._gradients.begin_turn(microbatch, others_follow)
+        self._offload.begin_turn(microbatch)
 
     def end_round(self) -> None:
         """Gradients that waited for others leave."""
@@ -143,48 +176,37 @@ class TrainingExecutor(Executor):
             self._watch_inputs(index, (args, kwargs))
         if index not in self._recomputed:
             return self._visit(layer, forward, args, kwargs)
+        self._offload.stays(tensors_in((args, kwargs)))
 
         def run(_: bool, *args: Any, **kwargs: Any) -> Any:
             return self._visit(layer, forward, args, kwargs)
 
         return self._again.call(layer.module, run, args, kwargs)
 
-    def run_block(
-        self,
-        block: Block,
-        module: nn.Module,
-        forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def run_block(self, block: Block, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """One call of a block that is computed again as a whole, within a pass."""
-
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            observer = self.observer if _task() is None else None
-            if observer is None:
-                return forward(*args, **kwargs)
-            observer.enter((args, kwargs))
-            try:
-                return forward(*args, **kwargs)
-            finally:
-                observer.leave()
-
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return self._again.block(module, block.path, block.layers[-1], watched, args, kwargs)
+        self._offload.stays(tensors_in((args, kwargs)))
+        observer = self.observer if _task() is None else None
+        return self._again.block(module, block.path, block.layers[-1], forward, args, kwargs, observer)
 
     def _visit(
         self, layer: StreamedLayer, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """A call with autograd."""
+        index = layer.index
+        leaving = Visit() if _task() is None and index in self._offload.layers else None
 
         def watched(*args: Any, **kwargs: Any) -> Any:
-            with self._saved.hooks():
-                return forward(*args, **kwargs)
+            with self._saved.hooks(index, leaving):
+                output = forward(*args, **kwargs)
+            if leaving is not None:
+                self._offload.send(index, leaving)
+            return output
 
         if _task() is None:
             return super().visit(layer, watched, args, kwargs)
-        index = layer.index
         if self._again.before_last(index):
             return self._recompute(layer, watched, args, kwargs)
         begins = self._arrive(index)
@@ -230,8 +252,14 @@ class TrainingExecutor(Executor):
         begins = self._arrive(index)
         elsewhere = self.loader.need(index)
         if begins:
+            self._offload.wait_for(index)
             self.recorder.start()
         return elsewhere
+
+    def _activations_needed(self, index: int) -> None:
+        """A backward node unpacks what a layer offloaded: its visit begins, too."""
+        if index != self._visiting or self._closed:
+            self._needed(index)
 
     def _arrive(self, index: int) -> bool:
         """A layer's backward visit begins, unless it is its visit already."""
@@ -307,6 +335,7 @@ class TrainingExecutor(Executor):
         self._tasks.clear()
         self._visiting = self._due = None
         self._updated = True
+        self._offload.settle()
 
 
 def _task() -> int | None:

@@ -140,10 +140,22 @@ class Prefetch:
     """Visits between the one that issues it and the one that needs it."""
 
 
+@dataclass(frozen=True)
+class ComingBack:
+    """What a layer's last so many visits forward sent to the host, brought back ahead of its need."""
+
+    layer: int
+    visits: int
+    needed_in: int
+    """As a prefetch's."""
+
+
+Issued = Prefetch | ComingBack
+
 Visit = tuple[Kind, int]
 """A compute action and its layer."""
 
-Issues = tuple[Sequence[Visit], Sequence[Prefetch], Sequence[Sequence[Prefetch]]]
+Issues = tuple[Sequence[Visit], Sequence[Issued], Sequence[Sequence[Issued]]]
 """A period's visits of streamed layers; what to issue before the first of them, and after each."""
 
 Groups = Mapping[tuple[int, ...], TransferGroup]
@@ -189,7 +201,7 @@ def prefetches(schedule: Schedule, groups: Groups) -> Issues:
 
 
 def prefetches_of_one_pass(schedule: Schedule, groups: Groups) -> Issues:
-    """Within a pass only, in list order: a load is issued after the compute action that it follows in the list.
+    """Within a pass only, in list order: what moves is issued after the compute action that it follows in the list.
 
     A RECOMPUTE is part of the visit of a BACKWARD of its layer that is next.
     """
@@ -200,16 +212,22 @@ def prefetches_of_one_pass(schedule: Schedule, groups: Groups) -> Issues:
     computes = schedule.computes
     merged = {one.ref for one, other in pairwise(computes) if one.kind is Kind.RECOMPUTE and one.layers == other.layers}
     for action in schedule.actions:
-        if action.kind is Kind.LOAD:
+        if action.kind in (Kind.LOAD, Kind.RESTORE):
             issued_after.append((len(visits) - 1, action))
         elif action.kind in COMPUTES and action.layers[0] in streamed and action.ref not in merged:
             for ref in action.waits:
                 needed_by.setdefault(ref, len(visits))
             visits.append((action.kind, action.layers[0]))
-    start: list[Prefetch] = []
-    after: list[list[Prefetch]] = [[] for _ in visits]
+    start: list[Issued] = []
+    after: list[list[Issued]] = [[] for _ in visits]
     for visit, action in issued_after:
-        prefetch = Prefetch(Kind.LOAD, groups[action.layers], needed_by[action.ref] - visit)
+        needed_in = needed_by[action.ref] - visit
+        prefetch: Issued
+        if action.kind is Kind.LOAD:
+            prefetch = Prefetch(Kind.LOAD, groups[action.layers], needed_in)
+        else:
+            saved = sum(ref.kind is Kind.SAVE for ref in action.waits)
+            prefetch = ComingBack(action.layers[0], saved, needed_in)
         (after[visit] if visit >= 0 else start).append(prefetch)
     return visits, start, after
 

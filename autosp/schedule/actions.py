@@ -9,6 +9,8 @@ Text form, one token per action: `<layers><kind><occurrence>[@<offset>][<waits>]
     4B0[4+5L1,4C0]    backward of layer 4, whose activations were recomputed (4C0): alone, or with those of its block
     4G0[4B0]          gradients of layer 4 to the host
     4S0[3G0]          step of the optimizer over layer 4 on the host, once the last gradients (of layer 3) are there
+    4O0[4F0]          what that forward of layer 4 saved for its backward, out to the host
+    4I0[6B0,4O0]      and in again, once the backward of layer 6 is over
 
 Actions of one resource run in list order; a wait names an action of any resource.
 """
@@ -31,6 +33,8 @@ class Kind(StrEnum):
     RECOMPUTE = "C"
     GRADIENTS = "G"
     STEP = "S"
+    SAVE = "O"
+    RESTORE = "I"
 
 
 COMPUTES = (Kind.FORWARD, Kind.RECOMPUTE, Kind.BACKWARD)
@@ -56,11 +60,13 @@ RESOURCE = {
     Kind.RECOMPUTE: Resource.COMPUTE,
     Kind.GRADIENTS: Resource.RETURN,
     Kind.STEP: Resource.HOST,
+    Kind.SAVE: Resource.RETURN,
+    Kind.RESTORE: Resource.LINK,
 }
 
 _LAYERS = r"\d+(?:,\d+)*"
 _HEAD = re.compile(rf"arena=(\d+)(?: staging=(\d+) on_disk=({_LAYERS}))? residents=(-|{_LAYERS})")
-_REF = re.compile(r"(?P<before>-?)(?P<layers>\d+(?:\+\d+)*)(?P<kind>[RLFEBCGS])(?P<occurrence>\d+)")
+_REF = re.compile(r"(?P<before>-?)(?P<layers>\d+(?:\+\d+)*)(?P<kind>[RLFEBCGSOI])(?P<occurrence>\d+)")
 _TOKEN = re.compile(rf"{_REF.pattern}(?:@(?P<offset>\d+))?(?:\[(?P<waits>[^\]]*)\])?")
 
 
@@ -138,6 +144,11 @@ class Schedule:
     def recomputed(self) -> frozenset[int]:
         """Layers whose activations are dropped after their forward, and computed again before their backward."""
         return frozenset(action.layers[0] for action in self.actions if action.kind is Kind.RECOMPUTE)
+
+    @property
+    def offloaded(self) -> frozenset[int]:
+        """Layers whose activations are in host memory between their forward and their backward."""
+        return frozenset(action.layers[0] for action in self.actions if action.kind is Kind.SAVE)
 
     @property
     def loads(self) -> tuple[Action, ...]:

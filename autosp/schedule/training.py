@@ -3,34 +3,33 @@
 The update between two passes changes the weights at rest, so every pass begins with an empty arena. Forward leaves the
 last layers there: at the turn they are not loaded again. So weights W of which a ring holds R are loaded as 2 W - R
 bytes a pass; layers whose backward needs no weights (an embedding) only once.
-
-[Note: a block computed again] Before the backward of a block that is computed again all its layers are visited as in
-the forward, the last of them once for both. So the ring loads the others for that, and again for their backward, unless
-it has room for the whole block.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 from autosp.schedule.actions import Action, Kind, Ref, Schedule
+from autosp.schedule.offload import Restore, held_up, link_queue, restores, saves, saves_held_up
 from autosp.schedule.streaming import Ring, place_groups, time_transfers
+from autosp.schedule.visits import Visit, visits_of
 from autosp.spec import Candidate, Partition
 
 
 def lower_training(candidate: Candidate, partition: Partition) -> Schedule:
     """The action list of one training pass.
 
-    Raises: ValueError if layers rest on disk, or one is recomputed that the backward pass does not visit, or without
-    the rest of its block.
+    Raises: ValueError if layers rest on disk, or one is recomputed or offloaded that the backward pass does not visit,
+    or one is recomputed without the rest of its block.
     """
     if candidate.on_disk:
         raise ValueError(f"layers {candidate.on_disk} rest on disk: in training, weights rest in host memory")
     if not {*candidate.recompute} <= {*partition.backward}:
         raise ValueError("a layer is recomputed whose backward needs no weights")
+    if not {*candidate.offload} <= {*partition.backward}:
+        raise ValueError("activations are offloaded of a layer whose backward needs no weights")
     whole = {layer for block in partition.recomputed_blocks(candidate.recompute) for layer in block.layers}
     parted = [block.path for block in partition.blocks if {*block.layers} & {*candidate.recompute} - whole]
     if parted:
@@ -43,26 +42,6 @@ def lower_training(candidate: Candidate, partition: Partition) -> Schedule:
 def least_training(partition: Partition) -> Candidate:
     """The training plan of least memory: one layer at a time, and of each only its inputs kept."""
     return Candidate(k=1, k_prime=1, recompute=tuple(sorted(set(partition.backward))))
-
-
-class Visit(NamedTuple):
-    """One visit of a pass. A BACKWARD comes after a RECOMPUTE of its layer if the layer is computed `again`."""
-
-    kind: Kind
-    layer: int
-    again: bool = False
-
-
-def visits_of(candidate: Candidate, partition: Partition) -> list[Visit]:
-    """A pass: its visits forward, then those backward, see [Note: a block computed again]."""
-    again = frozenset(candidate.recompute)
-    blocks = {block.layers[-1]: block.layers[:-1] for block in partition.recomputed_blocks(again)}
-    others = {layer for layers in blocks.values() for layer in layers}
-    visits = [Visit(Kind.FORWARD, layer) for layer in partition.visits]
-    for layer in partition.backward:
-        visits += (Visit(Kind.RECOMPUTE, one) for one in blocks.get(layer, ()))
-        visits.append(Visit(Kind.BACKWARD, layer, layer in again and layer not in others))
-    return visits
 
 
 def training_ring(candidate: Candidate, partition: Partition) -> Ring:
@@ -83,24 +62,37 @@ class _Lowering:
         self._brought: dict[int, Ref] = {}
         """Groups in the arena, and the loads that brought them."""
         self._held_up: tuple[Ref, ...] = ()
-        """Gradients that must have left before compute goes on."""
+        """Gradients, or activations, that must have left before compute goes on."""
+        self._saved: dict[int, Ref] = {}
+        """Visits forward whose activations leave."""
+        self._restored: dict[int, Ref] = {}
+        """Visits backward whose activations come back."""
         self._last_use: dict[int, Ref] = {}
         self._again: dict[int, Ref] = {}
         """Layers whose activations are there again, and what computed them."""
         visits = visits_of(candidate, partition)
         leaving = leaving_after(candidate, partition, visits)
-        held_up = held_up_by(leaving, partition)
+        held = held_up_by(leaving, partition)
+        sends, saves_held = saves(candidate, partition), saves_held_up(candidate, partition)
         left_after: dict[int, Ref] = {}
-        transfers = list(ring.transfers)
+        queue = list(link_queue(ring.transfers, restores(candidate, partition, ring.transfers)))
         for visit in range(-1, len(visits)):
             if visit >= 0:
-                done = self._compute(visits[visit])
+                done = self._compute(visits[visit], self._restored.get(visit))
+                if visit in sends:
+                    self._saved[visit] = self._act(Kind.SAVE, (visits[visit].layer,), (done,))
                 for layer in leaving.get(visit, ()):
                     left_after[visit] = self._act(Kind.GRADIENTS, (layer,), (done,))
-                if visit in held_up:
-                    self._held_up = (left_after[held_up[visit]],)
-            while transfers and transfers[0].after <= visit:
-                self._load(transfers.pop(0).group)
+                if visit in held:
+                    self._held_up = (left_after[held[visit]],)
+                if visit in saves_held:
+                    self._held_up = (*self._held_up, self._saved[saves_held[visit]])
+            while queue and queue[0].after <= visit:
+                first = queue.pop(0)
+                if isinstance(first, Restore):
+                    self._restore(first, visits[first.before].layer, done)
+                else:
+                    self._load(first.group)
         left = {group: self._evict(group) for group in sorted(self._brought)}
         self._wait_for_the_pass_before(left)
 
@@ -110,11 +102,14 @@ class _Lowering:
         self.actions.append(Action(kind, layers, number, tuple(waits), offset))
         return self.actions[-1].ref
 
-    def _compute(self, visit: Visit) -> Ref:
+    def _compute(self, visit: Visit, restored: Ref | None) -> Ref:
+        """`restored`: what brings its activations back, if they were away."""
         kind, layer, again = visit
         group = self._group_of.get(layer)
         waits = [*([self._brought[group]] if group is not None else []), *self._held_up]
         self._held_up = ()
+        if restored is not None:
+            waits.append(restored)
         if again:
             self._again[layer] = self._act(Kind.RECOMPUTE, (layer,), waits)
         if kind is Kind.BACKWARD and layer in self._again:
@@ -131,6 +126,11 @@ class _Lowering:
         rivals = [other for other in self._brought if group.overlaps(self._ring.groups[other])]
         waits = [self._evict(rival) for rival in rivals]
         self._brought[index] = self._act(Kind.LOAD, group.layers, waits, group.offset)
+
+    def _restore(self, restore: Restore, layer: int, room: Ref) -> None:
+        """`room`: the compute after which there is room for it."""
+        saved = [self._saved[visit] for visit in restore.saved]
+        self._restored[restore.before] = self._act(Kind.RESTORE, (layer,), [room, *saved])
 
     def _evict(self, group: int) -> Ref:
         del self._brought[group]
@@ -164,13 +164,4 @@ def held_up_by(leaving: Mapping[int, Sequence[int]], partition: Partition) -> di
     """
     sizes = {visit: sum(partition.layers[layer].gradient_bytes for layer in mine) for visit, mine in leaving.items()}
     most = max((partition.layers[layer].gradient_bytes for mine in leaving.values() for layer in mine), default=0)
-    under_way: deque[int] = deque()
-    total = 0
-    found: dict[int, int] = {}
-    for visit in sorted(sizes):
-        while under_way and total + sizes[visit] > most:
-            found[visit] = under_way.popleft()
-            total -= sizes[found[visit]]
-        under_way.append(visit)
-        total += sizes[visit]
-    return found
+    return held_up(sizes, most)

@@ -14,9 +14,11 @@ def validate(schedule: Schedule, layer_bytes: tuple[int, ...], read_bytes: tuple
     Guarantees, for the cold actions and two passes in list order: every FORWARD, RECOMPUTE and BACKWARD finds its
     layer on the device, and waits for the load that brought it in this pass; a BACKWARD waits for the RECOMPUTE before
     it, GRADIENTS for what computes them, a STEP for the last of these, and the next pass's first LOAD of a layer for
-    its STEP; a LOAD overwrites evicted layers only, and waits for their evictions; a LOAD from disk waits for a READ of
-    just its layers in this pass; a READ overwrites only what was loaded from staging, and waits for those loads; waits
-    name earlier actions; loads stay inside the arena, reads inside the staging ring.
+    its STEP; a SAVE waits for its FORWARD, a RESTORE for the SAVEs that it brings back, a BACKWARD for the RESTORE
+    before it, and what was saved is restored once; a LOAD overwrites evicted layers only, and waits for their
+    evictions; a LOAD from disk waits for a READ of just its layers in this pass; a READ overwrites only what was loaded
+    from staging, and waits for those loads; waits name earlier actions; loads stay inside the arena, reads inside the
+    staging ring.
 
     Raises: ValueError naming the action.
     """
@@ -32,13 +34,16 @@ def validate(schedule: Schedule, layer_bytes: tuple[int, ...], read_bytes: tuple
     )
     for number, actions in enumerate((schedule.cold, schedule.actions, schedule.actions)):
         done: set[Ref] = set()
+        activations = _Activations()
         for action in actions:
             _check_waits(action, done, names)
             _check_backward(action, done)
             _check_update(action, done, schedule)
+            activations.apply(action)
             staging.apply(action, number)
             arena.apply(action, number)
             done.add(action.ref)
+        activations.end()
 
 
 def _check_waits(action: Action, done: set[Ref], names: set[Ref]) -> None:
@@ -71,6 +76,39 @@ def _check_update(action: Action, done: set[Ref], schedule: Schedule) -> None:
             first = not any(ref.kind is Kind.LOAD and layer in ref.layers for ref in done)
             if first and step not in action.waits:
                 raise ValueError(f"{action.ref} does not wait for {step}, which updates its weights")
+
+
+class _Activations:
+    """What is away, and what came back for a backward to come, in one pass."""
+
+    def __init__(self) -> None:
+        self._away: set[Ref] = set()
+        self._back: set[Ref] = set()
+
+    def apply(self, action: Action) -> None:
+        """Take one action. A layer's backwards have its restores in their order."""
+        if action.kind is Kind.SAVE:
+            if Ref(Kind.FORWARD, action.layers, action.occurrence) not in action.waits:
+                raise ValueError(f"{action.ref} does not wait for the forward that makes what it sends")
+            self._away.add(action.ref)
+        elif action.kind is Kind.RESTORE:
+            saved = {ref for ref in action.waits if ref.kind is Kind.SAVE and ref.layers == action.layers}
+            if not saved or not saved <= self._away:
+                raise ValueError(f"{action.ref} waits for no save of its layer, or for one that came back before")
+            self._away -= saved
+            self._back.add(action.ref)
+        elif action.kind is Kind.BACKWARD:
+            restored = Ref(Kind.RESTORE, action.layers, action.occurrence)
+            if restored in self._back and restored not in action.waits:
+                raise ValueError(f"{action.ref} does not wait for {restored}, which brings its activations back")
+            self._back.discard(restored)
+
+    def end(self) -> None:
+        """The pass is over."""
+        if self._away:
+            raise ValueError(f"{min(map(str, self._away))} is never restored")
+        if self._back:
+            raise ValueError(f"{min(map(str, self._back))} comes after its backward, or has none")
 
 
 def _range(action: Action, layer_bytes: tuple[int, ...], limit: int, place: str) -> tuple[int, int]:

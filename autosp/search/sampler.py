@@ -15,7 +15,7 @@ from autosp.search.learned import Learned
 from autosp.search.space import Key, key_of
 from autosp.spec import Prediction
 
-PARAMETERS = ("k", "k_prime", "residents", "on_disk", "read_ahead", "recompute")
+PARAMETERS = ("k", "k_prime", "residents", "on_disk", "read_ahead", "recompute", "offload")
 """As in `key_of`."""
 
 
@@ -105,6 +105,6 @@ def _taken(study: Study) -> frozenset[Key]:
 
 
 def _key_in(trial: FrozenTrial) -> Key:
-    # A study of before the disk tier has no more than the first three, one of before training all but the last.
-    k, k_prime, residents, on_disk, read_ahead, recompute = (trial.params.get(name, 0) for name in PARAMETERS)
-    return k, k_prime, residents, on_disk, read_ahead, recompute
+    # A study of before the disk tier has the first three only, one of before training the first five.
+    k, k_prime, residents, on_disk, read_ahead, recompute, offload = (trial.params.get(name, 0) for name in PARAMETERS)
+    return k, k_prime, residents, on_disk, read_ahead, recompute, offload

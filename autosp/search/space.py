@@ -69,7 +69,7 @@ def _heap_bytes(profile: Profile, share_of_workspace: float, group: int) -> floa
     return share_of_workspace * profile.workspace_of(group) + bookkeeping_bytes + kernel_bytes
 
 
-Key = tuple[int, int, int, int, int, int]
+Key = tuple[int, int, int, int, int, int, int]
 """See `key_of`."""
 
 
@@ -81,7 +81,7 @@ def rank(profile: Profile, budget_bytes: int, host_budget_bytes: int | None = No
     For each ring (k', number of groups) the budget is filled with residents. Besides these there are every k with its
     residents spread evenly, the plain sliding windows (no residents), and everything resident, k' on the `rungs`. Where
     the host has no room for what each of them streams, as little of it as fits rests on disk, for each of `READ_AHEAD`.
-    Those of training are coarser, with every choice of what is computed again: see `training_space`.
+    Those of training are coarser, with every choice of what is computed again or offloaded: see `training_space`.
 
     Raises: BudgetTooSmallError if nothing is predicted to fit; SettingError if the profile does not know the disk.
     """
@@ -123,7 +123,7 @@ def _predictions(
     memory = memory_of(profile)
     others = [*sliding_windows(profile), all_resident(profile)]
     if profile.mode == "training":
-        others = list(training_space.recomputing(profile, others, usable, group))
+        others = list(training_space.with_activations(profile, others, usable, group))
     else:
         others = [*grid(profile, usable), *others]
     fitting = (candidate for candidate in _serving(others, group) if memory.may_fit(candidate, usable))
@@ -145,10 +145,11 @@ def _serving(candidates: Iterable[Candidate], group: int) -> Iterator[Candidate]
 def key_of(candidate: Candidate) -> Key:
     """What names a candidate within a study.
 
-    k, k', the numbers of residents and of layers on disk, the read-ahead, the number of layers computed again.
+    k, k', the numbers of residents and of layers on disk, the read-ahead, the numbers of layers computed again and
+    offloaded.
     """
     residents, on_disk, recompute = map(len, (candidate.residents, candidate.on_disk, candidate.recompute))
-    return candidate.k, candidate.k_prime, residents, on_disk, candidate.read_ahead, recompute
+    return candidate.k, candidate.k_prime, residents, on_disk, candidate.read_ahead, recompute, len(candidate.offload)
 
 
 def rungs(most: int) -> list[int]:

@@ -1,10 +1,11 @@
-"""Which settings of training there are under a budget: as in inference, for each choice of what is computed again."""
+"""Which settings of training there are under a budget: as in inference, for each choice of which activations stay."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from functools import partial
+from typing import NamedTuple
 
 from autosp.cost_model.placement import evenly_spread
 from autosp.cost_model.training_memory import Together, TrainingMemory, seconds_per_freed_byte
@@ -14,10 +15,47 @@ from autosp.spec import Candidate, Profile
 
 K_PRIMES = (1, 2, 4, 8)
 DEPTHS = (1, 2, 3)
-"""As in inference, but coarser: each is tried with every choice of what is computed again."""
+"""As in inference, but coarser: each is tried with every choice of which activations stay."""
 
 SHARES = (1 / 4, 1 / 2, 3 / 4, 1)
-"""Of the blocks and layers whose activations take more than their inputs: how many are computed again."""
+"""Of the blocks and layers whose activations take more than their inputs, how many are computed again; of those that
+save any, how many offload them."""
+
+
+class Activations(NamedTuple):
+    """Layers whose activations do not stay on the device."""
+
+    recompute: tuple[int, ...] = ()
+    offload: tuple[int, ...] = ()
+
+    def beside(self, residents: Container[int], in_blocks: AbstractSet[int]) -> Activations:
+        """Of layers to compute again, those that are not resident, and those of blocks; to offload: not resident."""
+        return Activations(
+            tuple(layer for layer in self.recompute if layer in in_blocks or layer not in residents),
+            tuple(layer for layer in self.offload if layer not in residents),
+        )
+
+
+def activation_choices(profile: Profile, budget_bytes: int, group: int = 1) -> list[Activations]:
+    """What is computed again, where nothing is offloaded; what is offloaded, all others keeping or recomputing theirs.
+
+    The first blocks and layers are offloaded, which have most time for it: shares of all, and just enough for the
+    budget. Where the device counts host memory as its own, none are.
+    """
+    choices = [Activations(recompute) for recompute in recompute_choices(profile, budget_bytes, group)]
+    if profile.device.counts_host_memory:
+        return choices
+    partition = profile.partition
+    saving = {layer for layer, n_bytes in zip(partition.visits, partition.activation_bytes, strict=False) if n_bytes}
+    first = [together for together in partition.recomputable if not saving.isdisjoint(together)]
+    memory, again = TrainingMemory(profile), list(seconds_per_freed_byte(profile))
+    counts = {max(1, round(len(first) * share)) for share in SHARES} if first else set()
+    for others in ([], again) if first else ():
+        choice_of = partial(_offloading, others, first, saving)
+        rings = (Candidate(k=k, k_prime=1, group=group) for k in (1, 2))
+        enough = {max(1, _just_enough(memory, choice_of, len(first), ring, budget_bytes)) for ring in rings}
+        choices += map(choice_of, sorted(counts | enough))
+    return list(dict.fromkeys(choices))
 
 
 def recompute_choices(profile: Profile, budget_bytes: int, group: int = 1) -> list[tuple[int, ...]]:
@@ -33,8 +71,9 @@ def recompute_choices(profile: Profile, budget_bytes: int, group: int = 1) -> li
     cheapest = sorted(useful, key=cost_of.__getitem__)
     counts = {max(1, round(len(useful) * share)) for share in SHARES}
     chosen: list[tuple[Together, ...]] = [(), *(evenly_spread(useful, count) for count in sorted(counts))]
-    memory = TrainingMemory(profile)
-    enough = {_just_enough(memory, cheapest, Candidate(k=k, k_prime=1, group=group), budget_bytes) for k in (1, 2)}
+    memory, choice_of = TrainingMemory(profile), partial(_recomputing, cheapest)
+    rings = (Candidate(k=k, k_prime=1, group=group) for k in (1, 2))
+    enough = {_just_enough(memory, choice_of, len(cheapest), ring, budget_bytes) for ring in rings}
     chosen += (tuple(cheapest[:count]) for count in sorted(counts | enough))
     return list(dict.fromkeys(map(_layers_of, chosen)))
 
@@ -46,64 +85,78 @@ def filled(profile: Profile, budget_bytes: int, group: int = 1) -> Iterator[Cand
     in_blocks = _in_blocks(profile)
     free = budget_bytes - profile.partition.resident_bytes - profile.planned_workspace_of(group)
     count = len(of.layers)
-    for recompute in recompute_choices(profile, budget_bytes, group):
-        moving = partial(_moving_bytes, memory, in_blocks, recompute, group)
+    for choice in activation_choices(profile, budget_bytes, group):
         for k_prime in K_PRIMES:
             for depth in DEPTHS:
                 if depth * k_prime > count:
                     break
+                moving = partial(_moving_bytes, memory, in_blocks, choice, group, depth * k_prime)
                 for residents in dict.fromkeys(Filling(of, k_prime, depth, free, moving).resident_sets()):
                     if count - len(residents) >= depth * k_prime:
                         k = len(residents) + depth * k_prime
-                        again = _again_beside(residents, in_blocks, recompute)
-                        yield Candidate(k=k, k_prime=k_prime, residents=residents, recompute=again)
+                        here = choice.beside(residents, in_blocks)
+                        yield Candidate(k=k, k_prime=k_prime, residents=residents, **here._asdict())
 
 
-def recomputing(
+def with_activations(
     profile: Profile, candidates: Sequence[Candidate], budget_bytes: int, group: int = 1
 ) -> Iterator[Candidate]:
-    """Each candidate, one after another, with every choice of what is computed again; and the least-memory plan."""
+    """Each candidate, one after another, with every choice of which activations stay; and the least-memory plan.
+
+    Activations are offloaded beside rings as small as those that are `filled`: they come back no sooner in larger ones.
+    """
     in_blocks = _in_blocks(profile)
-    choices = recompute_choices(profile, budget_bytes, group)
+    choices = activation_choices(profile, budget_bytes, group)
     for candidate in candidates:
-        for recompute in choices:
-            again = _again_beside(candidate.residents, in_blocks, recompute)
-            yield candidate.model_copy(update={"recompute": again})
+        small = candidate.k_prime in K_PRIMES and candidate.depth in DEPTHS
+        for choice in choices:
+            if small or not choice.offload:
+                yield candidate.model_copy(update=choice.beside(candidate.residents, in_blocks)._asdict())
     yield least_training(profile.partition)
 
 
 def _moving_bytes(
     memory: TrainingMemory,
     in_blocks: AbstractSet[int],
-    recompute: tuple[int, ...],
+    choice: Activations,
     group: int,
+    ring: int,
     residents: AbstractSet[int],
 ) -> int:
-    return memory.moving_bytes(_again_beside(residents, in_blocks, recompute), tuple(sorted(residents)), group)
+    here = choice.beside(residents, in_blocks)
+    return memory.moving_bytes(here.recompute, tuple(sorted(residents)), group, here.offload, ring)
 
 
 def _in_blocks(profile: Profile) -> AbstractSet[int]:
     return {layer for block in profile.partition.blocks for layer in block.layers}
 
 
-def _again_beside(
-    residents: Container[int], in_blocks: AbstractSet[int], recompute: tuple[int, ...]
-) -> tuple[int, ...]:
-    """Of layers to compute again, those that are not resident, and those of blocks."""
-    return tuple(layer for layer in recompute if layer in in_blocks or layer not in residents)
-
-
 def _layers_of(chosen: Sequence[Together]) -> tuple[int, ...]:
     return tuple(sorted(layer for layers in chosen for layer in layers))
 
 
-def _just_enough(memory: TrainingMemory, cheapest: Sequence[Together], ring: Candidate, budget_bytes: int) -> int:
-    """How many of the cheapest must be computed again for a ring to fit; all, if that is not enough."""
-    low, high = 0, len(cheapest)
+def _recomputing(cheapest: Sequence[Together], count: int) -> Activations:
+    """So many of them."""
+    return Activations(_layers_of(cheapest[:count]))
+
+
+def _offloading(
+    others: Sequence[Together], first: Sequence[Together], saving: AbstractSet[int], count: int
+) -> Activations:
+    """So many of the first, their layers that are `saving` any; of the rest, the `others` are computed again."""
+    away = frozenset(first[:count])
+    again = [together for together in others if together not in away]
+    return Activations(_layers_of(again), tuple(layer for layer in _layers_of(first[:count]) if layer in saving))
+
+
+def _just_enough(
+    memory: TrainingMemory, choice_of: Callable[[int], Activations], most: int, ring: Candidate, budget_bytes: int
+) -> int:
+    """The least number, of `most`, with which a ring fits beside what stays; `most`, if that is not enough."""
+    low, high = 0, most
     while low < high:
         middle = (low + high) // 2
-        again = _layers_of(cheapest[:middle])
-        if memory.may_fit(ring.model_copy(update={"recompute": again}), budget_bytes):
+        if memory.may_fit(ring.model_copy(update=choice_of(middle)._asdict()), budget_bytes):
             high = middle
         else:
             low = middle + 1

@@ -14,6 +14,7 @@ from torch import nn
 
 from autosp.batch import equal
 from autosp.devices import Device
+from autosp.errors import HostMemoryError
 from autosp.runtime.bench import Bench
 from autosp.runtime.streamed_model import StreamedModel
 from autosp.schedule.training import least_training
@@ -84,8 +85,8 @@ def validate(
 ) -> Measurement:
     """Run the candidate: a cold pass, compared with `reference`, then timed ones.
 
-    Out of memory and a differing output are outcomes, not errors. The model is restored in every case; what it raises
-    passes through.
+    Out of memory, the device's or the host's, and a differing output are outcomes, not errors. The model is restored in
+    every case; what it raises passes through.
     """
     device = bench.device
     try:
@@ -111,7 +112,7 @@ def validate(
             finally:
                 streamed.remove()
     except BaseException as error:
-        if not device.is_out_of_memory(error):
+        if not device.is_out_of_memory(error) and not isinstance(error, HostMemoryError):
             raise
         return failed(Outcome.OUT_OF_MEMORY, budget_bytes + 1)
     if not same and reference.repeats():

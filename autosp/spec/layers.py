@@ -62,6 +62,10 @@ class Partition(Record):
     backward: tuple[int, ...] = Field(
         default=(), description="layers whose weights a training pass's backward needs, in the order of need"
     )
+    activation_bytes: tuple[int, ...] = Field(
+        default=(),
+        description="per entry of `visits`: what autograd saves of it that can be offloaded; none before schema 7",
+    )
     lookups: Layer | None = Field(
         default=None, description="tables of which a pass reads a few rows: they stay on the slow tier"
     )

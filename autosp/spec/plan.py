@@ -17,8 +17,8 @@ from autosp.spec.trial import Candidate, Measurement, Prediction
 
 PLAN_SCHEMA_VERSION = 7
 """Also read: 1, before lookup tables; 2, before `Layer.weight_bytes` and disks behind the host; 3, before `Leaf` and
-`reading`; 4, before training; 5, before `Layer.disk_bytes`; 6, before `Candidate.group` and blocks: each layer is
-computed again by itself."""
+`reading`; 4, before training; 5, before `Layer.disk_bytes`; 6, before `Candidate.group`, `Candidate.offload`
+and blocks: each layer is computed again by itself."""
 
 
 class Plan(Record):
@@ -51,8 +51,8 @@ class Plan(Record):
         backward = self.partition.backward
         if any(not 0 <= index < count for index in (*visits, *backward, *candidate.residents, *candidate.on_disk)):
             raise ValueError(f"a visit, a resident or a layer on disk is none of the {count} layers")
-        if not {*backward} <= {*visits} or not {*candidate.recompute} <= {*backward}:
-            raise ValueError("only what a pass visits goes backward, and only that is recomputed")
+        if not {*backward} <= {*visits} or not {*candidate.recompute, *candidate.offload} <= {*backward}:
+            raise ValueError("only what a pass visits goes backward, and only that is recomputed, or offloaded")
         whole = {layer for block in self.partition.recomputed_blocks(candidate.recompute) for layer in block.layers}
         for block in self.partition.blocks:
             if not {*block.layers} <= {*backward} or {*block.layers} & {*candidate.recompute} - whole:

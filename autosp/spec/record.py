@@ -33,3 +33,8 @@ class DeviceInfo(Record):
     memory_bytes: int
     torch_version: str
     fingerprint: str
+
+    @property
+    def counts_host_memory(self) -> bool:
+        """Whether host memory is this device's own: what is moved there is not gone."""
+        return self.kind == "cpu"

@@ -16,8 +16,8 @@ class Candidate(Record):
     `residents` never leave; the other `k - len(residents)` layers are the ring that streamed layers share. Layers
     `on_disk` rest behind the host: they are read into a ring of `read_ahead` groups in host memory, and loaded from it.
     In training, of layers to `recompute` only the inputs are kept for the backward pass, and of a block all of whose
-    layers are among them only the block's. A pass serves `group` microbatches: what a transfer brings is used by all of
-    them before it leaves.
+    layers are among them only the block's; what autograd saves of layers to `offload` is in host memory until then. A
+    pass serves `group` microbatches: what a transfer brings is used by all of them before it leaves.
     """
 
     k: int = Field(ge=0)
@@ -26,6 +26,7 @@ class Candidate(Record):
     on_disk: tuple[int, ...] = ()
     read_ahead: int = Field(default=0, ge=0, description="groups in the host's ring; 0 if nothing rests on disk")
     recompute: tuple[int, ...] = ()
+    offload: tuple[int, ...] = ()
     group: int = Field(default=1, ge=1, description="microbatches that share a pass")
 
     @model_validator(mode="after")
@@ -34,6 +35,8 @@ class Candidate(Record):
             raise ValueError(f"{len(self.on_disk)} layers rest on disk, and {self.read_ahead} groups are read ahead")
         if self.on_disk and not set(self.on_disk).isdisjoint(self.residents):
             raise ValueError("a layer is resident and on disk")
+        if self.offload and not set(self.offload).isdisjoint([*self.recompute, *self.residents]):
+            raise ValueError("activations are offloaded of a layer that is resident, or computes them again")
         return self
 
     @property
@@ -61,8 +64,9 @@ class Candidate(Record):
         """Short name for tables."""
         disk = f" on disk={len(self.on_disk)} read-ahead={self.read_ahead}" if self.on_disk else ""
         again = f" recompute={len(self.recompute)}" if self.recompute else ""
+        away = f" offload={len(self.offload)}" if self.offload else ""
         group = f" group={self.group}" if self.group > 1 else ""
-        return f"k={self.k} k'={self.k_prime} residents={len(self.residents)}{disk}{again}{group}"
+        return f"k={self.k} k'={self.k_prime} residents={len(self.residents)}{disk}{again}{away}{group}"
 
 
 class Prediction(Record):
@@ -72,10 +76,13 @@ class Prediction(Record):
     latency_s: float = Field(description="one pass in the steady state")
     cold_latency_s: float | None = Field(default=None, description="the first pass, with empty buffers")
     stall_s: float = Field(description="time per steady pass in which compute waits for a transfer")
-    moved_bytes: int = Field(description="bytes over the link to the device per steady pass")
+    moved_bytes: int = Field(description="bytes of weights over the link to the device per steady pass")
     peak_bytes: int = Field(description="device memory: residents, ring, activations and workspace")
     read_bytes: int = Field(default=0, description="bytes from disk to host per steady pass")
-    host_bytes: int = Field(default=0, description="host memory: what rests there, and the ring that disk is read into")
+    host_bytes: int = Field(
+        default=0, description="host memory: what rests there, the ring that disk is read into, offloaded activations"
+    )
+    offloaded_bytes: int = Field(default=0, description="activations to the host per pass, and as many back")
 
 
 class Outcome(StrEnum):

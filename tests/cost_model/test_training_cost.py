@@ -14,9 +14,10 @@ from autosp.cost_model.calibrate import calibrated
 from autosp.cost_model.floor import floor_s
 from autosp.cost_model.predict import contended_periods, predict, with_rings
 from autosp.cost_model.simulate import costs_of, simulate
-from autosp.cost_model.training_memory import TrainingMemory, freed_bytes, used_up_after
-from autosp.schedule.actions import Kind
+from autosp.cost_model.training_memory import TrainingMemory, freed_bytes
+from autosp.schedule.actions import Kind, Ref
 from autosp.schedule.training import lower_training
+from autosp.schedule.visits import used_up_after
 from autosp.search.space import rank
 from autosp.spec import BackwardProfile, Block, Candidate, Prediction, Profile, Tier, Usage
 from builders import blocks, candidates, link, profile, profiles, quick, recomputed, seconds, thorough, trial
@@ -40,10 +41,12 @@ def trained(
     times = zip(backward, befores, recompute_s, backward_s, strict=True)
     sizes = kept or [(0, 0)] * len(parts.visits)
     least = Candidate(k=1, k_prime=1, recompute=tuple(sorted(set(backward))))
+    offloadable = tuple(n_bytes for n_bytes, _ in sizes)
+    changes = {"layers": layers, "backward": backward, "repeats": 1, "activation_bytes": offloadable}
     found = measured.model_copy(
         update={
             "mode": "training",
-            "partition": parts.model_copy(update={"layers": layers, "backward": backward, "repeats": 1}),
+            "partition": parts.model_copy(update=changes),
             "visits": tuple(
                 visit.model_copy(update={"kept_bytes": all_of_it, "input_bytes": inputs})
                 for visit, (all_of_it, inputs) in zip(measured.visits, sizes, strict=True)
@@ -71,12 +74,19 @@ SMALL = trained(
 )
 
 
+KEEPING = SMALL.model_copy(update={"partition": SMALL.partition.model_copy(update={"activation_bytes": ()})})
+"""The same where nothing can be offloaded."""
+
+
 @pytest.mark.parametrize(
     ("candidate", "expected_s"),
     [
         # Loads at 0, 2, 4; forward 1-2, 3-4, 5-6; at the turn 2 stays: 6-8; 1: load 8-9, 9-11; 0: load 11-12, 12-14.
         pytest.param(Candidate(k=1, k_prime=1), 15, id="one at a time: the last gradients leave after 14"),
         pytest.param(Candidate(k=1, k_prime=1, recompute=(1,)), 16, id="one of them computed again"),
+        # 20 B each, so 2 s each way. Forward as above; 0 leaves 2-4; at the turn 2: 6-8; it comes back 8-10 once 1 has
+        # its weights at 9, so 9-11, and its own weights follow: 11-12, 12-14.
+        pytest.param(Candidate(k=1, k_prime=1, offload=(0,)), 15, id="one of them offloaded"),
         # Loads 0-1, 1-2, 2-3 (place of 0, free at 2); backward 4-6, 6-8, 0: load 6-7, 8-10; gradients until 11.
         pytest.param(Candidate(k=2, k_prime=1), 11, id="overlapped"),
         pytest.param(Candidate(k=3, k_prime=1, residents=(0, 1, 2)), 9, id="compute alone; gradients stay"),
@@ -146,15 +156,23 @@ def test_a_front_is_drawn_up_to_where_nothing_moves(monkeypatch: pytest.MonkeyPa
     ],
 )
 def test_floor_by_hand(budget_bytes: int, expected_s: float) -> None:
-    assert floor_s(SMALL, budget_bytes) == expected_s
+    assert floor_s(KEEPING, budget_bytes) == expected_s
+
+
+def test_floor_where_activations_may_leave() -> None:
+    """As much is offloaded as makes the links' time the compute's."""
+    assert floor_s(SMALL, 40) == 9  # 32 B each way at 10 B/s beside 1.6 s of loads and of gradients
+    back = SMALL.links[1].model_copy(update={"bytes_per_s": 4.0})
+    # 16 B of gradients; 22.4 B of activations leave: 38.4 B at 4 B/s, and 9.6 B are freed by computing 0.6 s more.
+    assert floor_s(SMALL.model_copy(update={"links": (SMALL.links[0], back)}), 40) == pytest.approx(9.6)
 
 
 def test_floor_of_links() -> None:
-    slow = SMALL.model_copy(update={"links": (link(bytes_per_s=0.5), SMALL.links[1])})
+    slow = KEEPING.model_copy(update={"links": (link(bytes_per_s=0.5), SMALL.links[1])})
     assert floor_s(slow, 12) == 120  # all twice
     assert floor_s(slow, 12 + 22) == (8 + 20) / 0.5  # beside 12 B of inputs, 10 B are there at the turn
     back = SMALL.links[1].model_copy(update={"bytes_per_s": 0.1})
-    assert floor_s(SMALL.model_copy(update={"links": (SMALL.links[0], back)}), 12 + 20) == 200  # half of 20 B stay
+    assert floor_s(KEEPING.model_copy(update={"links": (SMALL.links[0], back)}), 12 + 20) == 200  # half of 20 B stay
 
 
 def with_blocks(measured: Profile, found: tuple[Block, ...]) -> Profile:
@@ -172,7 +190,7 @@ def training_profiles(draw: st.DrawFn, *, contention: bool = False) -> Profile:
     measured = with_blocks(measured, draw(blocks(visits, backward)))
     count = len(backward)
     sizes = st.tuples(st.integers(0, 40), st.integers(0, 20))
-    return trained(
+    found = trained(
         measured,
         backward,
         backward_s=draw(st.lists(seconds, min_size=count, max_size=count)),
@@ -181,13 +199,19 @@ def training_profiles(draw: st.DrawFn, *, contention: bool = False) -> Profile:
         kept=draw(st.lists(sizes, min_size=len(visits), max_size=len(visits))),
         return_bytes_per_s=draw(st.sampled_from([0.5, 3.0, 1000.0])),
     )
+    return found.model_copy(update={"waiting_bytes": draw(st.integers(0, 5))})
 
 
 @st.composite
 def training_candidates(draw: st.DrawFn, measured: Profile) -> Candidate:
     """Any setting that `autosp.plan` would accept."""
     parts = measured.partition
-    return draw(candidates(parts.visits)).model_copy(update={"recompute": draw(recomputed(parts))})
+    again = draw(recomputed(parts))
+    candidate = draw(candidates(parts.visits))
+    left = [layer for layer in dict.fromkeys(parts.backward) if layer not in (*again, *candidate.residents)]
+    away = draw(st.lists(st.sampled_from(left), unique=True)) if left else []
+    chosen = {"recompute": again, "offload": tuple(sorted(away)), "group": draw(st.sampled_from((1, 3)))}
+    return candidate.model_copy(update=chosen)
 
 
 @thorough
@@ -197,7 +221,7 @@ def test_the_fast_predictor_and_the_simulator_agree(measured: Profile, data: st.
     schedule = lower_training(candidate, measured.partition)
     periods = contended_periods(measured, with_rings(measured, [candidate]))
     factors = (float(one[0]) for one in (periods.compute_factor, periods.link_factor, periods.disk_factor))
-    timeline = simulate(schedule, costs_of(measured).contended(*factors), periods=2)
+    timeline = simulate(schedule, costs_of(measured, candidate.group).contended(*factors), periods=2)
     (prediction,) = predict(measured, [candidate])
     assert prediction.latency_s == pytest.approx(timeline.period_ends_s[0])
     assert prediction.stall_s == pytest.approx(sum(timeline.stalls_s().values()))
@@ -208,7 +232,24 @@ def test_the_fast_predictor_and_the_simulator_agree(measured: Profile, data: st.
 @given(training_profiles(), st.data())
 def test_floor_below_any_plan_at_its_own_peak(measured: Profile, data: st.DataObject) -> None:
     (predicted,) = predict(measured, [data.draw(training_candidates(measured))])
-    assert floor_s(measured, predicted.peak_bytes) <= predicted.latency_s * (1 + 1e-9)
+    floor = floor_s(measured, predicted.peak_bytes, group=predicted.candidate.group)
+    assert floor <= predicted.latency_s * (1 + 1e-9)
+
+
+def test_activations_are_offloaded_where_that_is_faster() -> None:
+    """Eight layers of 20 B of activations, 5 or 6 of which may stay; computing one of them again takes 30 s."""
+    measured = trained(
+        profile((10,) * 8, bytes_per_s=10.0, resident_bytes=5, workspace_bytes=7),
+        tuple(reversed(range(8))),
+        backward_s=[2.0] * 8,
+        recompute_s=[30.0] * 8,
+        kept=[(20, 4)] * 8,
+        return_bytes_per_s=10.0,
+    )
+    best = rank(measured, 5 + 7 + 20 + 10 + 110)[0]
+    assert best.candidate.offload and not best.candidate.recompute
+    on_cpu = measured.model_copy(update={"device": measured.device.model_copy(update={"kind": "cpu"})})
+    assert not any(one.candidate.offload for one in rank(on_cpu, 10**7))
 
 
 @quick
@@ -247,6 +288,78 @@ def test_activations_by_the_action_list(measured: Profile, data: st.DataObject) 
             backward += 1
         peak = max(peak, now)
     assert TrainingMemory(measured).activation_bytes(candidate.recompute) == peak
+
+
+def with_memory_of_activations_only(measured: Profile, *, kept: bool) -> Profile:
+    """Without gradients; not `kept`: without activations too."""
+    parts = measured.partition
+    layers = tuple(layer.model_copy(update={"gradient_bytes": 0}) for layer in parts.layers)
+    parts = parts.model_copy(update={"layers": layers})
+    if kept:
+        return measured.model_copy(update={"partition": parts})
+    nothing = {"kept_bytes": 0, "input_bytes": 0}
+    visits = tuple(visit.model_copy(update=nothing) for visit in measured.visits)
+    parts = parts.model_copy(update={"activation_bytes": (0,) * len(visits)})
+    return measured.model_copy(update={"partition": parts, "visits": visits})
+
+
+@thorough
+@given(training_profiles(), st.data())
+def test_what_is_away_by_the_action_list(measured: Profile, data: st.DataObject) -> None:
+    """No more is on the device than predicted: it may come back later than it might in any ring. Also beside blocks."""
+    candidate = data.draw(training_candidates(measured))
+    parts, group, again = measured.partition, candidate.group, set(candidate.recompute)
+    until = used_up_after(parts.visits, parts.backward)
+    assert parts.activation_bytes == tuple(one.kept_bytes for one in measured.visits)
+    kept = [group * (one.input_bytes if one.layer in again else one.kept_bytes) for one in measured.visits]
+    block_of = {layer: set(block.layers) for block in parts.blocks for layer in block.layers}
+    anew = [
+        max(0, one.kept_bytes - one.input_bytes) * (group if one.layer in block_of else 1) if one.layer in again else 0
+        for one in measured.visits
+    ]
+    there: dict[int, int] = {}
+    there_again: set[int] = set()
+    leaving: list[tuple[Ref, int]] = []
+    visit_of: dict[Ref, int] = {}
+    peak = backward = forward = 0
+    for action in lower_training(candidate, parts).actions:
+        if action.kind in (Kind.FORWARD, Kind.BACKWARD):
+            while any(ref in action.waits for ref, _ in leaving):
+                del there[leaving.pop(0)[1]]
+        if action.kind is Kind.FORWARD:
+            there[forward] = kept[forward]
+            forward += 1
+        elif action.kind is Kind.SAVE:
+            visit_of[action.ref] = forward - 1
+            leaving.append((action.ref, forward - 1))
+        elif action.kind is Kind.RESTORE:
+            brought = [visit_of[ref] for ref in action.waits if ref.kind is Kind.SAVE]
+            leaving = [one for one in leaving if one[1] not in brought]
+            there.update((visit, kept[visit]) for visit in brought)
+        elif action.kind is Kind.BACKWARD:
+            mine = [visit for visit, last in enumerate(until) if last == backward]
+            with_it = {one for visit in mine for one in block_of.get(parts.visits[visit], ())}
+            there_again |= {visit for visit, layer in enumerate(parts.visits) if visit in mine or layer in with_it}
+        peak = max(peak, sum(there.values()) + sum(anew[visit] for visit in there_again))
+        if action.kind is Kind.BACKWARD:
+            there_again -= set(mine)
+            there = {visit: n_bytes for visit, n_bytes in there.items() if until[visit] != backward}
+            backward += 1
+    whole, bare = (with_memory_of_activations_only(measured, kept=one) for one in (True, False))
+    predicted = TrainingMemory(whole).peak_bytes(candidate, 0) - TrainingMemory(bare).peak_bytes(candidate, 0)
+    assert peak <= predicted <= TrainingMemory(whole).activation_bytes(candidate.recompute, group)
+
+
+def test_where_host_memory_is_the_devices_nothing_is_away() -> None:
+    on_cpu = SMALL.model_copy(update={"device": SMALL.device.model_copy(update={"kind": "cpu"})})
+    on_gpu = SMALL.model_copy(update={"device": SMALL.device.model_copy(update={"kind": "cuda"})})
+    away, kept = Candidate(k=1, k_prime=1, offload=(0, 1)), Candidate(k=1, k_prime=1)
+    peaks = {
+        kind: [one.peak_bytes for one in predict(of, [away, kept])] for kind, of in (("cpu", on_cpu), ("gpu", on_gpu))
+    }
+    assert peaks["cpu"][0] == peaks["cpu"][1]
+    assert peaks["gpu"][0] == peaks["gpu"][1] - 10  # that of 0 is back beside a gradient more
+    assert [one.offloaded_bytes for one in predict(on_gpu, [away, kept])] == [40, 0]
 
 
 @thorough

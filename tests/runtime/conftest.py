@@ -67,7 +67,8 @@ def apply(tmp_path: Path) -> Iterator[Apply]:
         residents = tuple(index for index in candidate.residents if index < len(parts.layers))
         whole = {index for unit in parts.recomputable if {*unit} & {*candidate.recompute} for index in unit}
         recompute = tuple(sorted(whole))
-        candidate = candidate.model_copy(update={"residents": residents, "recompute": recompute})
+        offload = tuple(index for index in candidate.offload if index in parts.backward and index not in whole)
+        candidate = candidate.model_copy(update={"residents": residents, "recompute": recompute, "offload": offload})
         bound = bind(model, parts)
         store = open_store(device, bound.layers, tmp_path, Originals.FREED)
         schedule = lower_training(candidate, bound.partition)

@@ -111,6 +111,58 @@ def test_prediction_and_execution_are_the_same_numbers(plan: str, apply: Apply) 
                 assert left.end_s == pytest.approx(right.end_s, rel=1e-9)
 
 
+class Linear(Timed):
+    """One layer, which saves its input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return Spend.apply(x, self.weight, self.clock[0], self.number)
+
+
+@pytest.mark.parametrize(("k", "k_prime"), [(1, 1), (3, 1), (4, 2)])
+def test_activations_move_when_predicted(k: int, k_prime: int, apply: Apply) -> None:
+    torch.manual_seed(0)
+    device = VirtualDevice(bytes_per_s=6e4, latency_s=0.01)
+    model = nn.Sequential(*(Linear(device, number) for number in range(7))).train()
+    rows = 80
+    batch = torch.linspace(-1, 1, rows * 64).reshape(rows, 64).requires_grad_()
+    candidate = Candidate(k=k, k_prime=k_prime, offload=(1, 2, 4))
+
+    def step(model: nn.Module, batch: Any) -> torch.Tensor:
+        loss = loss_step(model, batch)
+        device.spend(LOSS_S)
+        return loss
+
+    streamed = apply(model, batch, candidate, step, device)
+    parts = streamed._bound.partition
+    assert parts.activation_bytes == (0, *[rows * 64 * 4] * 6)
+    begin_s = device.now_s
+    step(model, batch).backward()
+    costs = Costs(
+        before_s=[0.0] * 7,
+        forward_s=[FORWARD_S[number % 3] for number in range(7)],
+        backward=parts.backward,
+        before_backward_s=[LOSS_S, *[0.0] * 6],
+        recompute_s=[0.0] * 7,
+        backward_s=[BACKWARD_S[number % 3] for number in reversed(range(7))],
+        tail_s=0.0,
+        layer_bytes=[layer.n_bytes for layer in parts.layers],
+        gradient_bytes=[layer.gradient_bytes for layer in parts.layers],
+        activation_bytes=parts.activation_bytes,
+        link_latency_s=0.01,
+        link_bytes_per_s=6e4,
+        return_latency_s=0.01,
+        return_bytes_per_s=6e4,
+    )
+    predicted = simulate(lower_training(candidate, parts), costs, 1)
+    assert device.now_s - begin_s == pytest.approx(predicted.period_ends_s[0], rel=1e-9)
+    measured = streamed.timeline()
+    for kind in (Kind.SAVE, Kind.RESTORE, Kind.LOAD):
+        seen, expected = measured.of_kind(kind), predicted.of_kind(kind)
+        assert [span.action.layers for span in seen] == [span.action.layers for span in expected]
+        for left, right in zip(seen, expected, strict=True):
+            assert (left.start_s, left.end_s) == pytest.approx((right.start_s, right.end_s), rel=1e-9)
+
+
 def test_the_gradients_of_a_layer_leave_as_one_and_those_of_each_microbatch_by_themselves(apply: Apply) -> None:
     """Where there are gradients already, a group's are added to them one microbatch after another."""
     torch.manual_seed(0)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from autosp.cost_model.simulate import costs_of, simulate
 from autosp.schedule.actions import COMPUTES, Kind, Schedule, parse
 from autosp.schedule.lowering import lower_for
+from autosp.schedule.offload import restores
 from autosp.schedule.training import lower_training
 from autosp.schedule.updates import with_updates
 from autosp.schedule.validate import validate
@@ -44,6 +45,16 @@ BY_HAND = {
         0L0@0[-2E0] 1L0@10[-1E0] 0F0[0L0] 0E0[0F0] 2L0@0[0E0] 1F0[1L0] 2F0[2L0]
         2B0[2L0] 2G0[2B0] 1C0[1L0] 1B0[1L0,1C0] 0G0[1B0] 1G0[1B0] 1E0[1B0] 2E0[2B0]""",
     ),
+    "activations of two offloaded": (
+        # They leave after their forwards and come back in the order of need, here at the turn: the ring is as deep.
+        Candidate(k=2, k_prime=1, offload=(1, 2)),
+        """\
+        arena=20 residents=-
+
+        0L0@0[-2E0] 1L0@10[-1E0] 0F0[0L0] 0E0[0F0] 2L0@0[0E0] 1F0[1L0] 1O0[1F0] 2F0[2L0] 2O0[2F0] 2I0[2F0,2O0]
+        1I0[2F0,1O0]
+        2B0[2L0,2I0] 2G0[2B0] 1B0[1L0,1I0] 0G0[1B0] 1G0[1B0] 1E0[1B0] 2E0[2B0]""",
+    ),
     "a resident": (
         # It needs no load, and its gradients stay.
         Candidate(k=2, k_prime=1, residents=(1,)),
@@ -62,8 +73,9 @@ def test_by_hand(name: str) -> None:
     parts = trained((10, 10, 10), (0, 1, 2), (2, 1))
     schedule = lower_for("training", candidate, parts)
     head, cold, *body = expected.replace("        ", "").split("\n")
-    assert str(schedule) == "\n".join([head, cold, " ".join(body)])
+    assert str(schedule) == "\n".join([head, cold, " ".join(" ".join(body).split())])
     assert schedule.recomputed == set(candidate.recompute)
+    assert schedule.offloaded == set(candidate.offload)
     validate(schedule, (10, 10, 10))
 
 
@@ -101,9 +113,14 @@ def cases(draw: st.DrawFn) -> tuple[Candidate, Partition]:
     visits = draw(orders(len(layer_bytes)))
     reverse = visits[::-1][: draw(st.integers(0, len(visits)))]
     backward = draw(st.one_of(st.just(reverse), st.lists(st.sampled_from(visits), max_size=10).map(tuple)))
+    saved = tuple(draw(st.lists(st.integers(0, 40), min_size=len(visits), max_size=len(visits))))
     parts = trained(layer_bytes, visits, backward)
-    parts = parts.model_copy(update={"blocks": draw(blocks(visits, backward))})
-    return draw(candidates(visits)).model_copy(update={"recompute": draw(recomputed(parts))}), parts
+    parts = parts.model_copy(update={"blocks": draw(blocks(visits, backward)), "activation_bytes": saved})
+    again = draw(recomputed(parts))
+    candidate = draw(candidates(visits))
+    left = [layer for layer in dict.fromkeys(backward) if layer not in (*again, *candidate.residents)]
+    away = draw(st.lists(st.sampled_from(left), unique=True)) if left else []
+    return candidate.model_copy(update={"recompute": again, "offload": tuple(sorted(away))}), parts
 
 
 def layer_bytes_of(parts: Partition) -> tuple[int, ...]:
@@ -190,6 +207,33 @@ def test_a_wrong_schedule_is_named(old: str, new: str, message: str) -> None:
     assert old in text
     with pytest.raises(ValueError, match=message):
         validate(parse(text.replace(old, new)), (10, 10, 10))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("1O0[1F0]", "1O0[0F0]", "1O0 does not wait for the forward that makes what it sends"),
+        ("1I0[2F0,1O0]", "1I0[2F0,2O0]", "1I0 waits for no save of its layer"),
+        ("1B0[1L0,1I0]", "1B0[1L0]", "1B0 does not wait for 1I0"),
+        ("1I0[2F0,1O0]", "", "1B0 waits for 1I0, which comes later or never"),
+    ],
+)
+def test_activations_that_are_not_there_are_named(old: str, new: str, message: str) -> None:
+    candidate, _ = BY_HAND["activations of two offloaded"]
+    text = str(lower_training(candidate, trained((10, 10, 10), (0, 1, 2), (2, 1))))
+    assert old in text
+    with pytest.raises(ValueError, match=message):
+        validate(parse(text.replace(old, new, 1)), (10, 10, 10))
+
+
+def test_what_comes_back_is_held_back_by_its_bytes() -> None:
+    """A ring of all layers could bring everything at the turn; two of the largest visits' bytes may be there."""
+    parts = trained((10,) * 5, tuple(range(5)), (4, 3, 2, 1, 0))
+    parts = parts.model_copy(update={"activation_bytes": (8, 8, 2, 2, 2)})
+    candidate = Candidate(k=5, k_prime=1, offload=(0, 1, 2, 3, 4))
+    found = [(one.after, one.before, one.n_bytes) for one in restores(candidate, parts)]
+    # 2 + 2 + 2 + 8 are 14 of 16 bytes; the last waits until the backwards of 4, 3 and 2 are over: 8 + 8.
+    assert found == [(4, 5, 2), (4, 6, 2), (4, 7, 2), (4, 8, 8), (7, 9, 8)]
 
 
 def test_updates_by_hand() -> None:

@@ -21,7 +21,7 @@ STEADY = prediction(Candidate(k=3, k_prime=1), latency_s=11.0, stall_s=0.0, peak
 SLOW = prediction(Candidate(k=1, k_prime=1), latency_s=30.0, stall_s=15.0, peak_bytes=200)
 RANKED = [FAST, STEADY, SLOW]
 ON_DISK = prediction(Candidate(k=1, k_prime=1, on_disk=(2,), read_ahead=2), latency_s=30.0, peak_bytes=200)
-TWO_TIERS = {"on_disk": 0, "read_ahead": 0, "recompute": 0}
+TWO_TIERS = {"on_disk": 0, "read_ahead": 0, "recompute": 0, "offload": 0}
 
 
 @pytest.fixture
@@ -47,12 +47,12 @@ def study_of(sampler: CostModelSampler) -> optuna.Study:
 def suggested(trial: optuna.Trial, sampler: CostModelSampler) -> Key:
     """What a trial is to try, asked for as `run_study` does."""
     low_high = {name: sampler.space[name] for name in PARAMETERS}
-    k, k_prime, residents, on_disk, read_ahead, recompute = (
+    k, k_prime, residents, on_disk, read_ahead, recompute, offload = (
         trial.suggest_int(name, space.low, space.high)
         for name, space in low_high.items()
         if isinstance(space, IntDistribution)
     )
-    return k, k_prime, residents, on_disk, read_ahead, recompute
+    return k, k_prime, residents, on_disk, read_ahead, recompute, offload
 
 
 def asked(study: optuna.Study, sampler: CostModelSampler, *, state: TrialState = TrialState.COMPLETE) -> Key:
@@ -107,6 +107,7 @@ def test_space_holds_every_candidate(sampler: CostModelSampler) -> None:
         "on_disk": IntDistribution(0, 0),
         "read_ahead": IntDistribution(0, 0),
         "recompute": IntDistribution(0, 0),
+        "offload": IntDistribution(0, 0),
     }
     three_tiers = CostModelSampler([*RANKED, ON_DISK], BUDGET).space
     assert (three_tiers["on_disk"].high, three_tiers["read_ahead"].high) == (1, 2)
@@ -114,7 +115,7 @@ def test_space_holds_every_candidate(sampler: CostModelSampler) -> None:
 
 def test_where_layers_rest_tells_settings_apart() -> None:
     study = study_of(sampler := CostModelSampler([SLOW, ON_DISK], BUDGET))
-    assert {asked(study, sampler) for _ in range(2)} == {(1, 1, 0, 0, 0, 0), (1, 1, 0, 1, 2, 0)}
+    assert {asked(study, sampler) for _ in range(2)} == {(1, 1, 0, 0, 0, 0, 0), (1, 1, 0, 1, 2, 0, 0)}
 
 
 def test_goes_on_with_a_study_of_before_the_disk_tier(sampler: CostModelSampler) -> None:
