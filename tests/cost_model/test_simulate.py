@@ -278,6 +278,7 @@ def test_costs_of_a_profile() -> None:
         recompute_s=[],
         backward_s=[],
         gradient_bytes=[0, 0],
+        activation_bytes=[],
     )
 
 
