@@ -60,7 +60,7 @@ def with_rings(profile: Profile, candidates: Iterable[Candidate]) -> Iterator[Pa
     one ring, which is built once; a block that is computed again is visited, and loaded, once more.
     """
     found: tuple[Candidate, Ring] | None = None
-    in_blocks = {layer for block in profile.partition.blocks for layer in block.layers}
+    in_blocks = profile.partition.in_blocks
     for candidate in candidates:
         again = tuple(in_blocks.intersection(candidate.recompute))
         loads_as = candidate.model_copy(update={"recompute": again, "offload": ()})

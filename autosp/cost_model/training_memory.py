@@ -46,7 +46,7 @@ class TrainingMemory:
         self._inputs = np.array([visit.input_bytes for visit in profile.visits], np.int64)
         self._used_up = np.array(used_up_after(profile.partition.visits, profile.partition.backward), np.intp)
         self._there_again = self._first_backward_visits()
-        self._in_block = np.isin(self._layers, [one for block in profile.partition.blocks for one in block.layers])
+        self._in_block = np.isin(self._layers, list(profile.partition.in_blocks))
         self._gradients = np.array([layer.gradient_bytes for layer in profile.partition.layers], np.int64)
         self._gradient_visits = self._last_backward_visits()
         self._curve = lru_cache(maxsize=CURVES)(self._activations)

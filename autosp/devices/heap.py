@@ -60,6 +60,27 @@ _malloc.argtypes, _malloc.restype = (ctypes.c_size_t,), ctypes.c_void_p
 _free.argtypes, _free.restype = (ctypes.c_void_p,), None
 
 
+class _Pieces:
+    """A list on pages of its own: it must not grow on the heap while that is filled.
+
+    A forked process has a heap of its own, and so a list of its own.
+    """
+
+    def __init__(self) -> None:
+        pages = mmap.mmap(-1, 8 * MOST_PLUGS, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._addresses = memoryview(pages).cast("Q")
+        self.count = 0
+
+    def append(self, address: int) -> None:
+        self._addresses[self.count] = address
+        self.count += 1
+
+    def free(self) -> None:
+        while self.count:
+            self.count -= 1
+            _free(self._addresses[self.count])
+
+
 class Plugs:
     """Pieces of the heap that fill its holes and are never written to: they take addresses, and no memory.
 
@@ -71,7 +92,7 @@ class Plugs:
     the middle of another's pass would open holes that the pass then wanders through.
     """
 
-    _pieces: ClassVar[_Pieces]
+    _pieces: ClassVar[_Pieces] = _Pieces()
     _wanted_by: ClassVar[set[int]] = set()
     _lock: ClassVar[threading.RLock] = threading.RLock()
     """Reentrant, for the collector may come while holes are filled."""
@@ -127,30 +148,6 @@ class Plugs:
             cls._wanted_by.discard(which)
             if not cls._wanted_by:
                 cls._pieces.free()
-
-
-class _Pieces:
-    """A list on pages of its own: it must not grow on the heap while that is filled.
-
-    A forked process has a heap of its own, and so a list of its own.
-    """
-
-    def __init__(self) -> None:
-        pages = mmap.mmap(-1, 8 * MOST_PLUGS, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._addresses = memoryview(pages).cast("Q")
-        self.count = 0
-
-    def append(self, address: int) -> None:
-        self._addresses[self.count] = address
-        self.count += 1
-
-    def free(self) -> None:
-        while self.count:
-            self.count -= 1
-            _free(self._addresses[self.count])
-
-
-Plugs._pieces = _Pieces()
 
 
 @contextmanager

@@ -30,10 +30,9 @@ def lower_training(candidate: Candidate, partition: Partition) -> Schedule:
         raise ValueError("a layer is recomputed whose backward needs no weights")
     if not {*candidate.offload} <= {*partition.backward}:
         raise ValueError("activations are offloaded of a layer whose backward needs no weights")
-    whole = {layer for block in partition.recomputed_blocks(candidate.recompute) for layer in block.layers}
-    parted = [block.path for block in partition.blocks if {*block.layers} & {*candidate.recompute} - whole]
+    parted = partition.parted_blocks(candidate.recompute)
     if parted:
-        raise ValueError(f"some layers of block {parted[0]} are recomputed, and others are not")
+        raise ValueError(f"some layers of block {parted[0].path} are recomputed, and others are not")
     ring = training_ring(candidate, partition)
     actions = _Lowering(ring, candidate, partition).actions
     return Schedule(tuple(actions), (), candidate.residents, ring.arena_bytes)

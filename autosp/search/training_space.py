@@ -82,7 +82,7 @@ def filled(profile: Profile, budget_bytes: int, group: int = 1) -> Iterator[Cand
     """For each ring and choice, resident sets that use up the budget. Residents are computed again in blocks only."""
     memory = TrainingMemory(profile)
     of = Pass.of(profile)
-    in_blocks = _in_blocks(profile)
+    in_blocks = profile.partition.in_blocks
     free = budget_bytes - profile.partition.resident_bytes - profile.planned_workspace_of(group)
     count = len(of.layers)
     for choice in activation_choices(profile, budget_bytes, group):
@@ -105,7 +105,7 @@ def with_activations(
 
     Activations are offloaded beside rings as small as those that are `filled`: they come back no sooner in larger ones.
     """
-    in_blocks = _in_blocks(profile)
+    in_blocks = profile.partition.in_blocks
     choices = activation_choices(profile, budget_bytes, group)
     for candidate in candidates:
         small = candidate.k_prime in K_PRIMES and candidate.depth in DEPTHS
@@ -125,10 +125,6 @@ def _moving_bytes(
 ) -> int:
     here = choice.beside(residents, in_blocks)
     return memory.moving_bytes(here.recompute, tuple(sorted(residents)), group, here.offload, ring)
-
-
-def _in_blocks(profile: Profile) -> AbstractSet[int]:
-    return {layer for block in profile.partition.blocks for layer in block.layers}
 
 
 def _layers_of(chosen: Sequence[Together]) -> tuple[int, ...]:

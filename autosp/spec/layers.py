@@ -84,10 +84,21 @@ class Partition(Record):
         backward = frozenset(self.backward)
         return tuple(dict.fromkeys(block_of.get(one, (one,)) for one in self.visits if one in backward))
 
+    @property
+    def in_blocks(self) -> frozenset[int]:
+        """The layers of all blocks."""
+        return frozenset(layer for block in self.blocks for layer in block.layers)
+
     def recomputed_blocks(self, recompute: Collection[int]) -> tuple[Block, ...]:
         """Those of which all layers are computed again."""
         again = frozenset(recompute)
         return tuple(block for block in self.blocks if again.issuperset(block.layers))
+
+    def parted_blocks(self, recompute: Collection[int]) -> tuple[Block, ...]:
+        """Those of which some layers would be computed again without the rest."""
+        whole = {layer for block in self.recomputed_blocks(recompute) for layer in block.layers}
+        others = {*recompute} - whole
+        return tuple(block for block in self.blocks if not others.isdisjoint(block.layers))
 
     @property
     def streamable_bytes(self) -> int:

@@ -53,9 +53,9 @@ class Plan(Record):
             raise ValueError(f"a visit, a resident or a layer on disk is none of the {count} layers")
         if not {*backward} <= {*visits} or not {*candidate.recompute, *candidate.offload} <= {*backward}:
             raise ValueError("only what a pass visits goes backward, and only that is recomputed, or offloaded")
-        whole = {layer for block in self.partition.recomputed_blocks(candidate.recompute) for layer in block.layers}
+        parted = self.partition.parted_blocks(candidate.recompute)
         for block in self.partition.blocks:
-            if not {*block.layers} <= {*backward} or {*block.layers} & {*candidate.recompute} - whole:
+            if not {*block.layers} <= {*backward} or block in parted:
                 raise ValueError(f"block {block.path} goes backward, and is computed again, as a whole or not at all")
         if self.mode == "training" and (candidate.on_disk or self.device.slow_tier is Tier.DISK):
             raise ValueError("layers rest on disk: in training, weights rest in host memory")
