@@ -58,3 +58,12 @@ def assert_same_weights(model: nn.Module, plain: nn.Module) -> None:
 def backward(model: nn.Module, batch: Any, seed: int = 0, step: Step = loss_step) -> None:
     torch.manual_seed(seed)
     step(model, batch).backward()
+
+
+def backward_both(model: nn.Module, plain: nn.Module, batch: Any, step: int) -> None:
+    """A step's gradients, every third time accumulated of two passes: the same bits in both."""
+    for one in (model, plain):
+        backward(one, batch, step)
+        if step % 3 == 1:
+            backward(one, batch, 100 + step)
+    assert_same_gradients(model, plain)

@@ -16,7 +16,17 @@ from autosp.errors import ModelChangedError
 from autosp.runtime.streamed_model import StreamedModel
 from autosp.spec import Candidate, Tier
 from models import Shared, Stack
-from trained import ALL, Apply, assert_same_gradients, assert_same_weights, backward, loss_of, loss_step, twins
+from trained import (
+    ALL,
+    Apply,
+    assert_same_gradients,
+    assert_same_weights,
+    backward,
+    backward_both,
+    loss_of,
+    loss_step,
+    twins,
+)
 
 ROWS = 128
 """Of a batch: 32 kB of activations for each 64 features."""
@@ -93,11 +103,7 @@ def test_gradients_and_weights_of_many_steps(name: str, plan: str, device: str, 
     streamed = apply(model, batch, PLANS[plan], device=DEVICES[device]())
     optimizers = [torch.optim.Adam(one.parameters(), lr=1e-3) for one in (model, plain)]
     for step in range(20):
-        for one in (model, plain):
-            backward(one, batch, step)
-            if step % 3 == 1:
-                backward(one, batch, 100 + step)
-        assert_same_gradients(model, plain)
+        backward_both(model, plain, batch, step)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()

@@ -25,6 +25,7 @@ from trained import (
     assert_same_gradients,
     assert_same_weights,
     backward,
+    backward_both,
     loss_of,
     loss_step,
     twins,
@@ -81,11 +82,7 @@ def test_gradients_and_weights_of_many_steps(name: str, plan: str, apply: Apply)
     optimizers = [OPTIMIZERS["adam" if plan in SOME else "sgd"](one) for one in (model, plain)]
     schedulers = [torch.optim.lr_scheduler.StepLR(one, 5, 0.5) for one in optimizers]
     for step in range(20):
-        for one in (model, plain):
-            backward(one, batch, step)
-            if step % 3 == 1:
-                backward(one, batch, 100 + step)
-        assert_same_gradients(model, plain)
+        backward_both(model, plain, batch, step)
         if step % 4 == 2:
             with torch.no_grad():
                 assert equal(call(model.eval(), batch), call(plain.eval(), batch))
