@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import pytest
 
@@ -84,7 +83,7 @@ def test_a_round_that_failed_counts(outcome: Outcome) -> None:
     assert pooled(measured([1.0], rounds=1), failed).outcome is outcome
 
 
-def test_a_study_ends_with_its_finals(tmp_path: Path) -> None:
+def test_a_study_ends_with_its_finals() -> None:
     """What was slower at first by 1 % is faster by 1 % the second time, by more than the noise."""
     known = profile((10,) * 4, forward_s=0.25, bytes_per_s=1000.0)
     ranked = rank(known, 10**6)
@@ -99,7 +98,7 @@ def test_a_study_ends_with_its_finals(tmp_path: Path) -> None:
         repeated.append(candidate)
         return measured([0.99 - 0.02 * asked.index(candidate)] * 9, rounds=1)
 
-    with Repository(tmp_path / "autosp.db") as repository:
+    with Repository() as repository:
         repository.create_study("finals", study_key(budget_bytes=10**6))
         limits = Limits(max_trials=2)
         first = run_study(repository, "finals", known, ranked[:2], 10**6, validate, limits=limits, progress=str)
@@ -116,7 +115,7 @@ def test_a_study_ends_with_its_finals(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("of_another_study", "trials"), [(False, 3), (True, 4)])
-def test_the_effort_counts_no_pass_that_the_database_had(tmp_path: Path, of_another_study: bool, trials: int) -> None:
+def test_the_effort_counts_no_pass_that_the_database_had(of_another_study: bool, trials: int) -> None:
     """Three validations of 11 s and more are over 25 passes of 1 s and 5 s. Two, and a fourth one's 4 s, are not."""
     known = profile((10,) * 4, forward_s=0.1, bytes_per_s=1000.0)
     ranked = rank(known, 10**6)
@@ -124,7 +123,7 @@ def test_the_effort_counts_no_pass_that_the_database_had(tmp_path: Path, of_anot
     answers = [measured([1.0] * 10 + [1.0 + number / 1000], rounds=1) for number in range(len(ranked))]
     stored = [known.observed.measurement, answers[0]] if of_another_study else [known.observed.measurement]
     left = iter(answers)
-    with Repository(tmp_path / "autosp.db") as repository:
+    with Repository() as repository:
         repository.create_study("effort", study_key(budget_bytes=10**6))
         validate = lambda candidate: next(left)  # noqa: E731
         run_study(repository, "effort", known, ranked, 10**6, validate, limits=Limits(), progress=str, stored=stored)
@@ -132,7 +131,7 @@ def test_the_effort_counts_no_pass_that_the_database_had(tmp_path: Path, of_anot
 
 
 @pytest.mark.parametrize(("limits", "finals"), [(Limits(), 3), (Limits(max_trials=3), 0)])
-def test_the_default_effort_ends_a_study_with_its_finals_too(tmp_path: Path, limits: Limits, finals: int) -> None:
+def test_the_default_effort_ends_a_study_with_its_finals_too(limits: Limits, finals: int) -> None:
     """Three validations of 15 s each are more than 25 passes of 1 s and 5 s, and others may still be faster."""
     known = profile((10,) * 4, forward_s=0.1, bytes_per_s=1000.0)
     ranked = rank(known, 10**6)
@@ -143,7 +142,7 @@ def test_the_default_effort_ends_a_study_with_its_finals_too(tmp_path: Path, lim
         told.append(candidate)
         return measured([1.0] * 15, rounds=1)
 
-    with Repository(tmp_path / "autosp.db") as repository:
+    with Repository() as repository:
         repository.create_study("effort", study_key(budget_bytes=10**6))
         verdict = run_study(
             repository,
