@@ -32,6 +32,17 @@ def place(sizes: Sequence[int], window: int) -> list[int]:
     return largest_first if _end(largest_first, sizes) < most else in_order
 
 
+def place_spread(sizes: Sequence[int], window: int) -> list[int]:
+    """As `place`, in the same arena, each group free of as many more of those before it as there is room for.
+
+    The arena is as large as the largest neighbours need; smaller ones are spread over all of it, so that more of them
+    than the window has are there at once, and each can be loaded the earlier. Not so with one group in the window,
+    where no load overlaps compute.
+    """
+    offsets = place(sizes, window)
+    return _spread(offsets, sizes, window) if window > 1 else offsets
+
+
 def _end(offsets: Sequence[int], sizes: Sequence[int]) -> int:
     return max(map(add, offsets, sizes), default=0)
 
@@ -56,14 +67,36 @@ def _largest_first(sizes: Sequence[int], window: int) -> list[int]:
     offsets = [-1] * len(sizes)
     for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
         near = range(max(0, index - window + 1), min(len(sizes), index + window))
-        lowest = 0
-        placed = sorted((offsets[other], offsets[other] + sizes[other]) for other in near if offsets[other] >= 0)
-        for begin, end in placed:
-            if begin - lowest >= sizes[index]:
-                break
-            lowest = max(lowest, end)
-        offsets[index] = lowest
+        taken = sorted((offsets[other], offsets[other] + sizes[other]) for other in near if offsets[other] >= 0)
+        offsets[index] = _lowest(taken, sizes[index])
     return offsets
+
+
+def _spread(offsets: Sequence[int], sizes: Sequence[int], window: int) -> list[int]:
+    """The same arena, with each group where those that it overwrites were placed the longest ago."""
+    capacity = _end(offsets, sizes)
+    found = list(offsets)
+    for index, size in enumerate(sizes):
+        near = (*range(max(0, index - window + 1), index), *range(index + 1, min(len(sizes), index + window)))
+        taken = sorted((found[other], found[other] + sizes[other]) for other in near)
+        lowest, older = _lowest(taken, size), index - window
+        while lowest + size <= capacity:
+            found[index] = lowest
+            if older < 0:
+                break
+            insort(taken, (found[older], found[older] + sizes[older]))
+            lowest, older = _lowest(taken, size), older - 1
+    return found
+
+
+def _lowest(taken: Sequence[tuple[int, int]], size: int) -> int:
+    """The lowest offset at which `size` bytes lie beside the sorted ranges, which may overlap each other."""
+    lowest = 0
+    for begin, end in taken:
+        if begin - lowest >= size:
+            break
+        lowest = max(lowest, end)
+    return lowest
 
 
 def _free_offset(live: Sequence[tuple[int, int]], size: int, capacity: int) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from autosp.schedule.actions import Action, Kind, Ref, Schedule
+from autosp.schedule.arena import place_spread
 from autosp.schedule.offload import Restore, held_up, link_queue, restores, saves, saves_held_up
 from autosp.schedule.streaming import Ring, place_groups, time_transfers
 from autosp.schedule.visits import Visit, visits_of
@@ -44,8 +45,12 @@ def least_training(partition: Partition) -> Candidate:
 
 
 def training_ring(candidate: Candidate, partition: Partition) -> Ring:
-    """Where streamed layers live, and when they move in a pass: see `visits_of`."""
-    groups, arena_bytes = place_groups(candidate, [layer.n_bytes for layer in partition.layers], partition.visits)
+    """Where streamed layers live, and when they move in a pass: see `visits_of`.
+
+    No pass finds anything in the arena, so a place that few layers share saves no load: they are spread over all of it.
+    """
+    sizes = [layer.n_bytes for layer in partition.layers]
+    groups, arena_bytes = place_groups(candidate, sizes, partition.visits, place_spread)
     visits = [visit.layer for visit in visits_of(candidate, partition)]
     return Ring(groups, arena_bytes, time_transfers(groups, visits, walks=0))
 
