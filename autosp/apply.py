@@ -56,8 +56,7 @@ def apply(
     `AUTOSP_CACHE_DIR` that has no name and ends with the process. It is read ahead of each update and written after it;
     its tensors are maps of the file, so `state_dict()`, `load_state_dict()` and checkpoints are as ever. After
     `remove()` they still are, and the disk space is free once the optimizer lets go of them. Weights and gradients stay
-    in memory, and so does the state of a weight that is cut into rows, and what of the state appears that an optimizer
-    with its options of now would not make in a first step.
+    in memory, and so does state that the optimizer, with its options of now, would not make in a first step.
 
     A plan with `group` serves plain calls too, and groups of up to so many microbatches. Under a plan of one microbatch
     and a budget there are no groups; one that the user set by hand, without `group`, limits none.

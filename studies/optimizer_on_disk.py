@@ -81,7 +81,7 @@ def table(rows: list[Row]) -> str:
     head = (
         f"{first['title']}, {size(first['weight_bytes'])} of weights, as much of gradients, and "
         f"{size(first['state_bytes'])} of state. *Update*: the same with nothing beside it, until all state rests. "
-        "*Memory*: the most that the process had, pages of files left out, beyond what it had before there was a model. "
+        "*Memory*: the most that the process had, without pages of files, beyond what it had before the model. "
         "*Result*: weights and state beside those of plain training, by their bits."
     )
     columns = ["state", "batch", "step", "÷ in memory", "update", "÷ floor", "disk", "moved", "memory", "result"]

@@ -12,7 +12,8 @@ from torch import nn
 from autosp.batch import call
 from autosp.devices import CpuDevice
 from autosp.spec import Tier
-from trained import backward
+from models import tokens
+from trained import backward, loss_of
 
 Make = Callable[[nn.Module], torch.optim.Optimizer]
 
@@ -62,6 +63,18 @@ def loop(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any, steps: 
         if step == 2:
             with torch.no_grad():
                 call(model, batch)
+
+
+def scaled_loop(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
+    """Five steps of a scaler, of which one overflows. Its scale afterwards."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=2)
+    for step in range(5):
+        loss = loss_of(model(tokens(3, 7 + step)))
+        scaler.scale(loss * torch.inf if step == 2 else loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    return scaler.get_scale()
 
 
 class Held(CpuDevice):

@@ -70,7 +70,7 @@ def bytes_of(value: torch.Tensor) -> int:
 
 
 def layer_states(optimizer: Optimizer, layers: Sequence[BoundLayer], order: Sequence[int]) -> list[LayerState]:
-    """Of streamed layers, in the order of their updates. Runs of rows are not updated by themselves: theirs is kept.
+    """Of streamed layers, in the order of their updates.
 
     What a parameter's state will be is seen of a step over zeros in its shape, whose state is in memory meanwhile.
     """
@@ -87,7 +87,7 @@ def _layer_state(bound: BoundLayer, states: _States) -> LayerState:
         if type(parameter) is not nn.Parameter or not parameter.requires_grad:
             continue
         for key, n_bytes in states.of(parameter).items():
-            if n_bytes < SMALL_BYTES or bound.leaf is not None:
+            if n_bytes < SMALL_BYTES:
                 kept += n_bytes
                 continue
             places.append(StatePlace(parameter, key, end, n_bytes))

@@ -3,12 +3,13 @@
 [Note: updates under way] `optimizer.step()` updates what stays on the device, and returns. Streamed layers are updated
 after that, on a thread of the host, one after another in the order in which the next forward needs them; a layer is
 loaded once its own update is over. An update is the user's own optimizer, with the options of that moment, over
-stand-ins that share memory with a layer's parameters, with their gradients, and with their entries in its state: the
-bits are those of a step over all at once, if the optimizer treats every parameter by itself.
+stand-ins that share memory with a layer's parameters, with their gradients, and with their entries in its state (or,
+see [Note: state on disk], that have copies of these): the bits are those of a step over all at once, if the optimizer
+treats every parameter by itself.
 
-Until its update is over a parameter is guarded: whatever uses it, its gradient or its entry in the optimizer's state,
-waits for all updates first. Two things are not seen: a view that was made of its data or gradient before `step()`, and
-an iteration over the values of `optimizer.state`, for which there is `state_dict()`.
+Until its update is over, and its state rests again, a parameter is guarded: whatever uses it, its gradient or its entry
+in the optimizer's state, waits for all updates first. Two things are not seen: a view that was made of its data or
+gradient before `step()`, and an iteration over the values of `optimizer.state`, for which there is `state_dict()`.
 """
 
 from __future__ import annotations

@@ -28,10 +28,10 @@ from autosp.runtime.state_plan import SMALL_BYTES, layer_states
 from autosp.spec import Candidate, Tier
 from autosp.tiers import Readers
 from autosp.tiers.state_file import StateFile
-from models import make, tokens, vectors
+from models import make, vectors
 from processes import run
 from trained import PLANS, Apply, assert_same_gradients, assert_same_weights, backward, loss_of, twins
-from updated import OPTIMIZERS, Held, loop
+from updated import OPTIMIZERS, Held, loop, scaled_loop
 
 PLAN_NAMES = list(PLANS)
 MB = 10**6
@@ -96,6 +96,12 @@ class Pair:
             backward(one, self.batch)
             optimizer.step()
             optimizer.zero_grad()
+
+    def restore(self, saved: tuple[dict[str, Any], dict[str, Any]]) -> None:
+        """Both: the optimizer's and the model's state dict."""
+        for optimizer, model in ((self.optimizer, self.model), (self.expected, self.plain)):
+            optimizer.load_state_dict(copy.deepcopy(saved[0]))
+            model.load_state_dict(saved[1])
 
     def check(self) -> None:
         assert equal(self.optimizer.state_dict()["state"], self.expected.state_dict()["state"])
@@ -264,15 +270,8 @@ def test_a_parameter_without_a_gradient_keeps_its_state(apply: Apply, disk: Disk
 def test_a_scaler_s_steps(name: str, apply: Apply, disk: Disk) -> None:
     """One of them is skipped. A fused optimizer's are taken at once, in the map; its pages leave memory after each."""
     pair = Pair(apply, disk, name)
-    both = (pair.model, pair.optimizer), (pair.plain, pair.expected)
-    scalers = [torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=2) for _ in both]
-    for step in range(5):
-        for (model, optimizer), scaler in zip(both, scalers, strict=True):
-            loss = loss_of(model(tokens(3, 7 + step)))
-            scaler.scale(loss * torch.inf if step == 2 else loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
+    for model, optimizer in ((pair.model, pair.optimizer), (pair.plain, pair.expected)):
+        scaled_loop(model, optimizer)
     pair.check()
     assert len(pair.on_disk()) == len(pair.large())
 
@@ -356,9 +355,7 @@ def test_state_that_cannot_be_read_is_not_used(apply: Apply, disk: Disk) -> None
     pair.optimizer.zero_grad()
     states = [one.state[its.embed.weight] for one, its in ((pair.optimizer, pair.model), (pair.expected, pair.plain))]
     assert equal(*states)
-    for optimizer, model in ((pair.optimizer, pair.model), (pair.expected, pair.plain)):
-        optimizer.load_state_dict(copy.deepcopy(saved[0]))
-        model.load_state_dict(saved[1])
+    pair.restore(saved)
     pair.train()
     pair.check()
 
@@ -379,9 +376,7 @@ def test_an_update_that_fails(apply: Apply, disk: Disk) -> None:
     assert equal(head, pair.model.head.weight)
     pair.optimizer.state[weight]["exp_avg"] = right
     pair.optimizer.zero_grad()
-    for optimizer, model in ((pair.optimizer, pair.model), (pair.expected, pair.plain)):
-        optimizer.load_state_dict(copy.deepcopy(saved[0]))
-        model.load_state_dict(saved[1])
+    pair.restore(saved)
     pair.train()
     pair.check()
 
