@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -44,6 +45,14 @@ def stream(request: pytest.FixtureRequest) -> Iterator[Callable[..., autosp.Stre
     yield make_it
     for streamed in applied:
         streamed.remove()
+
+
+@pytest.fixture
+def can_be_interrupted() -> Iterator[None]:
+    """Also where the tests were started in the background of a shell, which has them ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -381,7 +381,7 @@ def test_an_update_that_fails(apply: Apply, disk: Disk) -> None:
     pair.check()
 
 
-def test_ctrl_c_while_a_pass_waits_for_an_update(apply: Apply, disk: Disk) -> None:
+def test_ctrl_c_while_a_pass_waits_for_an_update(apply: Apply, disk: Disk, can_be_interrupted: None) -> None:
     """Nothing is lost: whoever uses the weights next waits again. Here of the first step, which makes the state."""
     device = Held()
     pair = Pair(apply, disk, device=device)
@@ -390,13 +390,9 @@ def test_ctrl_c_while_a_pass_waits_for_an_update(apply: Apply, disk: Disk) -> No
     pair.optimizer.step()
     main = threading.main_thread().ident
     assert main is not None
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    timer = threading.Timer(0.05, signal.pthread_kill, (main, signal.SIGINT))
-    timer.start()
     with pytest.raises(KeyboardInterrupt):
+        threading.Timer(0.05, signal.pthread_kill, (main, signal.SIGINT)).start()
         pair.model(pair.batch)
-    signal.signal(signal.SIGINT, before)
-    timer.join()
     device.release_soon()
     backward(pair.plain, pair.batch)
     pair.expected.step()
