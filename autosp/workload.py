@@ -245,7 +245,10 @@ def checked_group(group: int) -> int:
 def refuse_host_budget(mode: str, max_cpu_gb: float | str | None) -> None:
     """Raises: SettingError for a host budget in training, where weights are updated at rest."""
     if mode == "training" and max_cpu_gb is not None:
-        raise SettingError("max_cpu_gb with mode='training': all weights rest in host memory; leave it out")
+        raise SettingError(
+            "max_cpu_gb with mode='training': all weights rest in host memory; to have the optimizer's state on disk "
+            "where RAM is short, give it to autosp.apply(model, plan, optimizer=optimizer, max_cpu_gb=...)"
+        )
 
 
 def parse_budgets(max_gpu_gb: float | str, max_cpu_gb: float | str | None, slow_tier: Tier) -> tuple[int, int | None]:

@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "store": "files settings",
     "search": "batch cost_model devices parcel runtime schedule store workload",
     "studies": "store",
-    "apply": "devices intercept partition runtime schedule settings tiers",
+    "apply": "devices intercept partition runtime schedule settings tiers workload",
     "load": "apply checkpoint factory runtime",
     "manual": "batch cost_model devices partition profiler settings workload",
     "progress": "",

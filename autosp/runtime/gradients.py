@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from autosp.devices import Device
-from autosp.devices.memory import anonymous, lend
+from autosp.devices.memory import anonymous, lend, lying_as
 from autosp.partition import BoundLayer
 from autosp.partition.placed import tensors_of
 from autosp.partition.tensors import EXTENT_ALIGNMENT, align
@@ -61,7 +61,7 @@ class _Gradient:
         if self.lent is not None and self.lent() is not None:
             return torch.empty_like(value, device="cpu")
         run, self.lent = lend(self.memory, self.begin, self.n_bytes)
-        return _like(value, run)
+        return lying_as(value, run)
 
 
 @dataclass(frozen=True)
@@ -279,7 +279,7 @@ class Gradients:
         free = self._staging[0]
         while any(one.target.untyped_storage().data_ptr() == free.data_ptr() for one in self._leaving):
             self._settle_oldest()
-        return _like(value, free)
+        return lying_as(value, free)
 
     def _settle_to(self, target: torch.Tensor | None) -> None:
         """Wait for a copy to that memory, and for those before it."""
@@ -301,6 +301,13 @@ def follow(parameters: Iterable[nn.Parameter]) -> None:
         if value is not None and value.device != parameter.device:
             parameter.grad = None
             parameter.grad = value.to(parameter.device)
+
+
+def gradient_bytes(layers: Sequence[BoundLayer]) -> int:
+    """Host memory that `Gradients` takes at first for these layers."""
+    found = {id(one.tensor): one.tensor for layer in layers for one in tensors_of(layer.placed)}
+    sizes = [_aligned_bytes(one) for one in found.values() if isinstance(one, nn.Parameter) and one.requires_grad]
+    return sum(sizes) + 2 * max(sizes, default=0)
 
 
 def _aligned_bytes(parameter: nn.Parameter) -> int:
@@ -325,12 +332,6 @@ def _added(total: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
         if total is None:
             return value
         return value + total if total.is_sparse and not value.is_sparse else total.add_(value)
-
-
-def _like(value: torch.Tensor, run: torch.Tensor) -> torch.Tensor:
-    """A tensor that lies in a run of bytes as `value` does in its own."""
-    with torch.no_grad():
-        return torch.empty(0, dtype=value.dtype).set_(run.untyped_storage(), 0, value.size(), value.stride())
 
 
 def _bytes_of(value: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import tempfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,8 +17,8 @@ from autosp.files import cache_error
 from autosp.partition import BoundLayer
 from autosp.partition.placed import Placed
 from autosp.partition.tensors import LAYER_ALIGNMENT
-from autosp.tiers.reader import WeightFile
 from autosp.tiers.readers import Readers
+from autosp.tiers.unnamed import create_unnamed
 
 PACKING = "packing the weights"
 
@@ -96,7 +95,7 @@ class PackedFile:
             self._places[index] = PackedLayer(bound.layer.name, size, n_bytes, None)
             size += n_bytes
         # One block more, to try on it whether the filesystem tells of writes through a map.
-        descriptor, self.file = _create(cache_dir, size + LAYER_ALIGNMENT, readers)
+        descriptor, self.file = create_unnamed(cache_dir, size + LAYER_ALIGNMENT, readers, "packed", PACKING)
         try:
             for bound in layers:
                 place = self._places[bound.layer.index]
@@ -141,32 +140,6 @@ class PackedFile:
 
     def _was_written(self) -> bool:
         return os.fstat(self.file.descriptor).st_mtime_ns != UNWRITTEN_NS
-
-
-def _create(cache_dir: Path, size: int, readers: Readers) -> tuple[int, WeightFile]:
-    """A new file with all its blocks reserved, so that a full disk is known before anything is written; and a reader.
-
-    Raises: DiskFullError, TierError.
-    """
-    try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=cache_dir, prefix="packed-", suffix=".autosp")
-    except OSError as error:
-        raise cache_error(error, PACKING, size, cache_dir) from error
-    try:
-        file = WeightFile(Path(name), readers)
-    except OSError as error:
-        os.close(descriptor)
-        raise cache_error(error, PACKING, size, cache_dir) from error
-    finally:
-        Path(name).unlink()
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except OSError as error:
-        os.close(descriptor)
-        file.close()
-        raise cache_error(error, PACKING, size, cache_dir) from error
-    return descriptor, file
 
 
 def _write(descriptor: int, packed: Sequence[Placed], place: PackedLayer) -> int:
