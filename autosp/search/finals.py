@@ -81,5 +81,6 @@ def pooled(before: Measurement, again: Measurement) -> Measurement:
             "peak_bytes": max(before.peak_bytes, again.peak_bytes),
             "misses": max(before.misses, again.misses),
             "rounds": before.rounds + again.rounds,
+            "taken_s": before.taken_s + again.taken_s,
         }
     )
