@@ -39,7 +39,8 @@ class Repository:
         """Open a database, made or upgraded (after a copy) as needed. None stands for the setting AUTOSP_STORAGE.
 
         Raises: StoreVersionError if a newer autosp wrote it, StoreReadOnlyError if it must be made or upgraded and
-        cannot be written, SettingError if `storage` names no database, StoreError for the rest.
+        cannot be written, SettingError if `storage` names no database or a folder that is not there, StoreError for the
+        rest.
         """
         self._url = storage_url(storage)
         with ExitStack() as opening:
