@@ -12,7 +12,8 @@
   it that may still be under way: of these, no more than the largest layer's ([Note: gradients under way]).
 
 [Note: gradients under way] One that leaves is in device memory until the next one is there and wants to leave, however
-fast the link is. So of equal layers two gradients are there at once: one leaves while the other is made.
+fast the link is. So of equal layers two gradients are there at once: one leaves while the other is made. Not so with
+k = 1: while the next layer's weights are on their way, the gradients of the one before leave.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ class TrainingMemory:
         there = self._curve(recompute, group)
         if offload:
             there = there - self._away(recompute, group, offload, ring)
-        return there, self._gradient_curve(residents)
+        return there, self._gradient_curve(residents, len(residents) + ring > 1)
 
     def _bytes_away(self, recompute: tuple[int, ...], group: int, offload: tuple[int, ...], ring: int) -> Bytes:
         return bytes_away(
@@ -128,8 +129,11 @@ class TrainingMemory:
             begins[mine] = begins[mine].min()
         return begins
 
-    def _gradients_of(self, residents: tuple[int, ...]) -> Bytes:
-        """Bytes at the end of each visit, before what it made leaves; and at the end of the pass. [F + B + 1]"""
+    def _gradients_of(self, residents: tuple[int, ...], several: bool) -> Bytes:
+        """Bytes at the end of each visit, before what it made leaves; and at the end of the pass. [F + B + 1]
+
+        `several`: whether some of it may still be under way when the next visit begins.
+        """
         end = len(self._partition.visits) + len(self._partition.backward)
         staying, leaving = np.zeros((2, end + 1), np.int64)
         stays = np.zeros(len(self._gradients), bool)
@@ -142,6 +146,7 @@ class TrainingMemory:
         under_way = made[:-1] - made[oldest]
         last = self._gradients[~stays & (self._gradient_visits == end)].max(initial=0)  # one after another
         under_way[end] = min(most, under_way[end] + leaving[end] - last)
+        under_way[:end] *= several
         leaving[end] = last
         curve: Bytes = np.cumsum(staying) + under_way + leaving
         return curve

@@ -77,13 +77,16 @@ class _Leaving:
 class Gradients:
     """Those of one model's streamed parameters. Host memory for them is taken, and pinned, once."""
 
-    def __init__(self, layers: Sequence[BoundLayer], device: Device) -> None:
+    def __init__(self, layers: Sequence[BoundLayer], device: Device, one_at_a_time: bool = False) -> None:
         """Of the parameters that require one now; of others when they do.
+
+        `one_at_a_time`: a visit backward begins once those of the one before have left.
 
         Raises: HostMemoryError if RAM has no room for them.
         """
         self._layers = layers
         self._device = device
+        self._one_at_a_time = one_at_a_time
         self._counters = Counters()
         self._recorder = Recorder(device)
         self._on_gradient: Callable[[], None] = lambda: None
@@ -123,6 +126,11 @@ class Gradients:
     def begin_turn(self, microbatch: int | None, others_follow: bool) -> None:
         """Whose gradients come next, and whether others give theirs of the same layers after it."""
         self._microbatch, self._others_follow = microbatch, others_follow
+
+    def make_room(self) -> None:
+        """A visit backward begins."""
+        while self._one_at_a_time and self._leaving:
+            self._settle_oldest()
 
     def let_go(self) -> None:
         """Nobody adds to what waits on the device."""

@@ -102,7 +102,8 @@ class StreamedModel(Generic[M]):
             staging = anonymous(schedule.staging_bytes)
             staging.zero_()  # its pages are taken before anything is measured, and before a pass
             device.pin(staging)
-            gradients = Gradients([one for one, _ in streamed] if mode == "training" else (), device)
+            trained = [one for one, _ in streamed] if mode == "training" else ()
+            gradients = Gradients(trained, device, schedule.waits_for_gradients)
             hide_from_compiler()
             if mode == "training":
                 self._trained.enter_context(device.training())

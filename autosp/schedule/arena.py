@@ -5,7 +5,14 @@ from __future__ import annotations
 import itertools
 from bisect import insort
 from collections.abc import Sequence
+from functools import lru_cache
 from operator import add
+
+FAR = 8
+"""Groups in a window that is loaded far enough ahead as it is: to spread them takes longer the more there are."""
+
+PLACED = 512
+"""How many are remembered: candidates that differ in what they compute again have their groups in the same places."""
 
 
 def arena_bytes(group_bytes: Sequence[int], window: int) -> int:
@@ -32,15 +39,14 @@ def place(sizes: Sequence[int], window: int) -> list[int]:
     return largest_first if _end(largest_first, sizes) < most else in_order
 
 
-def place_spread(sizes: Sequence[int], window: int) -> list[int]:
+def place_spread(sizes: Sequence[int], window: int) -> Sequence[int]:
     """As `place`, in the same arena, each group free of as many more of those before it as there is room for.
 
     The arena is as large as the largest neighbours need; smaller ones are spread over all of it, so that more of them
     than the window has are there at once, and each can be loaded the earlier. Not so with one group in the window,
-    where no load overlaps compute.
+    where no load overlaps compute, and in windows wider than `FAR`.
     """
-    offsets = place(sizes, window)
-    return _spread(offsets, sizes, window) if window > 1 else offsets
+    return _placed_spread(tuple(sizes), window) if 1 < window <= FAR else place(sizes, window)
 
 
 def _end(offsets: Sequence[int], sizes: Sequence[int]) -> int:
@@ -70,6 +76,11 @@ def _largest_first(sizes: Sequence[int], window: int) -> list[int]:
         taken = sorted((offsets[other], offsets[other] + sizes[other]) for other in near if offsets[other] >= 0)
         offsets[index] = _lowest(taken, sizes[index])
     return offsets
+
+
+@lru_cache(maxsize=PLACED)
+def _placed_spread(sizes: tuple[int, ...], window: int) -> Sequence[int]:
+    return _spread(place(sizes, window), sizes, window)
 
 
 def _spread(offsets: Sequence[int], sizes: Sequence[int], window: int) -> list[int]:

@@ -79,7 +79,7 @@ def place_groups(
     candidate: Candidate,
     layer_bytes: Sequence[int],
     visits: Sequence[int],
-    placing: Callable[[Sequence[int], int], list[int]] = place,
+    placing: Callable[[Sequence[int], int], Sequence[int]] = place,
 ) -> tuple[tuple[Group, ...], int]:
     """A candidate's groups in their places, and the bytes of the arena: see `build_ring`."""
     members = candidate.groups(visits)

@@ -328,8 +328,8 @@ def test_small_groups_are_spread_over_what_large_neighbours_need() -> None:
     # The arena is made for the last two: of the others it holds four in a row.
     group_bytes = (6, 6, 6, 6, 6, 6, 5, 30)
     assert place(group_bytes, 2) == [0, 29, 0, 29, 0, 29, 0, 5]
-    assert place_spread(group_bytes, 2) == [0, 6, 12, 18, 0, 24, 0, 5]
-    assert place_spread(group_bytes, 1) == [0] * 8
+    assert list(place_spread(group_bytes, 2)) == [0, 6, 12, 18, 0, 24, 0, 5]
+    assert list(place_spread(group_bytes, 1)) == [0] * 8
 
 
 def assert_neighbours_apart(groups: Sequence[Group], window: int) -> None:
