@@ -27,7 +27,7 @@ from autosp.search.failure import no_plan
 from autosp.search.isolated import IsolatedTrials, Isolation
 from autosp.search.lean import checked_slack, least_memory
 from autosp.search.limits import Limits
-from autosp.search.space import rank
+from autosp.search.space import Ranking, ranking
 from autosp.search.validate import Reference, timed, validate
 from autosp.settings import settings
 from autosp.spec import PROFILE_SCHEMA_VERSION, Partition, Plan, Prediction, Profile, StudyKey
@@ -189,13 +189,13 @@ def _fastest(search: Search, name: str, key: StudyKey) -> Plan:
         held.enter_context(study.hold_device())
         begin = time.perf_counter()
         found = study.found_or_measured()
-        ranked = rank(found.profile, *found.budgets, key.group)
+        ranked = ranking(found.profile, *found.budgets, key.group)
         repository.create_study(name, key)
         agreed = repository.agree_on_profile(name, found.profile)
         if agreed != found.profile:
             found = replace(found, profile=agreed)
-            ranked = rank(agreed, *found.budgets, key.group)
-        validated = timed(study.validated(found, ranked))
+            ranked = ranking(agreed, *found.budgets, key.group)
+        validated = timed(study.validated(found, ranked.predictions))
         profile_s = time.perf_counter() - begin
         held.close()
         verdict = study.verdict(found, ranked, validated, profile_s)
@@ -282,7 +282,7 @@ class _Study:
             reference = Reference(found.output, lambda: workload.observed_pass(device)[1])
         return partial(validate, bench, workload, reference, found.budgets[0], progress=self.show)
 
-    def verdict(self, found: _Found, ranked: Sequence[Prediction], validated: Validate, profile_s: float) -> Verdict:
+    def verdict(self, found: _Found, ranked: Ranking, validated: Validate, profile_s: float) -> Verdict:
         """Of the study, once it has run. What other studies of the same work measured is not measured again."""
         import_apart("autosp.search.study")  # optuna, which an answer from the database does not need
         from autosp.search.study import run_study
@@ -293,7 +293,7 @@ class _Study:
             repository,
             self.name,
             found.profile,
-            ranked,
+            ranked.predictions,
             budget_bytes,
             unless_known(known, validated),
             limits=self.search.limits,
@@ -301,6 +301,7 @@ class _Study:
             hold_device=self.hold_device,
             repeat=validated,
             profile_s=profile_s,
+            predictor=ranked.predictor,
         )
 
 

@@ -54,7 +54,7 @@ class Observation:
 
 
 def observe(bench: Bench, candidate: Candidate, run: Callable[[], Any], progress: Callable[[str], None]) -> Observation:
-    """Run a plan, wherever its layers rest: a cold pass, one for each visit's memory, and few for time."""
+    """Run a plan, wherever its layers rest: a cold pass, and few for time, of which the first shows memory as well."""
     memory = MemoryObserver(bench.device, bench.partition.resident_bytes + bench.arena_bytes(candidate))
     return _observed(bench, candidate, run, memory, BRIEF, progress)
 
@@ -78,7 +78,7 @@ def _observed(
     passes: list[_TimeObserver] = []
 
     def time_pass(streamed: StreamedModel[nn.Module]) -> tuple[float, Any]:
-        timer = _TimeObserver(bench.device)
+        timer = _TimeObserver(bench.device, None if passes else memory)
         streamed.observe(timer)
         timer.begin()
         output = run()
@@ -86,7 +86,10 @@ def _observed(
         passes.append(timer)
         return timer.total_s(), output
 
-    measurement = measured_passes(bench, candidate, run, memory, time_pass, progress, repeats)
+    measurement = measured_passes(bench, candidate, run, None, time_pass, progress, repeats)
+    if memory is not None:
+        most_bytes = max(measurement.peak_bytes, memory.peak_bytes)
+        measurement = measurement.model_copy(update={"peak_bytes": most_bytes})
     return Observation(
         visits=_visits(partition.visits, partition.repeats, passes, memory.visits if memory else {}),
         tail_s=median(timer.tail_s() for timer in passes),
@@ -106,13 +109,14 @@ def measured_passes(
 ) -> Measurement:
     """Run a plan: a cold pass, one that `memory` observes, and some through `time_pass`, which gives time and output.
 
-    As in a loop, an output lives until the next pass has made its own.
+    As in a loop, an output lives until the next pass has made its own. Memory is that of all passes but the cold one.
     """
     streamed = bench.apply(candidate)
     try:
         samples: list[float] = []
         progress("cold pass")
         cold_s, output = timed_pass(bench.device, run)
+        bench.device.restart_peak()
         if memory is not None:
             progress("memory pass")
             streamed.observe(memory)
@@ -174,15 +178,21 @@ def _enough(samples: Sequence[float], repeats: Repeats) -> bool:
 class _Visit:
     layer: int
     arrive: Stamp
+    wait: Stamp = None
     start: Stamp = None
     finish: Stamp = None
+    leave: Stamp = None
 
 
 class _TimeObserver(Observer):
-    """Stamps of one pass. A layer called inside its own call is part of the outer visit."""
+    """Stamps of one pass. A layer called inside its own call is part of the outer visit.
 
-    def __init__(self, device: Device) -> None:
+    `memory` observes the same pass; what that takes is left out of all times.
+    """
+
+    def __init__(self, device: Device, memory: MemoryObserver | None = None) -> None:
         self._device = device
+        self._memory = memory
         self.visits: list[_Visit] = []
         self._open: list[_Visit] = []
         self._depth: dict[int, int] = {}
@@ -201,8 +211,13 @@ class _TimeObserver(Observer):
     def arrive(self, layer: int, inputs: Any) -> None:
         """Before the weights are waited for."""
         self._depth[layer] = self._depth.get(layer, 0) + 1
-        if self._depth[layer] == 1:
+        outermost = self._depth[layer] == 1
+        if outermost:
             self._open.append(_Visit(layer, self._device.stamp()))
+        if self._memory is not None:
+            self._memory.arrive(layer, inputs)
+        if outermost:
+            self._open[-1].wait = self._device.stamp() if self._memory else self._open[-1].arrive
 
     def start(self, layer: int) -> None:
         """The weights are there."""
@@ -213,9 +228,12 @@ class _TimeObserver(Observer):
         """The forward returned."""
         self._depth[layer] -= 1
         if self._depth[layer] == 0:
-            visit = self._open.pop()
-            visit.finish = self._device.stamp()
-            self.visits.append(visit)
+            self.visits.append(self._open.pop())
+            self.visits[-1].finish = self.visits[-1].leave = self._device.stamp()
+        if self._memory is not None:
+            self._memory.finish(layer, output)
+            if self._depth[layer] == 0:
+                self.visits[-1].leave = self._device.stamp()
 
     def times_s(self) -> list[tuple[int, float, float, float]]:
         """Per visit: its layer, the compute before it, its own compute, the wait for its weights."""
@@ -223,18 +241,22 @@ class _TimeObserver(Observer):
         previous = self._begin
         times = []
         for visit in self.visits:
-            before_s, wait_s = seconds(previous, visit.arrive), seconds(visit.arrive, visit.start)
+            before_s, wait_s = seconds(previous, visit.arrive), seconds(visit.wait, visit.start)
             times.append((visit.layer, before_s, seconds(visit.start, visit.finish), wait_s))
-            previous = visit.finish
+            previous = visit.leave
         return times
 
     def tail_s(self) -> float:
         """Compute after the last visit."""
-        return self._device.seconds(self.visits[-1].finish if self.visits else self._begin, self._end)
+        return self._device.seconds(self.visits[-1].leave if self.visits else self._begin, self._end)
 
     def total_s(self) -> float:
         """The pass."""
-        return self._device.seconds(self._begin, self._end)
+        observing_s = 0.0
+        if self._memory is not None:
+            seconds = self._device.seconds
+            observing_s = sum(seconds(one.arrive, one.wait) + seconds(one.finish, one.leave) for one in self.visits)
+        return self._device.seconds(self._begin, self._end) - observing_s
 
 
 class MemoryObserver(Observer):

@@ -23,6 +23,7 @@ from autosp.spec import Candidate, Measurement, Outcome, Prediction, Profile, Tr
 from autosp.store.trials import fail_dead_trials, running_trial
 
 if TYPE_CHECKING:
+    from autosp.cost_model.predict import Predictor
     from autosp.store import Repository
 
 TOLERANCE = 0.01
@@ -69,11 +70,13 @@ def run_study(
     hold_device: Callable[[], AbstractContextManager[None]] = nullcontext,
     repeat: Validate | None = None,
     profile_s: float = 0.0,
+    predictor: Predictor | None = None,
 ) -> Verdict:
     """Validate candidates until none can win, or a limit is reached. Continues a study that was interrupted.
 
     With `repeat`, which measures a candidate anew, the fastest are measured again at the end: see `finals`.
     `profile_s`: what was spent before the study, by whoever comes first. See [Note: effort].
+    `predictor`: of the candidates, where there is one.
 
     The cost model's favourite comes first, then the trivial baselines: everything resident where it fits, and the best
     plain sliding window.
@@ -89,7 +92,7 @@ def run_study(
     group = ranked[0].candidate.group
     usable = usable_bytes(profile, budget_bytes, group)
     acceptable = acceptable_bytes(profile, budget_bytes, group)
-    lessons = Lessons(profile, ranked)
+    lessons = Lessons(profile, ranked, predictor)
     favourite = key_of(least_traffic(ranked).candidate)
     sampler = CostModelSampler(ranked, usable, [favourite, *_baselines(profile, ranked)])
     with repository.turn(name):

@@ -63,6 +63,14 @@ def test_a_tie_goes_to_less_memory() -> None:
     assert fastest([smaller, quick]) == quick
 
 
+def test_what_is_not_close_is_no_tie_however_noisy() -> None:
+    quick = tried(0, 1.0, rounds=2, spread_s=0.1, peak_bytes=200)
+    small, smaller = (tried(k, 1.0 + k / 100, rounds=2, spread_s=0.1, peak_bytes=100 // k) for k in (2, 3))
+    assert ties(quick.measurement, small.measurement)
+    assert not ties(quick.measurement, smaller.measurement)
+    assert fastest([smaller, small, quick]) == small
+
+
 def test_one_round_decides_no_tie() -> None:
     quick = tried(0, 1.0, rounds=2, spread_s=0.01, peak_bytes=200)
     once = tried(1, 1.001, rounds=1, spread_s=0.01, peak_bytes=100)
