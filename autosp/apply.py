@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from autosp.devices import device_for
 from autosp.errors import PlanMismatchError, SettingError
-from autosp.intercept import is_intercepted
+from autosp.intercept import check_plain
 from autosp.partition import bind, model_fingerprint
 from autosp.runtime.disk_state import open_disk_state
 from autosp.runtime.gradients import gradient_bytes
@@ -69,8 +69,7 @@ def apply(
     """
     if not isinstance(plan, Plan):
         raise SettingError(f"plan is a {type(plan).__name__}; use autosp.tune, autosp.plan or Plan.load")
-    if is_intercepted(model):
-        raise SettingError(f"a plan is applied to this {type(model).__name__} already: remove() it first")
+    check_plain(model)
     found = model_fingerprint(model)
     if found != plan.model_fingerprint:
         raise PlanMismatchError(

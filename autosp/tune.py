@@ -17,6 +17,7 @@ from autosp.cost_model.floor import floor_s
 from autosp.cost_model.reading import measured_reading, planned_reading
 from autosp.devices import Device, choose_device
 from autosp.devices.lock import device_lock
+from autosp.errors import SettingError
 from autosp.profiler import measure
 from autosp.profiler.host import binding_host_budget, whole_device
 from autosp.profiler.training import training_partition
@@ -101,6 +102,8 @@ def tune(
     workload = Workload.of(model, sample_batch, step, mode, chosen, seed, group)
     limits = Limits(max_trials, timeout_s)
     isolation = Isolation.of(isolate, trial_timeout_s)
+    if study_name is not None and (not isinstance(study_name, str) or not study_name.strip()):
+        raise SettingError(f"study_name={study_name!r}: pass a text that is not empty, or None")
     with Repository(storage) as repository:
         key = workload.key(chosen, *budgets, checked_slack(slack))
         known = repository.find_plan(key) if study_name is None else None

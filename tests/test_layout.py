@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "parcel": "devices files partition",
     "workload": "batch devices intercept partition",
     "runtime": "batch devices intercept partition schedule tiers",
-    "profiler": "batch cost_model devices partition runtime schedule tiers workload",
+    "profiler": "batch cost_model devices intercept partition runtime schedule tiers workload",
     "checkpoint": "devices files partition settings",
     "store": "files settings",
     "search": "batch cost_model devices parcel runtime schedule store workload",

@@ -10,7 +10,6 @@ from autosp.cost_model.calibrate import calibrated, observations
 from autosp.cost_model.placement import Placing, host_too_small
 from autosp.cost_model.predict import predict
 from autosp.cost_model.training_memory import memory_of
-from autosp.errors import SettingError
 from autosp.partition import model_fingerprint
 from autosp.profiler.layers import LEAST_MEMORY, Observation, group_peak_bytes, observe, observe_times
 from autosp.profiler.links import HostProbe, measure_disk, measure_link, measure_return
@@ -51,15 +50,9 @@ def measure(
     The ring stays within the budget, if there is one; where none fits, nothing that does will overlap either.
     `progress` is told of each step.
 
-    Raises: SettingError if the pass never called a module that could be a layer; BudgetTooSmallError if the host's
-    budget has no room for one.
+    Raises: BudgetTooSmallError if the host's budget has no room for a layer.
     """
     partition = bench.partition
-    if not partition.visits:
-        raise SettingError(
-            f"the pass called no layer of {type(workload.model).__name__} that holds weights of its own: "
-            "check that sample_batch and step run the model"
-        )
     trains = workload.mode == "training"
     least = _placed(bench, least_training(partition) if trains else LEAST_MEMORY, 1)
     if least is None:

@@ -88,7 +88,9 @@ def storage_url(storage: str | os.PathLike[str] | None) -> URL:
 
     Raises: SettingError for a malformed URL, an in-memory database (nothing could share it) or an unusable path.
     """
-    text = os.fspath(settings().storage if storage is None else storage)
+    if storage is not None and not isinstance(storage, str | os.PathLike):
+        raise SettingError(f"storage is a {type(storage).__name__}; pass a path or a database URL")
+    text = str(os.fspath(settings().storage if storage is None else storage))
     try:
         url = make_url(text) if "://" in text else URL.create("sqlite", database=text)
     except ArgumentError as error:

@@ -286,7 +286,7 @@ class Repository:
         row = session.scalar(select(StudyRow).where(StudyRow.name == name))
         if row is not None:
             return row
-        close = difflib.get_close_matches(name, session.scalars(select(StudyRow.name)).all())
+        close = difflib.get_close_matches(str(name), session.scalars(select(StudyRow.name)).all())
         hint = f"; did you mean {' or '.join(repr(other) for other in close)}?" if close else "."
         count = session.scalar(select(func.count()).select_from(StudyRow))
         raise StudyNotFoundError(
