@@ -65,6 +65,15 @@ def lying_as(value: torch.Tensor, memory: torch.Tensor, begin: int = 0) -> torch
         )
 
 
+def bytes_of(value: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor without gaps."""
+    size = value.element_size()
+    with torch.no_grad():
+        return torch.empty(0, dtype=torch.uint8, device=value.device).set_(
+            value.untyped_storage(), value.storage_offset() * size, (value.numel() * size,), (1,)
+        )
+
+
 def memory_of(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, writable. The caller keeps the tensor alive."""
     return memory_at(tensor.data_ptr(), tensor.numel() * tensor.element_size())

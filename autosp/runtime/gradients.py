@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from autosp.devices import Device
-from autosp.devices.memory import anonymous, lend, lying_as
+from autosp.devices.memory import anonymous, bytes_of, lend, lying_as
 from autosp.partition import BoundLayer
 from autosp.partition.placed import tensors_of
 from autosp.partition.tensors import EXTENT_ALIGNMENT, align
@@ -273,7 +273,7 @@ class Gradients:
         most = self._most_in_flight - value.numel() * value.element_size()  # a layer's with this one
         while self._leaving and (self._device.finished(self._leaving[0].copied) or self._in_flight() > most):
             self._settle_oldest()
-        copied = self._device.send(_bytes_of(value), _bytes_of(target), self._device.record())
+        copied = self._device.send(bytes_of(value), bytes_of(target), self._device.record())
         self._recorder.sent(gradient.layer, gradient.begin, copied)
         self._leaving.append(_Leaving(copied, value, target, total))
         self._counters.gradient_bytes += value.numel() * value.element_size()
@@ -340,12 +340,3 @@ def _added(total: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
         if total is None:
             return value
         return value + total if total.is_sparse and not value.is_sparse else total.add_(value)
-
-
-def _bytes_of(value: torch.Tensor) -> torch.Tensor:
-    """The bytes of a tensor without gaps."""
-    size = value.element_size()
-    with torch.no_grad():
-        return torch.empty(0, dtype=torch.uint8, device=value.device).set_(
-            value.untyped_storage(), value.storage_offset() * size, (value.numel() * size,), (1,)
-        )
