@@ -4,10 +4,10 @@ python studies/grouping.py training                  a training step over a pace
 python studies/grouping.py training --paced 0.15     where transfers bind a step of sixteen microbatches, too
 python studies/grouping.py inference                 m batches of one token each, weights from disk
 
-m is 1, 2, 4, 8 and 16. Every measurement is a process of its own, of a minute or less at the default pace, of two at
-0.15 GB/s; the ways are interleaved. Rows are appended to results/grouping_<study>_<scale>.jsonl one by one, and what is
-there already is not measured again, unless with --again: a command that was interrupted goes on. Rows of another pace
-are other rows. The table and the picture are made beside the rows; --report makes them without measuring.
+m is 1, 2, 4, 8 and 16. Every measurement is a process of its own, of a minute or less at the default pace, of up to
+three at 0.15 GB/s; the ways are interleaved. Rows are appended to results/grouping_<study>_<scale>.jsonl one by one,
+and what is there already is not measured again, unless with --again: a command that was interrupted goes on. Rows of
+another pace are other rows. The table and the picture are made beside the rows; --report makes them without measuring.
 """
 
 from __future__ import annotations
