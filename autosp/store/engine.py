@@ -184,6 +184,8 @@ def store_error(error: BaseException, url: URL) -> StoreError:
         return StoreReadOnlyError(f"{name} cannot be opened for writing; check the folder's permissions or {where}")
     if code.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
         return StoreError(f"{name} stayed locked by another process for {BUSY_TIMEOUT_MS // 1000} s; try again")
+    if code.startswith(("SQLITE_FULL", "SQLITE_IOERR")):
+        return StoreError(f"{name} cannot be written or read: {cause}; make room on its disk, or {where}")
     if code.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT")):
         return StoreError(f"{name} is damaged or not an SQLite database ({cause}); restore a copy, or {where}")
     return StoreError(f"{name} failed: {cause}")

@@ -130,6 +130,17 @@ def test_a_folder_or_a_file_in_the_way_is_named(tmp_path: Path) -> None:
         Repository(tmp_path / "file" / "autosp.db")
 
 
+def test_a_full_disk_is_a_store_error_that_says_what_to_do(tmp_path: Path) -> None:
+    url = engine.storage_url(tmp_path / "full.db")
+    with (
+        closing(sqlite3.connect(tmp_path / "full.db")) as database,
+        pytest.raises(StoreError, match=r"full\.db cannot be written or read: database or disk is full; make room"),
+        engine.translated(url),
+    ):
+        database.execute("PRAGMA max_page_count = 1")
+        database.execute("CREATE TABLE theirs (x)")
+
+
 def test_a_file_that_is_no_database_is_a_store_error_and_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("not a database, but quite long enough to be taken for one: " * 40)
