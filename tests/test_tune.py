@@ -63,16 +63,16 @@ def untouched(model: nn.Module, before: dict[str, Any]) -> bool:
 def test_a_budget_below_the_head(tmp_path: Path) -> None:
     """The largest weight need not fit: it streams run by run."""
     torch.manual_seed(0)
-    model, batch = nn.Sequential(nn.Linear(64, 1024), nn.ReLU(), nn.Linear(1024, 50_000)).eval(), vectors(2)
+    model, batch = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 50_000)).eval(), vectors(2)
     with torch.no_grad():
         expected = model(batch)
     weight: nn.Parameter = model[2].weight  # type: ignore[assignment]
     address = weight.data_ptr()
-    plan = autosp.tune(model, batch, "160MB", device="cpu", progress=False, max_trials=1)
-    assert weight.nbytes > 200e6
+    plan = autosp.tune(model, batch, "80MB", device="cpu", progress=False, max_trials=1)
+    assert weight.nbytes > 100e6
     assert plan.measurement
     assert plan.measurement.outcome is Outcome.FITS
-    assert plan.measurement.peak_bytes <= 160e6
+    assert plan.measurement.peak_bytes <= 80e6
     assert weight.data_ptr() == address
     plan.save(tmp_path / "plan.json")
     with autosp.apply(model, autosp.Plan.load(tmp_path / "plan.json")) as streamed:
@@ -140,7 +140,7 @@ def test_a_step_is_what_runs_and_what_is_compared() -> None:
     def step(model: nn.Module, batch: Any) -> Any:
         return [model(batch, [0, 1, 2, 3, 4, 5, 6, 7]) for _ in range(3)]
 
-    plan = autosp.tune(model, batch, BUDGET_GB, step=step, device="cpu", progress=False)
+    plan = autosp.tune(model, batch, BUDGET_GB, step=step, device="cpu", progress=False, max_trials=2)
     assert plan.partition.repeats == 3
 
 
