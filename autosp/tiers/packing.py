@@ -93,19 +93,20 @@ def _write_all(descriptor: int, write: Write, block: memoryview, offset: int) ->
     """Short writes are continued: through the page cache, if O_DIRECT cannot continue there, or was refused at all."""
     done = 0
     while done < len(block):
+        direct = fcntl.fcntl(descriptor, fcntl.F_GETFL) & DIRECT  # the other writer may change it at any moment
         try:
             done += write(descriptor, block[done:], offset + done)
         except OSError as error:
-            if error.errno != errno.EINVAL or not _bypass_cache(descriptor, False):
+            if error.errno != errno.EINVAL or not direct:
                 raise
+            _bypass_cache(descriptor, False)
 
 
-def _bypass_cache(descriptor: int, bypass: bool) -> bool:
-    """Have writes take that way, unless the filesystem refuses it. Whether they did before."""
+def _bypass_cache(descriptor: int, bypass: bool) -> None:
+    """Have writes take that way, unless the filesystem refuses it."""
     flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
     try:
         fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | DIRECT if bypass else flags & ~DIRECT)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-    return bool(flags & DIRECT)
