@@ -75,16 +75,13 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("name", [*MODELS, *OTHERS])
 def test_gradients_and_weights_of_many_steps(name: str, plan: str, apply: Apply) -> None:
-    """Plain steps, steps of two batches, clipping, a schedule, and passes without autograd between them.
-
-    What comes every second, third and fourth step meets in every way within twelve.
-    """
+    """Plain steps, steps of two batches, clipping, a schedule, and passes without autograd between them."""
     model, batch = any_model(name)
     model, plain = twins(model)
     apply(model, batch, PLANS[plan])
     optimizers = [OPTIMIZERS["adam" if plan in SOME else "sgd"](one) for one in (model, plain)]
     schedulers = [torch.optim.lr_scheduler.StepLR(one, 5, 0.5) for one in optimizers]
-    for step in range(12):
+    for step in range(20):
         backward_both(model, plain, batch, step)
         if step % 4 == 2:
             with torch.no_grad():

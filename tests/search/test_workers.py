@@ -17,7 +17,7 @@ from autosp.store import Repository
 from databases import memory_folder
 from processes import forked
 
-PROCESSES, CANDIDATES = 8, 64
+PROCESSES, CANDIDATES = 8, 200
 
 
 def stored(storage: str) -> tuple[list[Trial], list[optuna.trial.FrozenTrial]]:
