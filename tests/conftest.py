@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from autosp.devices import AcceleratorDevice, CpuDevice, Device, VirtualDevice
+from autosp.profiler.layers import Repeats
 from autosp.spec import Tier
 from databases import create_database, memory_folder, postgres_server
 
@@ -48,7 +49,9 @@ def short_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
 
     Those that compare times take them in a fixture of their module, which this does not reach, nor any new process.
     """
-    monkeypatch.setattr("autosp.profiler.layers.ENOUGH_S", 0.1)
+    for module in ("layers", "training"):
+        monkeypatch.setattr(f"autosp.profiler.{module}.ENOUGH", Repeats(2, 0.1))
+    monkeypatch.setattr("autosp.profiler.layers.BRIEF", Repeats(1, 0.1))
     monkeypatch.setattr("autosp.search.validate.ENOUGH_S", 0.1)
 
 

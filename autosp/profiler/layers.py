@@ -105,7 +105,7 @@ def measured_passes(
     memory: MemoryObserver | None,
     time_pass: Callable[[StreamedModel[nn.Module]], tuple[float, Any]],
     progress: Callable[[str], None],
-    repeats: Repeats = ENOUGH,
+    repeats: Repeats,
 ) -> Measurement:
     """Run a plan: a cold pass, one that `memory` observes, and some through `time_pass`, which gives time and output.
 

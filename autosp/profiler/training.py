@@ -22,7 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from autosp.batch import tensors_in
 from autosp.devices import Device
 from autosp.partition import follows
-from autosp.profiler.layers import LEAST_MEMORY, MemoryObserver, Observation, measured_passes, timed_pass
+from autosp.profiler.layers import ENOUGH, LEAST_MEMORY, MemoryObserver, Observation, measured_passes, timed_pass
 from autosp.profiler.saving import ForwardOrder, Storages, storages_of, watching
 from autosp.runtime.bench import Bench
 from autosp.runtime.recorder import VisitTimes
@@ -99,7 +99,7 @@ def observe_training(
         return timed
 
     with workload.leaving_no_trace():
-        measurement = measured_passes(bench, candidate, workload.run, memory, time_pass, progress)
+        measurement = measured_passes(bench, candidate, workload.run, memory, time_pass, progress, ENOUGH)
     forward = _by_visit(passes, Kind.FORWARD, partition.visits)
     backward = _by_visit(passes, Kind.BACKWARD, partition.backward)
     again = _by_layer(passes, Kind.RECOMPUTE)
