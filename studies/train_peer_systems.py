@@ -88,7 +88,8 @@ class System:
 
 @contextmanager
 def process_group(device: Device, folder: Path) -> Iterator[None]:
-    """Of this process alone."""
+    """Of this process alone. What other libraries would take for one of torchrun's is gone again afterwards."""
+    before = dict(os.environ)
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
     backend = dist.get_default_backend_for_device(device.torch_device)
     dist.init_process_group(backend, init_method=f"file://{folder.resolve() / 'group'}", rank=0, world_size=1)
@@ -96,6 +97,9 @@ def process_group(device: Device, folder: Path) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def trained_by(model: nn.Module, optimizer: Optimizer, **more: Any) -> Trained:

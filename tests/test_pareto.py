@@ -65,9 +65,10 @@ def test_a_larger_budget_measures_nothing_again() -> None:
         measured = repository.trials(small.study_name or "")
     assert measured[0].measurement.outcome is Outcome.FITS
     Counted.passes = 0
-    again = tune(model, batch, 2 * LARGE_GB, max_trials=1)  # everything resident: validated first where it fits
+    again = tune(model, batch, 2 * LARGE_GB, max_trials=1)
     assert again.candidate == small.candidate
-    assert again.measurement == small.measurement
+    assert small.measurement is not None and again.measurement is not None
+    assert again.measurement == small.measurement.model_copy(update={"taken_s": 0.0})
     assert Counted.passes == 1  # the one that shows the layers, and the output to compare with
 
 
@@ -103,7 +104,7 @@ def test_without_a_budget_the_device_is_the_budget() -> None:
     plan = autosp.tune(model, batch, device="cpu", progress=False, max_trials=1)
     assert plan.budget_bytes is not None
     assert plan.budget_bytes <= plan.device.memory_bytes
-    assert len(plan.candidate.residents) == 16
+    assert plan.candidate.k == 16
 
 
 def test_pareto_goes_from_the_least_memory_to_the_fastest() -> None:

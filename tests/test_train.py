@@ -129,7 +129,7 @@ def test_what_a_budget_counts_stays_small() -> None:
         ({"step": None}, "needs step"),
         ({"step": lambda model, batch: model(batch)}, "a tensor of shape"),
         ({"step": lambda model, batch: loss_step(model, batch).detach()}, "requires no gradient"),
-        ({"step": lambda model, batch: 1.0}, "step returned a float"),
+        ({"step": lambda model, batch: 1.0 + 0 * len(model(batch))}, "step returned a float"),
         ({"max_cpu_gb": 1}, "give it to autosp.apply"),
         ({"recompute": 8}, "visits 6 blocks, and 1 layers that are in none"),
         ({"recompute": -1}, "visits 6 blocks"),

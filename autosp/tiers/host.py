@@ -25,7 +25,7 @@ CGROUP_FILES = (
 """A container's memory limit and use: version 2, version 1."""
 
 
-TRIM_EVERY_BYTES = 64 * 2**20
+TRIM_EVERY_BYTES = 16 * 2**20
 """Weights that were on the C heap go back to the kernel after so many: each time costs a walk over the heap, and what
 waits for it is in RAM twice."""
 

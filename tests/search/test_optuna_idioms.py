@@ -40,7 +40,8 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> optuna.Study:
 
 
 def test_attributes_and_constraints(study: optuna.Study) -> None:
-    assert study.user_attrs == {"autosp_fingerprint": study_workers.KEY.fingerprint}
+    assert set(study.user_attrs) == {"autosp_fingerprint", "autosp_profile_s"}
+    assert study.user_attrs["autosp_fingerprint"] == study_workers.KEY.fingerprint
     names = {"predicted_latency_s", "predicted_peak_bytes", "peak_bytes", "outcome", "worker"}
     assert all(set(trial.user_attrs) == names for trial in study.trials)
     assert {trial.user_attrs["worker"] for trial in study.trials} == {this_process()}
