@@ -9,12 +9,14 @@ WORKERS ?= 2
 
 install: $(VENV)/.installed
 
-# torch goes first: a package that asks for any torch must find the tested one.
+# torch goes first: a package that asks for any torch must find the tested one. What pip would compile file after file,
+# all cores compile at last; some packages come with files that are none of Python's, which pip passes over, too.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0 numpy
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt torch==2.13.0 numpy
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	touch $@
 
 demo: install

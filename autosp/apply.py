@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import TypeVar
 
 from torch import nn
@@ -9,20 +10,25 @@ from torch.optim import Optimizer
 
 from autosp.devices import device_for
 from autosp.errors import PlanMismatchError, SettingError
-from autosp.intercept import is_intercepted
+from autosp.intercept import check_plain
 from autosp.partition import bind, model_fingerprint
+from autosp.runtime.disk_state import open_disk_state
+from autosp.runtime.gradients import gradient_bytes
+from autosp.runtime.stepwise import check_optimizer
 from autosp.runtime.streamed_model import StreamedModel
-from autosp.runtime.updates import check_optimizer
 from autosp.schedule.lowering import lower_for
 from autosp.schedule.updates import with_updates
 from autosp.settings import settings
 from autosp.spec import Plan
 from autosp.tiers import Originals, Readers, open_store
+from autosp.workload import parse_budget
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def apply(model: M, plan: Plan, *, optimizer: Optimizer | None = None) -> StreamedModel[M]:
+def apply(
+    model: M, plan: Plan, *, optimizer: Optimizer | None = None, max_cpu_gb: float | str | None = None
+) -> StreamedModel[M]:
     """Make `model` run under `plan`: inside its budget, with unchanged output.
 
     The weights leave the memory they are in: residents go to the device, streamed layers to pinned host memory or, on a
@@ -45,18 +51,25 @@ def apply(model: M, plan: Plan, *, optimizer: Optimizer | None = None) -> Stream
     updated until the parameter is used. Any optimizer of torch.optim will do that treats every parameter by itself;
     `step(closure)` is refused.
 
+    `max_cpu_gb`, with `optimizer`, bounds the host memory that streamed weights at rest, their gradients and their
+    optimizer's state take together. The state of as many layers as it has no room for rests on disk, in a file in
+    `AUTOSP_CACHE_DIR` that has no name and ends with the process. It is read ahead of each update and written after it;
+    its tensors are maps of the file, so `state_dict()`, `load_state_dict()` and checkpoints are as ever. After
+    `remove()` they still are, and the disk space is free once the optimizer lets go of them. Weights and gradients stay
+    in memory, and so does state that the optimizer, with its options of now, would not make in a first step.
+
     A plan with `group` serves plain calls too, and groups of up to so many microbatches. Under a plan of one microbatch
     and a budget there are no groups; one that the user set by hand, without `group`, limits none.
 
     Raises: PlanMismatchError if the plan was made for another model, SettingError if its device is not here or the
-    optimizer cannot be stepped layer by layer, DiskFullError or HostMemoryError if there is no room for the streamed
-    weights, or in training for their gradients, ReadError if a file that weights are mapped from was truncated or
+    optimizer cannot be stepped layer by layer, BudgetTooSmallError naming the least `max_cpu_gb` that works,
+    DiskFullError or HostMemoryError if there is no room for the streamed weights, or in training for their gradients
+    and what rests on disk of their optimizer's state, ReadError if a file that weights are mapped from was truncated or
     replaced (the model is unchanged then).
     """
     if not isinstance(plan, Plan):
         raise SettingError(f"plan is a {type(plan).__name__}; use autosp.tune, autosp.plan or Plan.load")
-    if is_intercepted(model):
-        raise SettingError(f"a plan is applied to this {type(model).__name__} already: remove() it first")
+    check_plain(model)
     found = model_fingerprint(model)
     if found != plan.model_fingerprint:
         raise PlanMismatchError(
@@ -67,23 +80,36 @@ def apply(model: M, plan: Plan, *, optimizer: Optimizer | None = None) -> Stream
         if plan.mode != "training":
             raise SettingError(f"the plan is for {plan.mode}: only training has an optimizer")
         check_optimizer(optimizer, model)
+    elif max_cpu_gb is not None:
+        raise SettingError(
+            "max_cpu_gb without optimizer=: it says how much of the optimizer's state may be in memory; for inference "
+            "give it to autosp.tune or autosp.plan"
+        )
+    host_bytes = None if max_cpu_gb is None else parse_budget(max_cpu_gb, "max_cpu_gb")
     device = device_for(plan.device)
     bound = bind(model, plan.partition, device.info.slow_tier)
     schedule = lower_for(plan.mode, plan.candidate, bound.partition)
     if optimizer is not None:
         schedule = with_updates(schedule)
     stored = bound.stored(plan.candidate.residents)
-    readers = Readers(plan.reading)
-    store = open_store(device, stored, settings().cache_dir, Originals.FREED, plan.candidate.on_disk, readers)
-
-    def close() -> None:
-        store.close()
-        device.close()
-        readers.close()
-
+    with ExitStack() as opened:
+        readers = Readers(plan.reading)
+        opened.callback(readers.close)
+        opened.callback(device.close)
+        disk_state = None
+        if optimizer is not None and host_bytes is not None:
+            streamed = [one for one in bound.layers if one.layer.index not in plan.candidate.residents]
+            fixed_bytes = sum(one.layer.n_bytes for one in stored) + gradient_bytes(streamed)
+            folder = settings().cache_dir
+            disk_state = open_disk_state(optimizer, streamed, schedule.steps, fixed_bytes, host_bytes, folder)
+            if disk_state is not None:
+                opened.callback(disk_state.close)
+        store = open_store(device, stored, settings().cache_dir, Originals.FREED, plan.candidate.on_disk, readers)
+        opened.callback(store.close)
+        close = opened.pop_all().close
     group = plan.candidate.group
     pass_floor_s = plan.floor_s / plan.partition.repeats if plan.floor_s else None
     most = group if plan.budget_bytes is not None or group > 1 else None
     return StreamedModel(
-        bound, schedule, device, store, Originals.FREED, close, pass_floor_s, plan.mode, optimizer, most
+        bound, schedule, device, store, Originals.FREED, close, pass_floor_s, plan.mode, optimizer, most, disk_state
     )

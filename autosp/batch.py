@@ -27,6 +27,11 @@ def call(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, torch.Tensor):
         return model(batch)
     if isinstance(batch, Mapping):
+        unnamed = next((key for key in batch if not isinstance(key, str)), None)
+        if unnamed is not None:
+            raise SettingError(
+                f"sample_batch has the key {unnamed!r}, which names no argument: give step(model, batch)"
+            )
         return model(**batch)
     if isinstance(batch, tuple | list):
         return model(*batch)
@@ -125,19 +130,32 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) ->
     """`value` with every tensor in its tuples, lists, mappings and dataclasses replaced. Other objects are kept."""
     if isinstance(value, torch.Tensor):
         return function(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_tensors(function, item) for item in value))
-    if isinstance(value, tuple | list):
-        return type(value)(map_tensors(function, item) for item in value)
+    if isinstance(value, tuple):
+        return _like(value, (map_tensors(function, item) for item in value))
+    if isinstance(value, list):
+        mapped = copy.copy(value)
+        mapped[:] = [map_tensors(function, item) for item in value]
+        return mapped
     if is_dataclass(value) and not isinstance(value, type):
         names = [field.name for field in fields(value) if field.init]
         return replace(value, **{name: map_tensors(function, getattr(value, name)) for name in names})
     if isinstance(value, MutableMapping):
-        mapped = copy.copy(value)
+        changed = copy.copy(value)
         for key, item in value.items():
-            mapped[key] = map_tensors(function, item)
-        return mapped
+            changed[key] = map_tensors(function, item)
+        return changed
     return value
+
+
+def _like(value: tuple[Any, ...], items: Iterable[Any]) -> tuple[Any, ...]:
+    """A tuple of the same class, with its attributes, whatever its constructor asks for."""
+    own = type(value).__new__
+    if own is not tuple.__new__ and not isinstance(own, FunctionType):  # of C, as torch.Size: nothing else makes one
+        return type(value)(items)
+    made = tuple.__new__(type(value), items)
+    if hasattr(value, "__dict__"):
+        vars(made).update(vars(value))
+    return made
 
 
 def call_on(device: torch.device, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -93,6 +93,8 @@ def tune_batch(
 
     Raises: as `tune`; BudgetTooSmallError if the smallest size does not fit.
     """
+    if not callable(make_batch):
+        raise SettingError(f"make_batch is a {type(make_batch).__name__}; pass a function of a number of samples")
     chosen = choose_device(device, mode)
     budgets = parse_budgets(
         whole_device(chosen) if max_gpu_gb is None else max_gpu_gb, max_cpu_gb, chosen.info.slow_tier
@@ -132,7 +134,8 @@ def _sizes(given: Sequence[int] | None) -> Iterator[int]:
     if given is None:
         yield from (2**power for power in count())
         return
-    if not given or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in given):
+    numbers = isinstance(given, Sequence) and all(isinstance(size, int) and size is not True for size in given)
+    if not numbers or not given or min(given) < 1:
         raise SettingError(f"batch_sizes={given!r}: pass whole numbers of at least 1, or None")
     yield from sorted(set(given))
 

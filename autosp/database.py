@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import typer
 
-from autosp.errors import SettingError
 from autosp.options import Storage
 
 database = typer.Typer(no_args_is_help=True, help="The database of studies.")
@@ -18,17 +17,10 @@ def _root() -> None:
 @database.command()
 def upgrade(storage: Storage = None) -> None:
     """Bring the database to this version's schema; an SQLite file is copied first."""
-    from autosp.store.engine import database_path, open_engine, shown, storage_url
+    from autosp.store.engine import open_engine, shown, storage_url
     from autosp.store.migrate import upgrade as bring_up
 
-    url = storage_url(storage)
-    path = database_path(url)
-    if storage is not None and path is not None and not path.parent.is_dir():
-        raise SettingError(
-            f"there is no folder {path.parent} for the database {path}: nothing was made; correct --storage, or make "
-            "the folder first"
-        )
-    engine = open_engine(url)
+    engine = open_engine(storage_url(storage))
     try:
         done = bring_up(engine)
     finally:

@@ -14,9 +14,9 @@
     │   └── OutputMismatchError     the streamed output differed from the plain one
     ├── SettingError                an argument out of its range (k, k', mode, batch, device …)
     ├── TierError                   the slow tier failed
-    │   ├── DiskFullError           no room for the packed weights
+    │   ├── DiskFullError           no room for packed weights, or the optimizer's state
     │   ├── HostMemoryError         no host memory for them
-    │   └── ReadError               weights could not be read back
+    │   └── ReadError               weights, or the optimizer's state, could not be read back
     ├── IsolationError              a trial's own process does not start, or every one of them ended early
     │   └── NotPicklableError       the model, batch or step cannot be sent to it
     └── StoreError                  the database
@@ -97,7 +97,7 @@ class TierError(AutospError, OSError):
 
 
 class DiskFullError(TierError):
-    """The disk has no room for the packed weights. Nothing was left behind."""
+    """The disk has no room for packed weights, or for the optimizer's state. Nothing was left behind."""
 
 
 class HostMemoryError(TierError, MemoryError):
@@ -105,7 +105,7 @@ class HostMemoryError(TierError, MemoryError):
 
 
 class ReadError(TierError):
-    """Weights could not be read back from their file."""
+    """Weights, or the optimizer's state, could not be read back from their file."""
 
 
 class IsolationError(AutospError, RuntimeError):

@@ -9,6 +9,7 @@ from torch import nn
 from autosp.batch import Step
 from autosp.cost_model.floor import floor_s
 from autosp.devices import Device, choose_device
+from autosp.errors import SettingError
 from autosp.profiler import measure
 from autosp.profiler.host import binding_host_budget
 from autosp.profiler.training import layers_of
@@ -65,11 +66,17 @@ def estimate(
     Raises: BudgetError, BudgetTooSmallError; SettingError if `group` is no positive number, or if the profile does not
     know groups, or the disk, and settings need it.
     """
-    budgets = parse_budgets(max_gpu_gb, max_cpu_gb, profile.device.slow_tier)
+    budgets = _budgets_of(profile, max_gpu_gb, max_cpu_gb)
     return rank(profile, *budgets, checked_group(group))
 
 
 def floor(profile: Profile, max_gpu_gb: float | str, max_cpu_gb: float | str | None = None, *, group: int = 1) -> float:
     """Seconds that no schedule can beat under the budgets on the profiled hardware, for `group` microbatches."""
-    budgets = parse_budgets(max_gpu_gb, max_cpu_gb, profile.device.slow_tier)
+    budgets = _budgets_of(profile, max_gpu_gb, max_cpu_gb)
     return floor_s(profile, *budgets, checked_group(group))
+
+
+def _budgets_of(profile: Profile, max_gpu_gb: float | str, max_cpu_gb: float | str | None) -> tuple[int, int | None]:
+    if not isinstance(profile, Profile):
+        raise SettingError(f"profile is a {type(profile).__name__}; pass what autosp.profile gives")
+    return parse_budgets(max_gpu_gb, max_cpu_gb, profile.device.slow_tier)

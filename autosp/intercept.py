@@ -18,6 +18,8 @@ from typing import Any
 from torch import nn
 from torch._C._dynamo.eval_frame import set_eval_frame
 
+from autosp.errors import SettingError
+
 Around = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 
@@ -64,6 +66,34 @@ class Intercepted:
         return getattr, (self._module, "forward")
 
 
+class Uncompiled:
+    """A function that compiled code may call, as it calls the hooks of what it saves: the compiler looks at none of it.
+
+    For modules, see [Note: compiled models].
+    """
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        hide_from_compiler()
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        compiler = set_eval_frame(None)
+        try:
+            return self._function(*args)
+        finally:
+            set_eval_frame(compiler)
+
+
+def check_plain(model: nn.Module) -> None:
+    """Raises: SettingError if it is no module, or if a plan is applied to it."""
+    if not isinstance(model, nn.Module):
+        raise SettingError(f"model is a {type(model).__name__}, not a torch.nn.Module")
+    if is_intercepted(model):
+        raise SettingError(f"a plan is applied to this {type(model).__name__} already: remove() it first")
+
+
 def is_intercepted(model: nn.Module) -> bool:
     """Whether any module of the model has its forward wrapped right now."""
     return any(isinstance(module.__dict__.get("forward"), Intercepted) for module in model.modules())
@@ -71,14 +101,16 @@ def is_intercepted(model: nn.Module) -> bool:
 
 @cache
 def hide_from_compiler() -> None:
-    """No frame of `Intercepted.__call__` is compiled, and none is inlined; those that it calls are.
+    """No frame of `Intercepted.__call__` or `Uncompiled.__call__` is compiled, and none is inlined.
 
-    What `torch.compiler.disable(recursive=False)` promises; it compiles the disabled function when called by itself.
-    The first call takes a second and 70 MB, for the compiler is imported; whoever measures memory calls it before.
+    Those that they call may be: what `torch.compiler.disable(recursive=False)` promises; it compiles the disabled
+    function when called by itself. The first call takes a second and 70 MB, for the compiler is imported; whoever
+    measures memory calls it before.
     """
     from torch._dynamo.decorators import skip
 
     skip(Intercepted.__call__)
+    skip(Uncompiled.__call__)
     Intercepted.__call__._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
         "autosp loads this module's weights when it is called, and no graph can reach across that: compile the blocks "
         "inside it, or leave fullgraph off"

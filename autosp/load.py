@@ -74,6 +74,8 @@ def load(
     if dtype is not None and dtype not in CASTABLE:
         known = ", ".join(map(str, CASTABLE))
         raise SettingError(f"dtype={dtype!r}: pass one of {known}")
+    if weights is not None and not isinstance(weights, str | os.PathLike):
+        raise SettingError(f"weights is a {type(weights).__name__}; pass the path of a checkpoint")
     remove_unreferenced()
     with torch.inference_mode(False), parameters_left_alone():
         found = _find(source)
@@ -90,6 +92,8 @@ def _find(source: PathLike | Factory) -> Path | Factory:
     if isinstance(source, nn.Module):
         raise SettingError(f"pass what builds the {type(source).__name__}, not the module itself")
     if not isinstance(source, str | os.PathLike):
+        if not callable(source):
+            raise SettingError(f"source is a {type(source).__name__}; pass a path, module:factory, or a function")
         return source
     path = Path(source)
     if path.exists():

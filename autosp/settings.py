@@ -9,13 +9,18 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
+def default_storage() -> str:
+    """The database that nobody has to name: a SQLite file in the user's data folder."""
+    return str(user_data_path("autosp") / "autosp.db")
+
+
 class Settings(BaseSettings):
     """Defaults a user may change without touching code."""
 
     model_config = SettingsConfigDict(env_prefix="AUTOSP_", env_ignore_empty=True, frozen=True)
 
     storage: str = Field(
-        default_factory=lambda: str(user_data_path("autosp") / "autosp.db"),
+        default_factory=default_storage,
         description="path of a SQLite file, or a SQLAlchemy URL",
     )
     cache_dir: Path = Field(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
@@ -12,11 +13,11 @@ from torch import nn
 
 from autosp.apart import import_apart
 from autosp.batch import Step
-from autosp.cost_model.calibrate import observations
 from autosp.cost_model.floor import floor_s
 from autosp.cost_model.reading import measured_reading, planned_reading
 from autosp.devices import Device, choose_device
 from autosp.devices.lock import device_lock
+from autosp.errors import SettingError
 from autosp.profiler import measure
 from autosp.profiler.host import binding_host_budget, whole_device
 from autosp.profiler.training import training_partition
@@ -27,8 +28,8 @@ from autosp.search.failure import no_plan
 from autosp.search.isolated import IsolatedTrials, Isolation
 from autosp.search.lean import checked_slack, least_memory
 from autosp.search.limits import Limits
-from autosp.search.space import rank
-from autosp.search.validate import Reference, validate
+from autosp.search.space import Ranking, ranking
+from autosp.search.validate import Reference, timed, validate
 from autosp.settings import settings
 from autosp.spec import PROFILE_SCHEMA_VERSION, Partition, Plan, Prediction, Profile, StudyKey
 from autosp.store import Repository
@@ -80,7 +81,7 @@ def tune(
         storage: database, a path or a SQLAlchemy URL; default `AUTOSP_STORAGE`, else the user's data directory.
         study_name: default: made from the model's name. An unfinished study of that name is continued.
         max_trials, timeout_s: limits on validation; the stop rule usually ends it earlier. Default: those of `Limits`,
-            8 validations, or 3 and the time of 25 passes of the best plan and 5 s.
+            8 validations, or 3 and what fits, with the profile, the time of 25 passes of the best plan and 5 s.
         seed: of the pass whose outputs are compared.
         isolate: validate in a process of its own: if it crashes, hangs, is killed, or loses the device, that is the
             trial's outcome, and the next one gets a new process. Model, batch and step must be picklable.
@@ -101,6 +102,8 @@ def tune(
     workload = Workload.of(model, sample_batch, step, mode, chosen, seed, group)
     limits = Limits(max_trials, timeout_s)
     isolation = Isolation.of(isolate, trial_timeout_s)
+    if study_name is not None and (not isinstance(study_name, str) or not study_name.strip()):
+        raise SettingError(f"study_name={study_name!r}: pass a text that is not empty, or None")
     with Repository(storage) as repository:
         key = workload.key(chosen, *budgets, checked_slack(slack))
         known = repository.find_plan(key) if study_name is None else None
@@ -187,16 +190,18 @@ def _fastest(search: Search, name: str, key: StudyKey) -> Plan:
     with progress_bar(search.progress) as show, ExitStack() as held, ExitStack() as opened:
         study = _Study(search, name, key, show, opened)
         held.enter_context(study.hold_device())
+        begin = time.perf_counter()
         found = study.found_or_measured()
-        ranked = rank(found.profile, *found.budgets, key.group)
+        ranked = ranking(found.profile, *found.budgets, key.group)
         repository.create_study(name, key)
         agreed = repository.agree_on_profile(name, found.profile)
         if agreed != found.profile:
             found = replace(found, profile=agreed)
-            ranked = rank(agreed, *found.budgets, key.group)
-        validated = study.validated(found, ranked)
+            ranked = ranking(agreed, *found.budgets, key.group)
+        validated = timed(study.validated(found, ranked.predictions))
+        profile_s = time.perf_counter() - begin
         held.close()
-        verdict = study.verdict(found, ranked, validated)
+        verdict = study.verdict(found, ranked, validated, profile_s)
     if verdict.best is None:
         raise no_plan(found.profile, key.budget_bytes, repository.trials(name))
     answer = Plan(
@@ -226,8 +231,6 @@ class _Found:
     """Open, unless trials are isolated and the profile was stored: it would be in their way."""
     output: Any
     """Of the pass that showed the layers; None in training."""
-    stored: bool
-    """Whether the profile was in the database before."""
 
 
 @dataclass(frozen=True)
@@ -260,12 +263,12 @@ class _Study:
         known = stored or known_profile(repository, self.key, parts, host_bytes)
         budgets = self.key.budget_bytes, host_bytes
         if known is not None and self.search.isolation is not None:
-            return _Found(known, budgets, None, output, stored=True)
+            return _Found(known, budgets, None, output)
         bench = Bench(workload.model, parts, device, settings().cache_dir, host_bytes, workload.mode)
         self.opened.enter_context(bench)
         profile = known or measure(bench, workload, self.show, self.key.budget_bytes)
         bench.readers.use(measured_reading(profile))
-        return _Found(profile, budgets, bench, output, stored=known is not None)
+        return _Found(profile, budgets, bench, output)
 
     def validated(self, found: _Found, ranked: Sequence[Prediction]) -> Validate:
         """What measures a candidate: in this process, or, isolated, in another."""
@@ -282,26 +285,26 @@ class _Study:
             reference = Reference(found.output, lambda: workload.observed_pass(device)[1])
         return partial(validate, bench, workload, reference, found.budgets[0], progress=self.show)
 
-    def verdict(self, found: _Found, ranked: Sequence[Prediction], validated: Validate) -> Verdict:
+    def verdict(self, found: _Found, ranked: Ranking, validated: Validate, profile_s: float) -> Verdict:
         """Of the study, once it has run. What other studies of the same work measured is not measured again."""
         import_apart("autosp.search.study")  # optuna, which an answer from the database does not need
         from autosp.search.study import run_study
 
         repository, budget_bytes = self.search.repository, found.budgets[0]
         known = known_measurements(repository, self.name, found.profile, budget_bytes)
-        observed = [trial.measurement for trial in observations(found.profile)] if found.stored else []
         return run_study(
             repository,
             self.name,
             found.profile,
-            ranked,
+            ranked.predictions,
             budget_bytes,
             unless_known(known, validated),
             limits=self.search.limits,
             progress=self.show,
             hold_device=self.hold_device,
             repeat=validated,
-            stored=[*observed, *known.values()],
+            profile_s=profile_s,
+            predictor=ranked.predictor,
         )
 
 

@@ -18,8 +18,8 @@ from torch import nn
 
 from autosp.batch import Step, backward, call, digest, map_tensors, signature, step_name, tensors_in
 from autosp.devices import Device
-from autosp.errors import BudgetError, SettingError
-from autosp.intercept import is_intercepted
+from autosp.errors import BudgetError, ModelError, SettingError
+from autosp.intercept import check_plain
 from autosp.partition import model_fingerprint, partition
 from autosp.partition.trace import attributes_of, restore_attributes
 from autosp.spec import Mode, Partition, StudyKey, Tier
@@ -65,18 +65,21 @@ class Workload:
     ) -> Workload:
         """Check the arguments, and put the batch where compute happens.
 
-        Raises: SettingError for a model, step, mode or group of the wrong kind.
+        Raises: SettingError for a model, batch, step, mode, seed or group of the wrong kind, ModelError for a model
+        of torch.jit.
         """
-        if not isinstance(model, nn.Module):
-            raise SettingError(f"model is a {type(model).__name__}, not a torch.nn.Module")
-        if is_intercepted(model):
-            raise SettingError(f"a plan is applied to this {type(model).__name__}: remove() it first")
+        check_plain(model)
+        _refuse_scripted(model)
         if step is not None and not callable(step):
             raise SettingError(f"step is a {type(step).__name__}; pass a function step(model, batch)")
         if mode not in get_args(Mode):
             raise SettingError(f"mode={mode!r}: pass one of {', '.join(map(repr, get_args(Mode)))}")
         if mode == "training" and step is None:
             raise SettingError("mode='training' needs step(model, batch) that returns the loss")
+        if mode == "training" and torch.is_inference_mode_enabled():
+            raise SettingError("mode='training' under torch.inference_mode(), where nothing gets a gradient: leave it")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise SettingError(f"seed={seed!r}: pass a whole number from 0 to 2^63 - 1")
         if any(tensor.is_meta for tensor in tensors_in(batch)):
             raise SettingError("sample_batch has tensors on the meta device: they have no data to run the model on")
         batch = map_tensors(lambda tensor: tensor.to(device.torch_device), batch)
@@ -197,14 +200,32 @@ class Workload:
         """The layers, by one pass of the unstreamed model, which `run` makes (default: `self.run_forward`).
 
         In training tables move as other layers do: they get gradients.
+
+        Raises: ModelError if the model has none, SettingError if the pass called none of them; what `partition` does.
         """
-        return partition(
+        parts = partition(
             self.model,
             run or self.run_forward,
             device.torch_device,
             lookups=device.reads_host and self.mode == "inference",
             slow_tier=device.info.slow_tier,
             mode=self.mode,
+        )
+        self._refuse_without_visits(parts)
+        return parts
+
+    def _refuse_without_visits(self, parts: Partition) -> None:
+        if parts.visits:
+            return
+        name = type(self.model).__name__
+        if parts.layers:
+            raise SettingError(
+                f"the pass called none of the {len(parts.layers)} layers of {name}, {parts.layers[0].name} first: "
+                "check that sample_batch and step run the model, to the end of what it yields"
+            )
+        raise ModelError(
+            f"{name} has no layer to stream: all of its {len(parts.resident_tensors)} tensors stay on the device, for "
+            "they are small, sparse, written to by the pass, or used outside of the modules that hold them"
         )
 
     def key(
@@ -226,6 +247,17 @@ class Workload:
         )
 
 
+def _refuse_scripted(model: nn.Module) -> None:
+    """Raises: ModelError for a module of torch.jit: its layers run outside of Python, which would load them."""
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            which = f"its module {path}" if path else "the model"
+            raise ModelError(
+                f"{which} is a {type(module).__name__} of torch.jit, whose layers cannot be seen or loaded one by one; "
+                "pass the module that it was made from"
+            )
+
+
 def _trained(model: nn.Module) -> str:
     """Which parameters get gradients: how many, and a hash of their names. Gradients take memory, and time to leave."""
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -245,7 +277,10 @@ def checked_group(group: int) -> int:
 def refuse_host_budget(mode: str, max_cpu_gb: float | str | None) -> None:
     """Raises: SettingError for a host budget in training, where weights are updated at rest."""
     if mode == "training" and max_cpu_gb is not None:
-        raise SettingError("max_cpu_gb with mode='training': all weights rest in host memory; leave it out")
+        raise SettingError(
+            "max_cpu_gb with mode='training': all weights rest in host memory; to have the optimizer's state on disk "
+            "where RAM is short, give it to autosp.apply(model, plan, optimizer=optimizer, max_cpu_gb=...)"
+        )
 
 
 def parse_budgets(max_gpu_gb: float | str, max_cpu_gb: float | str | None, slow_tier: Tier) -> tuple[int, int | None]:

@@ -1,12 +1,13 @@
 """Microbatches that share a pass, beside the same microbatches one after another under the same plan.
 
-python studies/grouping.py training        a training step over a paced link: gradients of m microbatches, one update
-python studies/grouping.py inference       m batches of one token each, weights from disk
+python studies/grouping.py training                  a training step over a paced link: m microbatches, one update
+python studies/grouping.py training --paced 0.15     where transfers bind a step of sixteen microbatches, too
+python studies/grouping.py inference                 m batches of one token each, weights from disk
 
-m is 1, 2, 4, 8 and 16. Every measurement is a process of its own, of a minute or less at the default pace; both ways
-are interleaved. Rows are appended to results/grouping_<study>_<scale>.jsonl one by one, and what is there already is
-not measured again, unless with --again: a command that was interrupted goes on. Rows of another pace are other rows.
-The table and the picture are made beside the rows; --report makes them without measuring.
+m is 1, 2, 4, 8 and 16. Every measurement is a process of its own, of a minute or less at the default pace, of up to
+three at 0.15 GB/s; the ways are interleaved. Rows are appended to results/grouping_<study>_<scale>.jsonl one by one,
+and what is there already is not measured again, unless with --again: a command that was interrupted goes on. Rows of
+another pace are other rows. The table and the picture are made beside the rows; --report makes them without measuring.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Case:
     microbatches: int
     repeat: int
     paced_gb_per_s: float | None
-    """Of the link of training; None: the disk's own."""
+    """Of the link of training; None: the disk's own, or nothing moves."""
 
     def __str__(self) -> str:
         pace = "" if self.paced_gb_per_s is None else f", {self.paced_gb_per_s:g} GB/s"
@@ -77,18 +78,19 @@ class Run:
 
 
 def run(asked: Run) -> None:
-    """All weights in memory, then each m both ways."""
-    cells = [(ALONE, 1), *((way, count) for count in COUNTS for way in (GROUPED, SEPARATE))]
+    """Each m with all weights in memory, and under the plan both ways."""
+    cells = [(way, count) for count in COUNTS for way in (ALONE, GROUPED, SEPARATE)]
     for repeat in range(asked.repeats):
         for way, count in cells:
-            case = Case(asked.study, asked.scale, way, count, repeat, asked.paced_gb_per_s)
+            paced_gb_per_s = None if way == ALONE else asked.paced_gb_per_s
+            case = Case(asked.study, asked.scale, way, count, repeat, paced_gb_per_s)
             asked.results.measured(Job(case, str(asked.scratch)))
 
 
 def _by_pace(rows: list[Row]) -> dict[float | None, list[Row]]:
-    """Those that were measured both ways, of each pace."""
+    """Those that were measured both ways, of each pace, with those that need no link."""
     paces = dict.fromkeys(row.case.paced_gb_per_s for row in rows)
-    found = {pace: [row for row in rows if row.case.paced_gb_per_s == pace] for pace in paces}
+    found = {pace: [row for row in rows if row.case.paced_gb_per_s == pace or row.case.way == ALONE] for pace in paces}
     return {pace: mine for pace, mine in found.items() if having(mine, way=GROUPED, microbatches=1)}
 
 
@@ -100,49 +102,59 @@ def table(rows: list[Row]) -> str:
 
 
 def _table_of(rows: list[Row]) -> str:
-    alone_s = _step_s(rows, ALONE, 1)
     first = having(rows, way=GROUPED, microbatches=1)[0].figures
     counts = [count for count in COUNTS if having(rows, way=GROUPED, microbatches=count)]
-    lines = [_cells(rows, count, alone_s) for count in counts]
-    columns = ["m", "grouped", "÷ floor", "one after another", "gain", "weights moved", "÷ m = 1", "misses", "result"]
-    head = f"{first['title']}, {first['plan']}; link {rate(first['link_bytes_per_s'])}, all weights in memory: "
+    columns = ["m", "grouped", "÷ floor", "binds", "in memory", "one after another", "gain", "weights moved", "÷ m = 1"]
+    head = f"{first['title']}, {first['plan']}; link {rate(first['link_bytes_per_s'])}. The floor of a step is the "
     head += (
-        f"{seconds(alone_s)} a microbatch. The floor of a step is the larger of m times that, and of the bytes that "
+        "larger of compute (m microbatches one after another, all weights *in memory*, no plan) and of the link (the "
     )
-    head += (
-        "the plan moves for one microbatch over the link's rate. *Result*: losses and gradients, or outputs, beside "
-    )
-    head += "those of the unstreamed model, by their bits."
-    return "\n\n".join([head, markdown(columns, lines), _targets(rows, counts)])
+    head += "bytes that the plan moves for one microbatch over its rate). *Result*: losses and gradients, or outputs, "
+    head += "beside those of the unstreamed model, by their bits."
+    lines = [_cells(rows, count) for count in counts]
+    return "\n\n".join([head, markdown([*columns, "misses", "result"], lines), _targets(rows, counts)])
 
 
-def _cells(rows: list[Row], count: int, alone_s: float | None) -> list[str]:
+def _cells(rows: list[Row], count: int) -> list[str]:
     grouped, separate = _step_s(rows, GROUPED, count), _step_s(rows, SEPARATE, count)
     mine = having(rows, way=GROUPED, microbatches=count)
-    figures = mine[0].figures
-    floor_s = max(count * (alone_s or 0.0), figures["least_bytes"] / figures["link_bytes_per_s"])
-    same = all(row.figures["equal"] for row in mine)
+    moved_bytes = mine[0].figures["moved_bytes"]
     return [
         str(count),
         seconds(grouped),
-        ratio(grouped, floor_s),
+        ratio(grouped, max(_floors(rows, count).values())),
+        _binding(rows, count),
+        seconds(_step_s(rows, ALONE, count)),
         seconds(separate),
         ratio(separate, grouped),
-        size(figures["moved_bytes"]),
-        ratio(figures["moved_bytes"], _moved_bytes(rows)),
+        size(moved_bytes),
+        ratio(moved_bytes, _moved_bytes(rows)),
         str(max(row.figures["misses"] for row in mine)),
-        "equal" if same else "differs",
+        "equal" if all(row.figures["equal"] for row in mine) else "differs",
     ]
+
+
+def _floors(rows: list[Row], count: int) -> dict[str, float]:
+    """What each resource needs at least for a step, in seconds."""
+    figures = having(rows, way=GROUPED, microbatches=count)[0].figures
+    compute_s = _step_s(rows, ALONE, count) or 0.0
+    return {"compute": compute_s, "link": figures["least_bytes"] / figures["link_bytes_per_s"]}
+
+
+def _binding(rows: list[Row], count: int) -> str:
+    floors_s = _floors(rows, count)
+    return max(floors_s, key=floors_s.__getitem__)
 
 
 def _targets(rows: list[Row], counts: list[int]) -> str:
     moved = [row.figures["moved_bytes"] / _moved_bytes(rows) for row in having(rows, way=GROUPED)]
     gain = (_step_s(rows, SEPARATE, counts[-1]) or 0.0) / (_step_s(rows, GROUPED, counts[-1]) or float("inf"))
     fewest = "met" if max(moved) <= MOST_BYTES else "missed"
-    gained = "met" if gain >= LEAST_GAIN else "missed"
+    binding = _binding(rows, counts[-1])
+    met = "met" if gain >= LEAST_GAIN else "missed"
     said = f"Weight bytes of a group: at most {max(moved):.2f} times those of one (target {MOST_BYTES}: {fewest}). "
-    said += f"Gain at m = {counts[-1]}: {gain:.1f} (target {LEAST_GAIN:g} at m = 16 where transfers bound the step: "
-    return said + f"{gained})."
+    said += f"Gain at m = {counts[-1]}: {gain:.1f} (target {LEAST_GAIN:g} at m = 16 where transfers bind the step: "
+    return said + (f"{met})." if binding == "link" else f"{binding} binds this one).")
 
 
 def _moved_bytes(rows: list[Row]) -> int:
@@ -166,9 +178,9 @@ def picture(rows: list[Row], path: Path) -> None:
             found = [(count, step_s) for count in COUNTS if (step_s := _step_s(mine, way, count))]
             points = [m for m, _ in found], [m / step_s for m, step_s in found]
             panel.plot(*points, color=f"C{number}", ls=line, marker="o", label=way + of_pace)
-    alone_s = _step_s(rows, ALONE, 1)
-    if alone_s:
-        panel.axhline(1 / alone_s, color="grey", ls="--", label=ALONE)
+    alone = [(count, count / step_s) for count in COUNTS if (step_s := _step_s(rows, ALONE, count))]
+    if alone:
+        panel.plot(*zip(*alone, strict=True), color="grey", ls="--", marker=".", label=ALONE)
     panel.set_xscale("log", base=2)
     panel.set_xticks(COUNTS)
     panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")

@@ -12,7 +12,7 @@ from kept_rows import Study
 from record import markdown
 from tuner_measure import Measured, by_candidate, in_rounds, on_bench, run_folder, tune
 from tuner_models import budget_of, load
-from tuner_results import DEVICES, Job, Row, Run, failed_lines, percentile
+from tuner_results import DEVICES, Job, Row, Run, failed_lines, percentile, too_small
 
 from autosp.cost_model.predict import predict
 from autosp.errors import BudgetTooSmallError
@@ -39,7 +39,10 @@ def measure(job: Job) -> dict[str, Any]:
     device = DEVICES[job.device]()
     example = load(job.case.model, job.case.scale, device.torch_device)
     with run_folder(job) as folder:
-        tuned = tune(example, device, budget_of(example, job.case.budget_percent or STUDIED_PERCENT), folder)
+        try:
+            tuned = tune(example, device, budget_of(example, job.case.budget_percent or STUDIED_PERCENT), folder)
+        except BudgetTooSmallError as error:
+            return too_small(error)
         profile = tuned.profile
         host_bytes = binding_host_budget(profile.partition, device, None)
         candidates = sample(every_candidate(profile, host_bytes), job.numbers["candidates"])

@@ -16,7 +16,7 @@ from quick_answers import small_profile, timed_ranking
 from record import markdown
 from tuner_measure import Measured, Tuned, ask, in_rounds, on_bench, run_folder, tune
 from tuner_models import budget_of, load
-from tuner_results import DEVICES, TOO_SMALL, Job, Row, Run, failed_lines, percentile
+from tuner_results import DEVICES, Job, Row, Run, failed_lines, percentile, too_small
 
 from autosp.errors import BudgetTooSmallError
 from autosp.report.units import seconds
@@ -68,7 +68,7 @@ def _regret(job: Job) -> dict[str, Any]:
         try:
             tuned = tune(example, device, budget_bytes, folder)
         except BudgetTooSmallError as error:
-            return {"outcome": TOO_SMALL, "note": f"the least that works is {error.least_bytes / 1e9:.4g} GB"}
+            return too_small(error)
         again_s = []
         for _ in range(REPEATS):
             begin = time.perf_counter()

@@ -12,7 +12,7 @@ import numpy as np
 from record import RESULTS
 
 from autosp.devices import CpuDevice, Device, choose_device
-from autosp.errors import SettingError
+from autosp.errors import BudgetTooSmallError, SettingError
 from autosp.spec import Tier
 
 PACED_BYTES_PER_S = 0.5e9
@@ -94,6 +94,11 @@ class Run:
         of_case = {name: known.pop(name) for name in ("setting", "number") if name in known}
         case = Case(self.scale, model, budget_percent, **of_case)
         return self.results.measured(Job(case, self.device, str(self.scratch), **known))
+
+
+def too_small(error: BudgetTooSmallError) -> dict[str, Any]:
+    """The answer of a job under whose budget nothing fits."""
+    return {"outcome": TOO_SMALL, "note": f"the least that works is {error.least_bytes / 1e9:.4g} GB"}
 
 
 def raw_path(study: str, kind: str, folder: Path = RESULTS) -> Path:

@@ -26,7 +26,7 @@ from tuner_results import TOO_SMALL, Job, Row, Run, failed_lines
 from autosp.cost_model.predict import predict
 from autosp.search.limits import Limits
 from autosp.search.sampler import PARAMETERS
-from autosp.search.space import Key, key_of, usable_bytes
+from autosp.search.space import Key, acceptable_bytes, key_of, usable_bytes
 from autosp.search.study import run_study
 from autosp.spec import Candidate, Measurement, Outcome, Profile, StudyKey
 from autosp.store import Repository
@@ -42,8 +42,9 @@ STARTUP_TRIALS = 3
 PREFACE = (
     "Median of the best found ÷ the best measured, after so many trials, over the seeds and (in the last table) the "
     "models; a dash where most seeds had found nothing within the budget. All samplers have the same candidates, the "
-    "same constraint on memory and the same measurements. *cost model* is `tune`'s own study with its profile, its "
-    "trivial baselines first and its stop rule, after which it finds nothing more; the others begin knowing nothing. "
+    "same measurements, and the constraint of `tune`: what it leaves of a budget for a fresh process to grow into is "
+    "no plan's. *cost model* is `tune`'s own study with its profile, its trivial baselines and its stop rule, after "
+    "which it finds nothing more; the others begin knowing nothing. "
     f"TPE and GP start with {STARTUP_TRIALS} random trials."
 )
 
@@ -78,9 +79,14 @@ class Table:
         return cls(Profile.model_validate(figures["profile"]), budget_bytes, found)
 
     @property
+    def most_bytes(self) -> int:
+        """What may have been measured of a plan that is returned under the budget."""
+        return acceptable_bytes(self.profile, self.budget_bytes)
+
+    @property
     def best_s(self) -> float | None:
-        """The least median of those within the budget; None if there are none."""
-        fitting = [each.latency_s for each in self.measured.values() if each.peak_bytes <= self.budget_bytes]
+        """The least median of those that may be returned; None if there are none."""
+        fitting = [each.latency_s for each in self.measured.values() if each.peak_bytes <= self.most_bytes]
         return min(fitting, default=None)
 
     def space(self) -> dict[str, optuna.distributions.BaseDistribution]:
@@ -103,9 +109,9 @@ class Table:
         return min(self.measured, key=distance)
 
     def answer(self, key: Key, rng: random.Random) -> Measurement:
-        """A round's measurement, judged by the budget."""
+        """A round's measurement, judged by what may be returned."""
         measurement = rng.choice(self.measured[key].rounds)
-        fits = measurement.peak_bytes <= self.budget_bytes
+        fits = measurement.peak_bytes <= self.most_bytes
         return measurement.model_copy(update={"outcome": Outcome.FITS if fits else Outcome.OVER_BUDGET})
 
 
@@ -164,7 +170,7 @@ def with_optuna(table: Table, name: str, seed: int, trials: int) -> Tried:
             key = table.nearest(trial.params)
             measurement = table.answer(key, rng)
             tried.append((key, measurement))
-            trial.set_constraint("memory", float(measurement.peak_bytes - table.budget_bytes))
+            trial.set_constraint("memory", float(measurement.peak_bytes - table.most_bytes))
             if measurement.outcome is Outcome.FITS:
                 study.tell(trial, measurement.latency_s)
             else:

@@ -9,9 +9,11 @@ from typing import Any
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
+from autosp.cost_model.predict import predict
 from autosp.schedule.actions import Action, Kind, Ref, Schedule
 from autosp.spec import (
     PROFILE_SCHEMA_VERSION,
+    BackwardProfile,
     Block,
     Candidate,
     DeviceInfo,
@@ -162,6 +164,46 @@ def profile(
         wake_s=wake_s,
         observed=trial(prediction(least, peak_bytes=least_peak), peak_bytes=least_peak),
     )
+
+
+def trained(
+    measured: Profile,
+    backward: tuple[int, ...],
+    *,
+    backward_s: list[float],
+    recompute_s: list[float],
+    before_s: list[float] | None = None,
+    kept: list[tuple[int, int]] | None = None,
+    return_bytes_per_s: float = 1.0,
+) -> Profile:
+    """The profile, of training: all layers have gradients as large as they are. `kept`: activations and inputs."""
+    parts = measured.partition
+    layers = tuple(layer.model_copy(update={"gradient_bytes": layer.n_bytes}) for layer in parts.layers)
+    back = link(bytes_per_s=return_bytes_per_s).model_copy(update={"source": Tier.DEVICE, "target": Tier.HOST})
+    befores = before_s or [0.0] * len(backward)
+    times = zip(backward, befores, recompute_s, backward_s, strict=True)
+    sizes = kept or [(0, 0)] * len(parts.visits)
+    least = Candidate(k=1, k_prime=1, recompute=tuple(sorted(set(backward))))
+    offloadable = tuple(n_bytes for n_bytes, _ in sizes)
+    changes = {"layers": layers, "backward": backward, "repeats": 1, "activation_bytes": offloadable}
+    found = measured.model_copy(
+        update={
+            "mode": "training",
+            "partition": parts.model_copy(update=changes),
+            "visits": tuple(
+                visit.model_copy(update={"kept_bytes": all_of_it, "input_bytes": inputs})
+                for visit, (all_of_it, inputs) in zip(measured.visits, sizes, strict=True)
+            ),
+            "backward": tuple(
+                BackwardProfile(layer=layer, before_s=before, recompute_s=again, backward_s=own)
+                for layer, before, again, own in times
+            ),
+            "links": (measured.link, back),
+        }
+    )
+    found = found.model_copy(update={"least_compute_s": found.compute_s})
+    (prediction,) = predict(found, [least])
+    return found.model_copy(update={"observed": trial(prediction)})
 
 
 def prediction(

@@ -34,9 +34,22 @@ def any_device(request: pytest.FixtureRequest) -> Iterator[Device]:
 
 
 @pytest.fixture(autouse=True)
-def private_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def private_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Weights rest on a disk, as a user's; what a database commits needs none, where there is RAM for files."""
     monkeypatch.setenv("AUTOSP_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv("AUTOSP_STORAGE", str(tmp_path / "autosp.db"))
+    with memory_folder() as folder:
+        monkeypatch.setenv("AUTOSP_STORAGE", str(folder / "autosp.db"))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def short_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes are repeated for a tenth of a second: no test rests on how well a median is known.
+
+    Those that compare times take them in a fixture of their module, which this does not reach, nor any new process.
+    """
+    monkeypatch.setattr("autosp.profiler.layers.ENOUGH_S", 0.1)
+    monkeypatch.setattr("autosp.search.validate.ENOUGH_S", 0.1)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import textwrap
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +17,19 @@ from typing import NamedTuple
 forked = multiprocessing.get_context("forkserver")
 """Like "spawn", but for the seconds. The server keeps the environment of the test that needed it first."""
 
-forked.set_forkserver_preload(["autosp.search.study", "autosp.store.migrate", "autosp.store.trials", "alembic.command"])
+PRELOADED = [
+    *["autosp.tune", "autosp.apply", "autosp.search.study", "autosp.store.migrate", "autosp.store.trials"],
+    *["alembic.command", "torch._dynamo"],
+]
+"""The compiler, too: whatever applies a plan imports it."""
+
+forked.set_forkserver_preload(PRELOADED)
+
+
+def serve() -> None:
+    """Start the server, if it is not there: a study that would be the first to need it has other imports in mind."""
+    forked.set_forkserver_preload(PRELOADED)
+    forkserver.ensure_running()
 
 
 @dataclass(frozen=True)

@@ -313,3 +313,40 @@ def test_equal_of_unusual_tensors(made: Callable[[], torch.Tensor]) -> None:
 @pytest.mark.parametrize(("left", "right"), [(1.0, 2.0), (["a", "b"], ["a", "c"]), ({"x": ONE}, {"y": ONE})])
 def test_not_equal_without_tensors(left: Any, right: Any) -> None:
     assert not equal(left, right)
+
+
+class Couple(tuple[Any, ...]):
+    """Its constructor takes its items one by one, and it has an attribute."""
+
+    note = ""
+
+    def __new__(cls, left: Any, right: Any) -> Couple:
+        return super().__new__(cls, (left, right))
+
+
+class Sentences(list[Any]):
+    """Its constructor takes no items."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+
+def test_tuples_and_lists_keep_their_class_whatever_it_is_made_from() -> None:
+    pair = Couple(torch.ones(2), 3)
+    pair.note = "mine"
+    mapped = map_tensors(lambda tensor: tensor + 1, pair)
+    assert type(mapped) is Couple
+    assert (mapped.note, mapped[1]) == ("mine", 3)
+    assert equal(mapped[0], torch.full((2,), 2.0))
+
+    sentences = Sentences("english")
+    sentences.append(torch.ones(2))
+    moved = map_tensors(lambda tensor: tensor + 1, sentences)
+    assert type(moved) is Sentences
+    assert moved.name == "english"
+    assert equal(moved[0], torch.full((2,), 2.0))
+    assert equal(sentences[0], torch.ones(2))
+
+    most = torch.tensor([1.0, 3.0]).max(0)
+    assert type(map_tensors(lambda tensor: tensor, most)) is type(most)

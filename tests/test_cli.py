@@ -382,9 +382,10 @@ def test_db_upgrade_makes_no_folder_of_a_mistyped_path(shell: Path) -> None:
 
 
 def test_db_upgrade_makes_the_folder_of_the_default_database(shell: Path, monkeypatch: Environment) -> None:
-    monkeypatch.setenv("AUTOSP_STORAGE", str(shell / "data" / "autosp.db"))
+    monkeypatch.delenv("AUTOSP_STORAGE")
+    monkeypatch.setenv("XDG_DATA_HOME", str(shell / "data"))
     assert "no schema -> 0001" in autosp("db", "upgrade")
-    assert (shell / "data" / "autosp.db").is_file()
+    assert (shell / "data" / "autosp" / "autosp.db").is_file()
 
 
 def test_demo_passes_its_options_on(shell: Path, monkeypatch: Environment) -> None:

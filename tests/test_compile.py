@@ -200,6 +200,33 @@ def test_new_weights_reach_compiled_blocks() -> None:
         assert equal(model(X), run(other))
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_training_compiles_nothing_of_the_runtime(way: Way) -> None:
+    """Compiled code calls the hooks of what it saves. Gradients are those of the compiled model."""
+    compiled_code: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: Any) -> Any:
+        compiled_code.extend(node.meta.get("stack_trace") or "" for node in graph.graph.nodes)
+        return graph
+
+    def gradients(model: nn.Module) -> list[torch.Tensor]:
+        model.zero_grad()
+        model(X).sum().backward()
+        return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+    torch.manual_seed(0)
+    model = Deep(blocks=6)
+    expected = gradients(model)
+    model = way(model, backend=backend)
+    plan = autosp.plan(
+        model, X, k=2, k_prime=1, mode="training", step=lambda model, batch: model(batch).sum(), device="cpu"
+    )
+    with autosp.apply(model, plan):
+        assert equal(gradients(model), expected)
+    assert any("models.py" in place for place in compiled_code)
+    assert not [place for place in compiled_code if str(Path(autosp.__file__).parent) in place]
+
+
 def test_tune() -> None:
     torch.manual_seed(0)
     model = blocks_in_place(Deep(), backend="aot_eager")

@@ -28,7 +28,7 @@ def test_tables(study: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     grouping.main(words, at_once)
     raw = tmp_path / f"grouping_{study}_toy.jsonl"
     rows = rows_in(raw, grouping.Row)
-    assert [row.outcome for row in rows] == ["ok"] * 5, [row.note for row in rows]
+    assert [row.outcome for row in rows] == ["ok"] * 6, [row.note for row in rows]
     by_case = {(row.case.way, row.case.microbatches): row.figures for row in rows}
     assert all(figures["equal"] for (way, _), figures in by_case.items() if way != grouping.ALONE)
     one, grouped, separate = (
@@ -46,6 +46,8 @@ def test_tables(study: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_rows_of_another_pace_are_other_rows(tmp_path: Path) -> None:
     def figures(measure: Callable[[Any, str], None], job: Any, folder: Path, timeout_s: float) -> dict[str, Any]:
         case = job.case
+        if case.way == grouping.ALONE:
+            return {"figures": {"samples_s": [case.microbatches / 24]}}
         passes = case.microbatches if case.way == grouping.SEPARATE else 1
         bytes_per_s = case.paced_gb_per_s * 1e9
         answer = {"title": "toy", "plan": "k=2", "equal": True, "misses": 0, "link_bytes_per_s": bytes_per_s}
@@ -56,7 +58,10 @@ def test_rows_of_another_pace_are_other_rows(tmp_path: Path) -> None:
     for pace in ("1", "2", "1"):
         grouping.main([*words, "--paced", pace], figures)
     raw = tmp_path / "grouping_training_toy.jsonl"
-    assert len(raw.read_text(encoding="utf-8").splitlines()) == 2 * 11
+    assert len(raw.read_text(encoding="utf-8").splitlines()) == 2 * 10 + 5
     text = raw.with_suffix(".md").read_text(encoding="utf-8")
-    assert text.count("Gain at m = 16: 16.0") == 2
+    assert "Gain at m = 16: 16.0 (target 5 at m = 16 where transfers bind the step: met)" in text
+    assert "Gain at m = 16: 16.0 (target 5 at m = 16 where transfers bind the step: compute binds this one)" in text
+    bound = [line.split(" | ")[3] for line in text.splitlines() if line.startswith(("| 1 |", "| 16 |"))]
+    assert bound == ["link", "link", "link", "compute"]
     assert "link 1.00 GB/s" in text and "link 2.00 GB/s" in text

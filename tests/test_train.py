@@ -130,7 +130,7 @@ def test_what_a_budget_counts_stays_small() -> None:
         ({"step": lambda model, batch: model(batch)}, "a tensor of shape"),
         ({"step": lambda model, batch: loss_step(model, batch).detach()}, "requires no gradient"),
         ({"step": lambda model, batch: 1.0}, "step returned a float"),
-        ({"max_cpu_gb": 1}, "leave it out"),
+        ({"max_cpu_gb": 1}, "give it to autosp.apply"),
         ({"recompute": 8}, "visits 6 blocks, and 1 layers that are in none"),
         ({"recompute": -1}, "visits 6 blocks"),
         ({"recompute": True}, "visits 6 blocks"),

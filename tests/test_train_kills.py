@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from autosp.batch import equal
+from processes import serve
 from train_kills import STEPS, KilledAt, final, run
 
 PLACES = ["forward", "backward", "before the update", "after the update", "while saving", "between steps"]
@@ -14,6 +15,7 @@ PLACES = ["forward", "backward", "before the update", "after the update", "while
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    serve()
     folder = tmp_path_factory.mktemp("plain")
     assert run(folder, streamed=False, overlap=False)
     return final(folder)

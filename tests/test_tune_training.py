@@ -250,7 +250,7 @@ def test_a_budget_that_nothing_fits() -> None:
     [
         ({"step": None}, "needs step"),
         ({"step": lambda model, batch: model(batch)}, "a tensor of shape"),
-        ({"max_cpu_gb": 1}, "leave it out"),
+        ({"max_cpu_gb": 1}, "give it to autosp.apply"),
         ({"device": CpuDevice()}, "rest on disk, and training updates them"),
     ],
 )

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+import autosp
 from autosp.devices import VirtualDevice
-from autosp.errors import BudgetError, SettingError
+from autosp.errors import BudgetError, ModelError, SettingError
 from autosp.intercept import Intercepted
 from autosp.workload import Workload, parse_budget
 
@@ -121,6 +124,15 @@ class Noisy(nn.Module):
         return x * self.weight + torch.rand(3)
 
 
+class Generates(nn.Sequential):
+    """Its layers run when somebody asks for its outputs, if anybody does."""
+
+    def forward(self, x: torch.Tensor) -> Iterator[torch.Tensor]:  # type: ignore[override]
+        for layer in self:
+            x = layer(x)
+            yield x
+
+
 def workload(step: Any = None, seed: int = 0) -> Workload:
     """Of a model whose output depends on the random generator."""
     return Workload.of(Noisy(), torch.zeros(3), step, "inference", DEVICE, seed)
@@ -142,10 +154,50 @@ def test_arguments_of_the_wrong_kind(model: Any, step: Any, mode: str, message: 
         Workload.of(model, torch.zeros(3), step, mode, DEVICE)
 
 
+@pytest.mark.parametrize("seed", ["x", 1.5, None, -1, True, 2**70])
+def test_seeds_that_are_none(seed: Any) -> None:
+    with pytest.raises(SettingError, match=r"seed=.*: pass a whole number from 0"):
+        Workload.of(Noisy(), torch.zeros(3), None, "inference", DEVICE, seed)
+
+
+def test_training_under_inference_mode() -> None:
+    with torch.inference_mode(), pytest.raises(SettingError, match=r"torch\.inference_mode\(\), where nothing gets"):
+        Workload.of(Noisy(), torch.zeros(3), lambda model, batch: model(batch).sum(), "training", DEVICE)
+
+
+@pytest.mark.parametrize("make", [torch.jit.script, lambda model: torch.jit.trace(model, torch.zeros(2, 3))])
+def test_torch_jit_s_modules_are_refused_by_name(make: Any) -> None:
+    """A part of a model or all of it: what runs inside is no Python, so that nothing can be loaded before it."""
+    whole = make(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)))
+    for model, name in ((whole, "the model"), (nn.Sequential(nn.ReLU(), whole), "its module 1")):
+        for mode, step in (("inference", None), ("training", lambda model, batch: model(batch).sum())):
+            with pytest.raises(ModelError, match=f"{name} is a .* of torch.jit.* pass the module"):
+                autosp.plan(model, torch.zeros(2, 3), k=1, k_prime=1, mode=mode, step=step, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.Sequential(nn.BatchNorm1d(3, affine=False)), "Sequential has no layer to stream: all of its 3 tensors"),
+        (
+            Generates(nn.Linear(3, 3), nn.Linear(3, 3)),
+            "the pass called none of the 2 layers of Generates, 0 first: check that sample_batch and step",
+        ),
+    ],
+)
+def test_a_pass_without_layers_says_why(model: nn.Module, message: str) -> None:
+    """Whatever is asked for."""
+    batch = torch.zeros(2, 3)
+    model = model.eval()
+    for ask in (partial(autosp.tune, max_gpu_gb=1, progress=False), partial(autosp.plan, k=1, k_prime=1)):
+        with pytest.raises((SettingError, ModelError), match=message):
+            ask(model, batch, device="cpu")
+
+
 def test_model_that_a_plan_is_applied_to() -> None:
     model = nn.Sequential(Noisy())
     applied = Intercepted(model[0], lambda forward, args, kwargs: forward(*args, **kwargs))
-    with pytest.raises(SettingError, match="a plan is applied to this Sequential: remove"):
+    with pytest.raises(SettingError, match="a plan is applied to this Sequential already: remove"):
         Workload.of(model, torch.zeros(3), None, "inference", DEVICE)
     applied.remove()
     assert Workload.of(model, torch.zeros(3), None, "inference", DEVICE).run().shape == (3,)

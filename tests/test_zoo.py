@@ -14,6 +14,7 @@ from autosp.partition.tensors import collect
 pytest.importorskip("transformers")
 
 import autosp
+from processes import serve
 from zoo import Row, kind_of, report, run_all, summary
 from zoo_checks import Setting, examine, partition_problems, run, settings_for, try_plan
 from zoo_inputs import OTHER, PROFILED
@@ -167,6 +168,7 @@ def test_settings_fit_any_number_of_layers() -> None:
 
 
 def test_the_command_runs_types_in_processes_of_their_own() -> None:
+    serve()
     rows = {row.model_type: row for row in run_all(["albert", "sam_mask_decoder"], jobs=2, limit_s=60)}
     assert rows["albert"].finding is not None
     assert rows["albert"].finding.passed

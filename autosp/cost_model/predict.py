@@ -102,6 +102,11 @@ class Predictor:
 
         self._traffic = _traffic(profile, noted())
 
+    @property
+    def candidates(self) -> list[Candidate]:
+        """In the order of their predictions."""
+        return [figures["candidate"] for figures in self._figures]
+
     def predict(self, profile: Profile) -> list[Prediction]:
         """One prediction per candidate, in their order."""
         repeats = profile.partition.repeats

@@ -12,7 +12,8 @@
   it that may still be under way: of these, no more than the largest layer's ([Note: gradients under way]).
 
 [Note: gradients under way] One that leaves is in device memory until the next one is there and wants to leave, however
-fast the link is. So of equal layers two gradients are there at once: one leaves while the other is made.
+fast the link is. So of equal layers two gradients are there at once: one leaves while the other is made. Not so with
+k = 1: while the next layer's weights are on their way, the gradients of the one before leave.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from __future__ import annotations
 from functools import lru_cache
 
 import numpy as np
+import numpy.typing as npt
 
 from autosp.cost_model.memory import DeviceMemory
 from autosp.cost_model.offload_memory import bytes_away
 from autosp.schedule.visits import used_up_after
 from autosp.spec import Candidate, Profile
+
+Bytes = npt.NDArray[np.int64]
 
 CURVES = 512
 """How many are remembered: neighbouring candidates share them."""
@@ -75,23 +79,33 @@ class TrainingMemory:
         ring: int = 1,
     ) -> int:
         """Activations and gradients at the peak of both together, in a ring of so many layers."""
-        moving = self._curve(recompute, group) + self._gradient_curve(residents)
-        if offload:
-            moving = moving - self._away(recompute, group, offload, ring)
-        return int(moving.max(initial=0))
+        there, gradients = self._curves(recompute, residents, group, offload, ring)
+        return int((there + gradients).max(initial=0))
+
+    def curves(self, candidate: Candidate) -> tuple[Bytes, Bytes]:
+        """Activations, and gradients, during each visit of a pass, forward and backward, and at its end. [F + B + 1]"""
+        return self._curves(
+            candidate.recompute, candidate.residents, candidate.group, candidate.offload, candidate.ring
+        )
 
     def activation_bytes(self, recompute: tuple[int, ...], group: int = 1) -> int:
         """Activations at their peak, nothing offloaded."""
         return int(self._curve(recompute, group).max(initial=0))
 
-    def _bytes_away(
-        self, recompute: tuple[int, ...], group: int, offload: tuple[int, ...], ring: int
-    ) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    def _curves(
+        self, recompute: tuple[int, ...], residents: tuple[int, ...], group: int, offload: tuple[int, ...], ring: int
+    ) -> tuple[Bytes, Bytes]:
+        there = self._curve(recompute, group)
+        if offload:
+            there = there - self._away(recompute, group, offload, ring)
+        return there, self._gradient_curve(residents, len(residents) + ring > 1)
+
+    def _bytes_away(self, recompute: tuple[int, ...], group: int, offload: tuple[int, ...], ring: int) -> Bytes:
         return bytes_away(
             self._profile, Candidate(k=ring, k_prime=1, recompute=recompute, offload=offload, group=group)
         )
 
-    def _activations(self, recompute: tuple[int, ...], group: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    def _activations(self, recompute: tuple[int, ...], group: int) -> Bytes:
         """Bytes during each visit, forward and backward, and at the end of the pass. [F + B + 1]"""
         backward = self._partition.backward
         again = np.isin(self._layers, recompute)
@@ -107,7 +121,7 @@ class TrainingMemory:
         np.add.at(anew, self._used_up + 1, -beyond)
         return np.concatenate([curve, during + np.cumsum(anew)[:-1]])
 
-    def _first_backward_visits(self) -> np.ndarray[tuple[int], np.dtype[np.intp]]:
+    def _first_backward_visits(self) -> npt.NDArray[np.intp]:
         """Forward visit -> the backward visit from which its activations are there again: of a block, its first one."""
         begins = self._used_up.copy()
         for block in self._partition.blocks:
@@ -115,8 +129,11 @@ class TrainingMemory:
             begins[mine] = begins[mine].min()
         return begins
 
-    def _gradients_of(self, residents: tuple[int, ...]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        """Bytes at the end of each visit, before what it made leaves; and at the end of the pass. [F + B + 1]"""
+    def _gradients_of(self, residents: tuple[int, ...], several: bool) -> Bytes:
+        """Bytes at the end of each visit, before what it made leaves; and at the end of the pass. [F + B + 1]
+
+        `several`: whether some of it may still be under way when the next visit begins.
+        """
         end = len(self._partition.visits) + len(self._partition.backward)
         staying, leaving = np.zeros((2, end + 1), np.int64)
         stays = np.zeros(len(self._gradients), bool)
@@ -129,11 +146,12 @@ class TrainingMemory:
         under_way = made[:-1] - made[oldest]
         last = self._gradients[~stays & (self._gradient_visits == end)].max(initial=0)  # one after another
         under_way[end] = min(most, under_way[end] + leaving[end] - last)
+        under_way[:end] *= several
         leaving[end] = last
-        curve: np.ndarray[tuple[int], np.dtype[np.int64]] = np.cumsum(staying) + under_way + leaving
+        curve: Bytes = np.cumsum(staying) + under_way + leaving
         return curve
 
-    def _last_backward_visits(self) -> np.ndarray[tuple[int], np.dtype[np.intp]]:
+    def _last_backward_visits(self) -> npt.NDArray[np.intp]:
         """Layer -> the visit that makes its gradient whole: its last backward, or the end of the pass."""
         forward, backward = self._partition.visits, self._partition.backward
         last = {layer: visit for visit, layer in enumerate(backward, len(forward))}

@@ -44,7 +44,7 @@ class TrainingTraffic:
         queues: list[list[Indices]] = []
         agains: list[Indices] = []
         returns: list[Indices] = []
-        returns_of: dict[tuple[tuple[int, ...], tuple[int, ...], int], Indices] = {}
+        returns_of: dict[tuple[bool, tuple[int, ...], tuple[int, ...], int], Indices] = {}
         loads: Indices | None = None
         before: Ring | None = None
         for candidate, ring in pairs:
@@ -57,7 +57,8 @@ class TrainingTraffic:
                 if loads is None:
                     loads = _loads(ring, np.flatnonzero(in_every_pass | again), n_visits)
                 queues.append([loads])
-            key = candidate.residents, candidate.offload, candidate.group if candidate.offload else 1
+            group = candidate.group if candidate.offload else 1
+            key = candidate.k <= 1, candidate.residents, candidate.offload, group
             if key not in returns_of:
                 returns_of[key] = _returns(candidate, partition, visits)
             returns.append(returns_of[key])
@@ -159,7 +160,8 @@ def _returns(candidate: Candidate, partition: Partition, visits: Sequence[Visit]
     for visit, n_bytes in saves(candidate, partition).items():
         found[:2, visit] += 1, n_bytes
     found[2] = -1
-    for visit, other in (*held_up_by(leaving, partition).items(), *saves_held_up(candidate, partition).items()):
+    held = held_up_by(leaving, partition, candidate)
+    for visit, other in (*held.items(), *saves_held_up(candidate, partition).items()):
         found[2, visit + 1 : visit + 2] = np.maximum(found[2, visit + 1 : visit + 2], other)
     return found
 

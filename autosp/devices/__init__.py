@@ -41,6 +41,8 @@ def choose_device(device: torch.device | str | Device | None, mode: str = "infer
     if device is None:
         return AcceleratorDevice() if _accelerator() else CpuDevice(slow_tier=slow_tier)
     if not isinstance(device, torch.device | str):
+        if not hasattr(device, "info"):
+            raise SettingError(f"device is a {type(device).__name__}; pass a torch.device, its name such as 'cuda:0'")
         if mode == "training" and device.info.slow_tier is Tier.DISK:
             raise SettingError(
                 f"{device.info.name}: its weights rest on disk, and training updates them at rest, in host memory; "

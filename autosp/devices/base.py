@@ -8,7 +8,7 @@ the copies that empty its memory, a staged copy for its read, and both queues go
 waits only for jobs asked for before it, in its own queue or in the other, or for compute launched before it: so the
 earliest job that is not over can always go on, and there is no deadlock, whatever is called when. The host may ask for
 more, raise, or wait for any of them at any time; a job that fails is over, and says so to who waits for it. Jobs of
-the host's own (`work`) wait for nothing.
+the host's own (`work`) wait for nothing of the device's.
 
 [Note: nothing small on the heap] A lock or another small piece of the C heap that is kept over passes pins the free
 memory below it, so that activations cannot be laid where earlier ones were: eight passes' events once doubled the peak

@@ -57,6 +57,23 @@ def anonymous(n_bytes: int) -> torch.Tensor:
     return memory
 
 
+def lying_as(value: torch.Tensor, memory: torch.Tensor, begin: int = 0) -> torch.Tensor:
+    """A tensor that lies in `memory` (uint8), from that byte of its storage on, as `value` does in its own."""
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.empty(0, dtype=value.dtype).set_(
+            memory.untyped_storage(), begin // value.element_size(), value.size(), value.stride()
+        )
+
+
+def bytes_of(value: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor without gaps."""
+    size = value.element_size()
+    with torch.no_grad():
+        return torch.empty(0, dtype=torch.uint8, device=value.device).set_(
+            value.untyped_storage(), value.storage_offset() * size, (value.numel() * size,), (1,)
+        )
+
+
 def memory_of(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, writable. The caller keeps the tensor alive."""
     return memory_at(tensor.data_ptr(), tensor.numel() * tensor.element_size())

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -153,9 +154,6 @@ def collect(model: nn.Module) -> ModelTensors:
 
 
 def _refuse_unusable(model: nn.Module, named: list[NamedTensor]) -> None:
-    lazy = next((item.name for item in named if is_lazy(item.tensor)), None)
-    if lazy is not None:
-        raise MetaModelError(f"{lazy} has no shape yet: call the model once, so that its lazy modules are initialised")
     meta = [item.name for item in named if item.tensor.is_meta]
     if meta:
         raise MetaModelError(
@@ -178,7 +176,12 @@ def _refuse_unusable(model: nn.Module, named: list[NamedTensor]) -> None:
 
 
 def held_by(tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors that hold a tensor's bytes, by their path in it: only itself, path "", unless it is a wrapper."""
+    """The tensors that hold a tensor's bytes, by their path in it: only itself, path "", unless it is a wrapper.
+
+    What torch.func's transforms wrap, such as the rows that vmap maps over, goes by the path of what they wrapped.
+    """
+    while is_functorch_wrapped_tensor(tensor):
+        tensor = get_unwrapped(tensor)
     if not is_traceable_wrapper_subclass(tensor):
         yield "", tensor
         return
@@ -196,8 +199,13 @@ def _registered(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
 
 
 def _named_tensors(model: nn.Module) -> list[NamedTensor]:
+    """Raises: MetaModelError for a lazy module's, which have no shape."""
     by_id: dict[int, NamedTensor] = {}
     for name, tensor, is_buffer in _registered(model):
+        if is_lazy(tensor):
+            raise MetaModelError(
+                f"{name} has no shape yet: call the model once, so that its lazy modules are initialised"
+            )
         for path, held in held_by(tensor):
             by_id.setdefault(id(held), NamedTensor(held, [], is_buffer)).names.append(name + path)
     return list(by_id.values())
@@ -244,7 +252,10 @@ def _extents(named: Iterable[NamedTensor]) -> list[Extent]:
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """A hash of structure: classes of modules and wrappers, tensor names, shapes, dtypes, ties. Values do not count."""
+    """A hash of structure: classes of modules and wrappers, tensor names, shapes, dtypes, ties. Values do not count.
+
+    Raises: MetaModelError if a lazy module has no shapes yet.
+    """
     digest = hashlib.sha256()
     for path, module in model.named_modules(remove_duplicate=False):
         digest.update(f"{path}:{type(module).__qualname__}\n".encode())

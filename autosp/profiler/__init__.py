@@ -10,9 +10,8 @@ from autosp.cost_model.calibrate import calibrated, observations
 from autosp.cost_model.placement import Placing, host_too_small
 from autosp.cost_model.predict import predict
 from autosp.cost_model.training_memory import memory_of
-from autosp.errors import SettingError
 from autosp.partition import model_fingerprint
-from autosp.profiler.layers import LEAST_MEMORY, Observation, group_peak_bytes, observe
+from autosp.profiler.layers import LEAST_MEMORY, Observation, group_peak_bytes, observe, observe_times
 from autosp.profiler.links import HostProbe, measure_disk, measure_link, measure_return
 from autosp.profiler.reading import measure_reading
 from autosp.profiler.training import observe_training
@@ -51,22 +50,19 @@ def measure(
     The ring stays within the budget, if there is one; where none fits, nothing that does will overlap either.
     `progress` is told of each step.
 
-    Raises: SettingError if the pass never called a module that could be a layer; BudgetTooSmallError if the host's
-    budget has no room for one.
+    Raises: BudgetTooSmallError if the host's budget has no room for a layer.
     """
     partition = bench.partition
-    if not partition.visits:
-        raise SettingError(
-            f"the pass called no layer of {type(workload.model).__name__} that holds weights of its own: "
-            "check that sample_batch and step run the model"
-        )
     trains = workload.mode == "training"
     least = _placed(bench, least_training(partition) if trains else LEAST_MEMORY, 1)
     if least is None:
         assert bench.host_budget_bytes is not None, "a host without a budget has room for all"
         raise host_too_small(partition, bench.host_budget_bytes)
     reads = measure_reading(bench, progress)
-    observed = _observed(bench, least, workload, progress)
+    if trains:
+        observed = observe_training(bench, least, workload, progress)
+    else:
+        observed = observe(bench, least, workload.run, progress)
     links = _links(bench, progress)
     if trains:
         links = (*links, measure_return(bench.device, max(one.gradient_bytes for one in partition.layers), progress))
@@ -91,7 +87,10 @@ def measure(
     profile = profile.model_copy(update={"workspace_bytes": max(0, _beyond(profile, bench, least, observed))})
     ring = _overlapping(bench, profile, budget_bytes)
     if ring is not None:
-        together = _observed(bench, ring, workload, progress)
+        if trains:
+            together = observe_training(bench, ring, workload, progress)
+        else:
+            together = observe_times(bench, ring, workload.run, progress)
         warm_bytes = _beyond(profile, bench, ring, together)
         workspace_bytes = max(profile.workspace_bytes, warm_bytes)
         profile = profile.model_copy(
@@ -119,12 +118,6 @@ def _waiting_bytes(
     bare = memory_of(profile.model_copy(update={"waiting_bytes": 0}))
     beyond = group_peak_bytes(bench, group, workload, progress) - bare.peak_bytes(group, bench.arena_bytes(group))
     return max(0, math.ceil(beyond / (workload.group - 1)))
-
-
-def _observed(bench: Bench, candidate: Candidate, workload: Workload, progress: Callable[[str], None]) -> Observation:
-    if workload.mode == "training":
-        return observe_training(bench, candidate, workload, progress)
-    return observe(bench, candidate, workload.run, progress)
 
 
 def _beyond(profile: Profile, bench: Bench, candidate: Candidate, observed: Observation) -> int:

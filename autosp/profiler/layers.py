@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from torch import nn
 
@@ -17,14 +17,24 @@ from autosp.runtime.streamed_model import StreamedModel
 from autosp.spec import BackwardProfile, Candidate, LayerProfile, Measurement, Outcome
 from autosp.workload import Workload
 
-LEAST_PASSES = 2
 MOST_PASSES = 12
-ENOUGH_S = 0.8
-"""Short passes are repeated until they fill this time: medians over a busy moment are wrong."""
 GROUP_PASSES = 3
 """For a group's memory: the third was seen to take little more than the second."""
 LONG_S = 1.0
 """No busy moment is all of a pass that is so long: it need not be repeated."""
+
+
+class Repeats(NamedTuple):
+    """How often passes are timed: at least so often, and until they fill some seconds."""
+
+    least: int
+    enough_s: float
+
+
+BRIEF = Repeats(1, 0.3)
+"""Of the plan that shows each visit's memory: where another fits that overlaps, visits are timed under that."""
+ENOUGH = Repeats(2, 0.8)
+"""Medians over a busy moment are wrong."""
 
 
 LEAST_MEMORY = Candidate(k=1, k_prime=1)
@@ -44,13 +54,31 @@ class Observation:
 
 
 def observe(bench: Bench, candidate: Candidate, run: Callable[[], Any], progress: Callable[[str], None]) -> Observation:
-    """Run a plan, wherever its layers rest: a cold pass, one for each visit's memory, and some for time."""
+    """Run a plan, wherever its layers rest: a cold pass, and few for time, of which the first shows memory as well."""
+    memory = MemoryObserver(bench.device, bench.partition.resident_bytes + bench.arena_bytes(candidate))
+    return _observed(bench, candidate, run, memory, BRIEF, progress)
+
+
+def observe_times(
+    bench: Bench, candidate: Candidate, run: Callable[[], Any], progress: Callable[[str], None]
+) -> Observation:
+    """The same with more passes for time, and without the memory of each visit."""
+    return _observed(bench, candidate, run, None, ENOUGH, progress)
+
+
+def _observed(
+    bench: Bench,
+    candidate: Candidate,
+    run: Callable[[], Any],
+    memory: MemoryObserver | None,
+    repeats: Repeats,
+    progress: Callable[[str], None],
+) -> Observation:
     partition = bench.partition
-    memory = MemoryObserver(bench.device, partition.resident_bytes + bench.arena_bytes(candidate))
     passes: list[_TimeObserver] = []
 
     def time_pass(streamed: StreamedModel[nn.Module]) -> tuple[float, Any]:
-        timer = _TimeObserver(bench.device)
+        timer = _TimeObserver(bench.device, None if passes else memory)
         streamed.observe(timer)
         timer.begin()
         output = run()
@@ -58,9 +86,12 @@ def observe(bench: Bench, candidate: Candidate, run: Callable[[], Any], progress
         passes.append(timer)
         return timer.total_s(), output
 
-    measurement = measured_passes(bench, candidate, run, memory, time_pass, progress)
+    measurement = measured_passes(bench, candidate, run, None, time_pass, progress, repeats)
+    if memory is not None:
+        most_bytes = max(measurement.peak_bytes, memory.peak_bytes)
+        measurement = measurement.model_copy(update={"peak_bytes": most_bytes})
     return Observation(
-        visits=_visits(partition.visits, partition.repeats, passes, memory),
+        visits=_visits(partition.visits, partition.repeats, passes, memory.visits if memory else {}),
         tail_s=median(timer.tail_s() for timer in passes),
         least_compute_s=_least_compute_s(passes),
         measurement=measurement,
@@ -71,26 +102,29 @@ def measured_passes(
     bench: Bench,
     candidate: Candidate,
     run: Callable[[], Any],
-    memory: MemoryObserver,
+    memory: MemoryObserver | None,
     time_pass: Callable[[StreamedModel[nn.Module]], tuple[float, Any]],
     progress: Callable[[str], None],
+    repeats: Repeats = ENOUGH,
 ) -> Measurement:
     """Run a plan: a cold pass, one that `memory` observes, and some through `time_pass`, which gives time and output.
 
-    As in a loop, an output lives until the next pass has made its own.
+    As in a loop, an output lives until the next pass has made its own. Memory is that of all passes but the cold one.
     """
     streamed = bench.apply(candidate)
     try:
         samples: list[float] = []
         progress("cold pass")
         cold_s, output = timed_pass(bench.device, run)
-        progress("memory pass")
-        streamed.observe(memory)
-        with memory:
-            output = run()
-        streamed.observe(None)
+        bench.device.restart_peak()
+        if memory is not None:
+            progress("memory pass")
+            streamed.observe(memory)
+            with memory:
+                output = run()
+            streamed.observe(None)
         moved_before = streamed.stats().moved_bytes
-        while not _enough(samples):
+        while not _enough(samples, repeats):
             progress(f"timed pass {len(samples) + 1}")
             seconds, output = time_pass(streamed)
             samples.append(seconds)
@@ -104,7 +138,7 @@ def measured_passes(
         latency_s=median(samples),
         samples_s=tuple(samples),
         cold_latency_s=cold_s,
-        peak_bytes=max(stats.peak_bytes, memory.peak_bytes),
+        peak_bytes=max(stats.peak_bytes, memory.peak_bytes if memory else 0),
         moved_bytes=(stats.moved_bytes - moved_before) // len(samples),
         misses=stats.misses,
         usage=usage,
@@ -134,25 +168,31 @@ def timed_pass(device: Device, run: Callable[[], Any]) -> tuple[float, Any]:
     return device.seconds(start, end), output
 
 
-def _enough(samples: Sequence[float]) -> bool:
+def _enough(samples: Sequence[float], repeats: Repeats) -> bool:
     if len(samples) >= MOST_PASSES:
         return True
-    return sum(samples) >= ENOUGH_S and (len(samples) >= LEAST_PASSES or samples[0] >= LONG_S)
+    return sum(samples) >= repeats.enough_s and (len(samples) >= repeats.least or samples[0] >= LONG_S)
 
 
 @dataclass
 class _Visit:
     layer: int
     arrive: Stamp
+    wait: Stamp = None
     start: Stamp = None
     finish: Stamp = None
+    leave: Stamp = None
 
 
 class _TimeObserver(Observer):
-    """Stamps of one pass. A layer called inside its own call is part of the outer visit."""
+    """Stamps of one pass. A layer called inside its own call is part of the outer visit.
 
-    def __init__(self, device: Device) -> None:
+    `memory` observes the same pass; what that takes is left out of all times.
+    """
+
+    def __init__(self, device: Device, memory: MemoryObserver | None = None) -> None:
         self._device = device
+        self._memory = memory
         self.visits: list[_Visit] = []
         self._open: list[_Visit] = []
         self._depth: dict[int, int] = {}
@@ -171,8 +211,13 @@ class _TimeObserver(Observer):
     def arrive(self, layer: int, inputs: Any) -> None:
         """Before the weights are waited for."""
         self._depth[layer] = self._depth.get(layer, 0) + 1
-        if self._depth[layer] == 1:
+        outermost = self._depth[layer] == 1
+        if outermost:
             self._open.append(_Visit(layer, self._device.stamp()))
+        if self._memory is not None:
+            self._memory.arrive(layer, inputs)
+        if outermost:
+            self._open[-1].wait = self._device.stamp() if self._memory else self._open[-1].arrive
 
     def start(self, layer: int) -> None:
         """The weights are there."""
@@ -183,9 +228,12 @@ class _TimeObserver(Observer):
         """The forward returned."""
         self._depth[layer] -= 1
         if self._depth[layer] == 0:
-            visit = self._open.pop()
-            visit.finish = self._device.stamp()
-            self.visits.append(visit)
+            self.visits.append(self._open.pop())
+            self.visits[-1].finish = self.visits[-1].leave = self._device.stamp()
+        if self._memory is not None:
+            self._memory.finish(layer, output)
+            if self._depth[layer] == 0:
+                self.visits[-1].leave = self._device.stamp()
 
     def times_s(self) -> list[tuple[int, float, float, float]]:
         """Per visit: its layer, the compute before it, its own compute, the wait for its weights."""
@@ -193,18 +241,22 @@ class _TimeObserver(Observer):
         previous = self._begin
         times = []
         for visit in self.visits:
-            before_s, wait_s = seconds(previous, visit.arrive), seconds(visit.arrive, visit.start)
+            before_s, wait_s = seconds(previous, visit.arrive), seconds(visit.wait, visit.start)
             times.append((visit.layer, before_s, seconds(visit.start, visit.finish), wait_s))
-            previous = visit.finish
+            previous = visit.leave
         return times
 
     def tail_s(self) -> float:
         """Compute after the last visit."""
-        return self._device.seconds(self.visits[-1].finish if self.visits else self._begin, self._end)
+        return self._device.seconds(self.visits[-1].leave if self.visits else self._begin, self._end)
 
     def total_s(self) -> float:
         """The pass."""
-        return self._device.seconds(self._begin, self._end)
+        observing_s = 0.0
+        if self._memory is not None:
+            seconds = self._device.seconds
+            observing_s = sum(seconds(one.arrive, one.wait) + seconds(one.finish, one.leave) for one in self.visits)
+        return self._device.seconds(self._begin, self._end) - observing_s
 
 
 class MemoryObserver(Observer):
@@ -248,7 +300,7 @@ def _least_compute_s(passes: list[_TimeObserver]) -> float:
 
 
 def _visits(
-    period: tuple[int, ...], repeats: int, passes: list[_TimeObserver], memory: MemoryObserver
+    period: tuple[int, ...], repeats: int, passes: list[_TimeObserver], memory: dict[int, tuple[int, int]]
 ) -> tuple[LayerProfile, ...]:
     """Medians over passes, means over a pass's periods. Where a pass ran otherwise than planned, means per layer."""
     per_pass = [timer.times_s() for timer in passes]
@@ -264,7 +316,7 @@ def _visits(
                 mine = [entry for entry in times if entry[0] == layer] or [(layer, 0.0, 0.0, 0.0)]
             before.append(sum(entry[1] for entry in mine) / len(mine))
             forward.append(sum(entry[2] for entry in mine) / len(mine))
-        peak, output = memory.visits.get(layer, (0, 0))
+        peak, output = memory.get(layer, (0, 0))
         profiles.append(
             LayerProfile(
                 layer=layer,

@@ -25,6 +25,9 @@ NEAR = 0.97
 PATIENCE_S = 0.5
 """For rounds over all pairs. A slow disk is asked for some of them only, those with one reader first."""
 
+MOST_ROUNDS = 8
+"""Of short reads these are enough."""
+
 
 class FileReads(NamedTuple):
     """What a link from disk is measured, and planned, with."""
@@ -73,7 +76,7 @@ def choose_reading(
         return next(iter(times))
     read_s(next(iter(times)))  # the first read of a file finds out where its blocks are
     begin = clock()
-    while clock() - begin < PATIENCE_S:
+    for _ in range(MOST_ROUNDS):
         for reading, taken in times.items():
             if clock() - begin < PATIENCE_S:
                 taken.append(read_s(reading))

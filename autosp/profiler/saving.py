@@ -10,6 +10,7 @@ from torch._C._autograd import _top_saved_tensors_default_hooks as hooks_around
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from autosp.intercept import Uncompiled
 from autosp.runtime.executor import Observer
 from autosp.runtime.offload import can_be_offloaded
 
@@ -36,7 +37,7 @@ def watching(saw: Callable[[torch.Tensor], object]) -> saved_tensors_hooks:
         tensor: torch.Tensor = packed if around is None else around[1](packed)
         return tensor
 
-    return saved_tensors_hooks(pack, unpack)
+    return saved_tensors_hooks(Uncompiled(pack), Uncompiled(unpack))
 
 
 class ForwardOrder(Observer):

@@ -7,14 +7,19 @@ Colours are Okabe and Ito's, which colour-blind readers tell apart; stalls and t
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from autosp.errors import SettingError
 
 BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
+YELLOW = "#F0E442"
+PALE_ORANGE, DARK_ORANGE = "#F7D999", "#8C5A00"
+PALE_GREEN, DARK_GREEN = "#99D8C7", "#005740"
 GREY, PALE_GREY, DARK_GREY, GRID = "#BBBBBB", "#DDDDDD", "#555555", "#E5E5E5"
 
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -58,3 +63,28 @@ def once() -> Callable[[str], str]:
         return f"_{text}" if known else text
 
     return label
+
+
+@dataclass(frozen=True)
+class TimeAxis:
+    """Time from the beginning of a window, in the unit of the picture."""
+
+    unit: str
+    unit_s: float
+    width_s: float
+
+    @property
+    def width(self) -> float:
+        """Of the window, in that unit."""
+        return self.width_s / self.unit_s
+
+    def bar(self, start_s: float, end_s: float, bounds_s: Sequence[float]) -> tuple[float, float] | None:
+        """Start and width of what is inside the window of an interval; None if nothing is."""
+        low, high = max(start_s, bounds_s[0]), min(end_s, bounds_s[-1])
+        return ((low - bounds_s[0]) / self.unit_s, (high - low) / self.unit_s) if high > low else None
+
+    def frame(self, axes: Axes) -> None:
+        """What all parts over one time share: the legend beside, no needless lines."""
+        axes.set_xlim(0, self.width)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.005, 1.0), frameon=False, fontsize=9)

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from autosp.devices import Device
-from autosp.devices.memory import anonymous, lend
+from autosp.devices.memory import anonymous, bytes_of, lend, lying_as
 from autosp.partition import BoundLayer
 from autosp.partition.placed import tensors_of
 from autosp.partition.tensors import EXTENT_ALIGNMENT, align
@@ -61,7 +61,7 @@ class _Gradient:
         if self.lent is not None and self.lent() is not None:
             return torch.empty_like(value, device="cpu")
         run, self.lent = lend(self.memory, self.begin, self.n_bytes)
-        return _like(value, run)
+        return lying_as(value, run)
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,16 @@ class _Leaving:
 class Gradients:
     """Those of one model's streamed parameters. Host memory for them is taken, and pinned, once."""
 
-    def __init__(self, layers: Sequence[BoundLayer], device: Device) -> None:
+    def __init__(self, layers: Sequence[BoundLayer], device: Device, one_at_a_time: bool = False) -> None:
         """Of the parameters that require one now; of others when they do.
+
+        `one_at_a_time`: a visit backward begins once those of the one before have left.
 
         Raises: HostMemoryError if RAM has no room for them.
         """
         self._layers = layers
         self._device = device
+        self._one_at_a_time = one_at_a_time
         self._counters = Counters()
         self._recorder = Recorder(device)
         self._on_gradient: Callable[[], None] = lambda: None
@@ -123,6 +126,11 @@ class Gradients:
     def begin_turn(self, microbatch: int | None, others_follow: bool) -> None:
         """Whose gradients come next, and whether others give theirs of the same layers after it."""
         self._microbatch, self._others_follow = microbatch, others_follow
+
+    def make_room(self) -> None:
+        """A visit backward begins."""
+        while self._one_at_a_time and self._leaving:
+            self._settle_oldest()
 
     def let_go(self) -> None:
         """Nobody adds to what waits on the device."""
@@ -265,7 +273,7 @@ class Gradients:
         most = self._most_in_flight - value.numel() * value.element_size()  # a layer's with this one
         while self._leaving and (self._device.finished(self._leaving[0].copied) or self._in_flight() > most):
             self._settle_oldest()
-        copied = self._device.send(_bytes_of(value), _bytes_of(target), self._device.record())
+        copied = self._device.send(bytes_of(value), bytes_of(target), self._device.record())
         self._recorder.sent(gradient.layer, gradient.begin, copied)
         self._leaving.append(_Leaving(copied, value, target, total))
         self._counters.gradient_bytes += value.numel() * value.element_size()
@@ -279,7 +287,7 @@ class Gradients:
         free = self._staging[0]
         while any(one.target.untyped_storage().data_ptr() == free.data_ptr() for one in self._leaving):
             self._settle_oldest()
-        return _like(value, free)
+        return lying_as(value, free)
 
     def _settle_to(self, target: torch.Tensor | None) -> None:
         """Wait for a copy to that memory, and for those before it."""
@@ -301,6 +309,13 @@ def follow(parameters: Iterable[nn.Parameter]) -> None:
         if value is not None and value.device != parameter.device:
             parameter.grad = None
             parameter.grad = value.to(parameter.device)
+
+
+def gradient_bytes(layers: Sequence[BoundLayer]) -> int:
+    """Host memory that `Gradients` takes at first for these layers."""
+    found = {id(one.tensor): one.tensor for layer in layers for one in tensors_of(layer.placed)}
+    sizes = [_aligned_bytes(one) for one in found.values() if isinstance(one, nn.Parameter) and one.requires_grad]
+    return sum(sizes) + 2 * max(sizes, default=0)
 
 
 def _aligned_bytes(parameter: nn.Parameter) -> int:
@@ -325,18 +340,3 @@ def _added(total: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
         if total is None:
             return value
         return value + total if total.is_sparse and not value.is_sparse else total.add_(value)
-
-
-def _like(value: torch.Tensor, run: torch.Tensor) -> torch.Tensor:
-    """A tensor that lies in a run of bytes as `value` does in its own."""
-    with torch.no_grad():
-        return torch.empty(0, dtype=value.dtype).set_(run.untyped_storage(), 0, value.size(), value.stride())
-
-
-def _bytes_of(value: torch.Tensor) -> torch.Tensor:
-    """The bytes of a tensor without gaps."""
-    size = value.element_size()
-    with torch.no_grad():
-        return torch.empty(0, dtype=torch.uint8, device=value.device).set_(
-            value.untyped_storage(), value.storage_offset() * size, (value.numel() * size,), (1,)
-        )

@@ -9,6 +9,13 @@ So a pass moves the weights that one microbatch needs, however many there are. T
 order of the microbatches, forward and backward: running statistics and sums of gradients have the bits of plain
 accumulation. One that goes another way (an early exit, experts of its own) is right, by [Note: prefetch is a hint], but
 gradients of layers that it does not share with all others may be added up in another order.
+
+[Note: threads of a group] Where the device is the host, the compute of a group is slower than that of the loop, most of
+all of small microbatches. A gradient that is added to another one is made on new pages each time, which the kernel has
+to clear ([Note: the heap of a group]); and each thread has OpenMP workers of its own, which sleep between the parts of
+a kernel once there are more of them than cores. Sixteen microbatches of 8 tokens, 334 MB of weights, two cores: 2.4 s
+in the loop without a plan, 5.5 s in a group with nothing to wait for, 4.3 s with pages that are kept, which doubled the
+peak. With such pages, on one core, a group took 4 % longer than the loop.
 """
 
 from __future__ import annotations

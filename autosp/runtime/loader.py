@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from autosp.batch import map_tensors, tensors_in
 from autosp.devices import Copied, Device
@@ -174,7 +175,7 @@ class Loader:
 
     def is_lent(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor, or one that it wraps, is a view of the arena."""
-        if type(tensor) in PLAIN:
+        if type(tensor) in PLAIN and not is_functorch_wrapped_tensor(tensor):
             return self._is_in_arena(tensor)
         return any(True for _ in self._lent(tensor))
 

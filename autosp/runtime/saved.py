@@ -16,8 +16,11 @@ from typing import Any
 
 import torch
 from torch._C._autograd import _top_saved_tensors_default_hooks as hooks_around
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd.graph import saved_tensors_hooks
 
+from autosp.errors import ModelError
+from autosp.intercept import Uncompiled
 from autosp.runtime.loader import Loader
 from autosp.runtime.offload import Activation, Offload, Visit
 
@@ -80,7 +83,14 @@ class SavedTensors:
         """A context for one forward of a layer; `leaving` gets what is to be offloaded of it, None: nothing is.
 
         Of what is not the arena's, hooks that are around it get to see all, and what they keep is theirs.
+
+        Raises: ModelError inside a transform of torch.func, whose tensors no hook may keep.
         """
+        if peek_interpreter_stack() is not None:
+            raise ModelError(
+                f"layer {layer} is called with autograd inside a transform of torch.func, such as vmap, under "
+                "which nothing can be kept for the backward pass: leave the transform out of the training step"
+            )
         around = hooks_around(True)
 
         def pack(tensor: torch.Tensor) -> _Saved | _Away | _Delegated:
@@ -103,7 +113,7 @@ class SavedTensors:
             tensor: torch.Tensor = around[1](saved.packed)
             return tensor
 
-        return saved_tensors_hooks(pack, unpack)
+        return saved_tensors_hooks(Uncompiled(pack), Uncompiled(unpack))
 
     def _unpack(self, saved: _Saved) -> torch.Tensor:
         tensor = saved.tensor

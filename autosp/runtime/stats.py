@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from statistics import median
 
+from autosp.runtime.disk_state import StateBytes
 from autosp.runtime.loader import Counters
 from autosp.runtime.recorder import Recorder
 from autosp.spec import Tier
@@ -55,10 +56,12 @@ def stats_of(
     slow_tier: Tier,
     on_disk: Collection[int],
     floor_s: float | None,
+    state_bytes: StateBytes | None = None,
 ) -> Stats:
     """The counters with what was recorded of the last passes. Waits for the device.
 
     `names`: of layers by their index. `on_disk`: those behind the slow tier. `floor_s`: of a pass, if it is known.
+    `state_bytes`: of the optimizer's state, where some of it is on disk.
     """
     pass_s = tuple(recorder.pass_s())
     link_bytes = {f"{slow_tier}->{Tier.DEVICE}": counters.moved_bytes + counters.restored_bytes}
@@ -66,6 +69,8 @@ def stats_of(
         link_bytes[f"{Tier.DEVICE}->{slow_tier}"] = returned
     if on_disk:
         link_bytes[f"{Tier.DISK}->{Tier.HOST}"] = counters.read_bytes
+    if state_bytes is not None:
+        link_bytes |= {f"{Tier.DISK}->{Tier.HOST}": state_bytes.read, f"{Tier.HOST}->{Tier.DISK}": state_bytes.written}
     return Stats(
         **asdict(counters),
         peak_bytes=peak_bytes,

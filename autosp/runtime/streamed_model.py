@@ -20,6 +20,7 @@ from autosp.intercept import Around, Intercepted, hide_from_compiler
 from autosp.partition import BoundModel, NamedTensor, Resting, at_rest
 from autosp.partition.placed import Placed, tensors_of
 from autosp.runtime.cut_leaf import CutLeaf, ResidentRun, StreamedRun
+from autosp.runtime.disk_state import DiskState
 from autosp.runtime.executor import Executor, Observer
 from autosp.runtime.gradients import Gradients, follow
 from autosp.runtime.grouping import Group, gradients_kept
@@ -54,12 +55,14 @@ class StreamedModel(Generic[M]):
         mode: Mode = "inference",
         optimizer: Optimizer | None = None,
         most_microbatches: int | None = None,
+        disk_state: DiskState | None = None,
     ) -> None:
         """`on_close` frees the store once the model is at rest. `floor_s`: the least that one pass can take.
 
         `most_microbatches`: those of a group that the plan's memory was computed for; None: nobody computed it.
 
-        `optimizer`: of which `schedule` has the steps, see [Note: updates under way].
+        `optimizer`: of which `schedule` has the steps, see [Note: updates under way]. `disk_state`: where the state of
+        some layers rests, see [Note: state on disk].
         """
         self.model = bound.model
         self._bound = bound
@@ -70,6 +73,7 @@ class StreamedModel(Generic[M]):
         self._floor_s = floor_s
         self._most_microbatches = most_microbatches
         self._disk_layers = schedule.on_disk
+        self._state_bytes = disk_state.moved_bytes if disk_state is not None else None
         self._wrappers: list[Intercepted] = []
         self._guests: Guests | None = None
         self._lookups: Lookups | None = None
@@ -98,7 +102,8 @@ class StreamedModel(Generic[M]):
             staging = anonymous(schedule.staging_bytes)
             staging.zero_()  # its pages are taken before anything is measured, and before a pass
             device.pin(staging)
-            gradients = Gradients([one for one, _ in streamed] if mode == "training" else (), device)
+            trained = [one for one, _ in streamed] if mode == "training" else ()
+            gradients = Gradients(trained, device, schedule.waits_for_gradients)
             hide_from_compiler()
             if mode == "training":
                 self._trained.enter_context(device.training())
@@ -125,7 +130,8 @@ class StreamedModel(Generic[M]):
             if mode == "training":
                 follow(self.model.parameters())
             if optimizer is not None:
-                loader.updates.watch(optimizer, self.model, [one for one, _ in streamed], schedule.steps)
+                layers = [one for one, _ in streamed]
+                loader.updates.watch(optimizer, self.model, layers, schedule.steps, disk_state)
             if device.torch_device.type != "cpu":
                 known = [named.tensor for named in _all_tensors(bound)]
                 self._guests = Guests(bound.model, known, lambda data: data.to(device.torch_device))
@@ -198,7 +204,8 @@ class StreamedModel(Generic[M]):
         names = {layer.layer.index: layer.layer.name for layer in self._bound.layers}
         slow_tier, executor = self._device.info.slow_tier, self._executor
         recorder = executor.recorder
-        return stats_of(executor.counters, recorder, peak_bytes, names, slow_tier, self._disk_layers, self._floor_s)
+        on_disk, floor_s, state_bytes = self._disk_layers, self._floor_s, self._state_bytes
+        return stats_of(executor.counters, recorder, peak_bytes, names, slow_tier, on_disk, floor_s, state_bytes)
 
     @property
     def backward_visits(self) -> tuple[int, ...]:

@@ -231,6 +231,7 @@ class TrainingExecutor(Executor):
         self.recorder.arrive(index, Kind.RECOMPUTE)
         self.counters.visits += 1
         position = self.cursor.advance((Kind.RECOMPUTE, index))
+        self._gradients.make_room()
         group = self.loader.acquire(layer)
         try:
             self.recorder.start()
@@ -273,6 +274,7 @@ class TrainingExecutor(Executor):
         self.backward_visits.append(index)
         self._visiting = index
         self._due = self.cursor.advance((Kind.BACKWARD, index))
+        self._gradients.make_room()
         return True
 
     def _watch_inputs(self, index: int, inputs: Any) -> None:

@@ -3,20 +3,18 @@
 [Note: updates under way] `optimizer.step()` updates what stays on the device, and returns. Streamed layers are updated
 after that, on a thread of the host, one after another in the order in which the next forward needs them; a layer is
 loaded once its own update is over. An update is the user's own optimizer, with the options of that moment, over
-stand-ins that share memory with a layer's parameters, with their gradients, and with their entries in its state: the
-bits are those of a step over all at once, if the optimizer treats every parameter by itself.
+stand-ins that share memory with a layer's parameters, with their gradients, and with their entries in its state (or,
+see [Note: state on disk], that have copies of these): the bits are those of a step over all at once, if the optimizer
+treats every parameter by itself.
 
-Until its update is over a parameter is guarded: whatever uses it, its gradient or its entry in the optimizer's state,
-waits for all updates first. Two things are not seen: a view that was made of its data or gradient before `step()`, and
-an iteration over the values of `optimizer.state`, for which there is `state_dict()`.
+Until its update is over, and its state rests again, a parameter is guarded: whatever uses it, its gradient or its entry
+in the optimizer's state, waits for all updates first. Two things are not seen: a view that was made of its data or
+gradient before `step()`, and an iteration over the values of `optimizer.state`, for which there is `state_dict()`.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections import defaultdict
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
 from functools import partial, wraps
 from types import MethodType
 from typing import Any
@@ -30,83 +28,11 @@ from autosp.devices import Device
 from autosp.errors import SettingError
 from autosp.partition import BoundLayer
 from autosp.partition.placed import tensors_of
+from autosp.runtime.disk_state import DiskState
 from autosp.runtime.guarded import guarded
+from autosp.runtime.layer_update import Failure, LayerUpdate
 from autosp.runtime.recorder import Recorder
-
-INDEPENDENT = (
-    torch.optim.ASGD,
-    torch.optim.Adadelta,
-    torch.optim.Adafactor,
-    torch.optim.Adagrad,
-    torch.optim.Adam,
-    torch.optim.AdamW,
-    torch.optim.Adamax,
-    torch.optim.Muon,
-    torch.optim.NAdam,
-    torch.optim.RAdam,
-    torch.optim.RMSprop,
-    torch.optim.Rprop,
-    torch.optim.SGD,
-    torch.optim.SparseAdam,
-)
-"""Optimizers whose step treats every parameter by itself."""
-
-
-def check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
-    """Raises: SettingError if a step cannot be taken layer by layer, or is none of this model's weights."""
-    name = type(optimizer).__name__
-    if not isinstance(optimizer, Optimizer):
-        raise SettingError(f"optimizer is a {name}; pass a torch.optim.Optimizer")
-    known = {inspect.unwrap(one.step) for one in INDEPENDENT}
-    if inspect.unwrap(type(optimizer).step) not in known:
-        names = ", ".join(one.__name__ for one in INDEPENDENT)
-        raise SettingError(
-            f"{name} cannot be stepped layer by layer: only {names} are known to treat every parameter by itself; "
-            "leave optimizer= out, and its step() works as it is"
-        )
-    if any(group.get("differentiable") for group in optimizer.param_groups):
-        raise SettingError(f"a differentiable {name} cannot be stepped layer by layer: leave optimizer= out")
-    weights = {id(parameter) for parameter in model.parameters()}
-    if not any(id(one) in weights for group in optimizer.param_groups for one in group["params"]):
-        raise SettingError(
-            f"the {name} holds no parameter of this {type(model).__name__}: optimizer= is for the one that updates the "
-            "weights that stream; where it updates copies of them, leave optimizer= out"
-        )
-
-
-@dataclass(eq=False)
-class _Failure:
-    """Of one step's updates: what follows the first that fails is not updated, as in a plain step."""
-
-    error: BaseException | None = None
-    told: bool = False
-
-
-@dataclass(eq=False)
-class _Update:
-    """One layer's: the user's optimizer with stand-ins for the layer's parameters."""
-
-    optimizer: Optimizer
-    failure: _Failure
-    parameters: list[tuple[nn.Parameter, nn.Parameter]] = field(default_factory=list)
-    """The user's, each with its stand-in."""
-    job: Any = None
-
-    def run(self, n_threads: int) -> None:
-        """On the host's thread, with as many threads as the user has: what they share may depend on their number."""
-        if self.failure.error is not None:
-            return
-        try:
-            if torch.get_num_threads() != n_threads:
-                torch.set_num_threads(n_threads)
-            inspect.unwrap(type(self.optimizer).step, stop=_is_unhooked)(self.optimizer)
-        except BaseException as error:  # noqa: BLE001 - raised where the layer is used next
-            self.failure.error = error
-
-
-def _is_unhooked(step: Any) -> bool:
-    """Hooks are called by the user's own call of `step()`."""
-    return not getattr(step, "hooked", False)
+from autosp.runtime.stepwise import alone, options_of
 
 
 class _Inside:
@@ -131,7 +57,7 @@ class Updates:
         self._optimizer: Optimizer | None = None
         self._layer_of: dict[int, int] = {}
         self._order: dict[int, int] = {}
-        self._pending: dict[int, _Update] = {}
+        self._pending: dict[int, LayerUpdate] = {}
         """Layer -> its update, in their order."""
         self._aside: list[tuple[nn.Parameter, torch.Tensor]] = []
         """Gradients that `step()` must not see."""
@@ -140,9 +66,23 @@ class Updates:
         self._hooks: list[Any] = []
         self._before: Any = None
         self._methods: list[_ZeroGrad | _Step] = []
+        self._disk: DiskState | None = None
 
-    def watch(self, optimizer: Optimizer, model: nn.Module, layers: Sequence[BoundLayer], order: Sequence[int]) -> None:
-        """Update these streamed layers beside passes, in that order. `check_optimizer` has no objections."""
+    def watch(
+        self,
+        optimizer: Optimizer,
+        model: nn.Module,
+        layers: Sequence[BoundLayer],
+        order: Sequence[int],
+        disk: DiskState | None = None,
+    ) -> None:
+        """Update these streamed layers beside passes, in that order. `check_optimizer` has no objections.
+
+        `disk` has the state of some of them from now on, see [Note: state on disk]. Raises: TierError.
+        """
+        if disk is not None:
+            disk.rest(optimizer)
+        self._disk = disk
         self._optimizer = optimizer
         self._order = {layer: number for number, layer in enumerate(order)}
         for layer in layers:
@@ -153,7 +93,8 @@ class Updates:
         optimizer._optimizer_step_post_hooks.move_to_end(after.id, last=False)  # type: ignore[attr-defined]
         saving = optimizer.register_state_dict_pre_hook(lambda _: self.settle())
         loading = optimizer.register_load_state_dict_pre_hook(lambda *_: self.settle())
-        self._hooks = [after, saving, loading]
+        loaded = optimizer.register_load_state_dict_post_hook(self._rest)
+        self._hooks = [after, saving, loading, loaded]
         self._before = optimizer.register_step_pre_hook(self._take)
         self._methods = [*(_ZeroGrad(one, self) for one in (optimizer, model)), _Step(optimizer, self)]
 
@@ -166,19 +107,15 @@ class Updates:
 
     def finish(self, layer: int) -> None:
         """Wait for a layer's update. Raises: what an update before it, or its own, raised; once."""
-        update = self._pending.pop(layer, None)
+        update = self._pending.get(layer)
         if update is None:
             return
-        update.job.settle()
+        update.settle()  # Ctrl-C comes here, if it comes: the update is still to be finished then
+        assert self._optimizer is not None
         self._recorder.updated(layer, update.job)
-        for parameter, stand_in in update.parameters:
-            parameter.__class__ = nn.Parameter
-            if stand_in in update.optimizer.state:
-                self._optimizer.state[parameter] = update.optimizer.state[stand_in]  # type: ignore[union-attr]
-        failure = update.failure
-        if failure.error is not None and not failure.told:
-            failure.told = True
-            raise failure.error
+        update.give_back(self._optimizer)
+        del self._pending[layer]
+        update.raise_once()
 
     # -- what the user asks ---------------------------------------------------------------------------------------
 
@@ -188,8 +125,8 @@ class Updates:
         for layer in list(self._pending):
             try:
                 self.finish(layer)
-            except BaseException as error:  # noqa: BLE001 - there is one at most, and the others are to be waited for
-                failed = error
+            except BaseException as error:  # noqa: BLE001 - the others are to be waited for
+                failed = failed or error
         if failed is not None:
             raise failed
 
@@ -217,7 +154,7 @@ class Updates:
             self.settle()
         finally:
             self.give_back()
-            self._layer_of, self._optimizer = {}, None
+            self._layer_of, self._optimizer, self._disk = {}, None, None
 
     def _before_use(self) -> None:
         if not self.inside.depth:
@@ -251,30 +188,46 @@ class Updates:
         self.give_back()
         updates = self._prepare(optimizer, gradients)
         n_threads = torch.get_num_threads()
-        for update in updates.values():
+        for layer, update in updates.items():
             increment_version([parameter for parameter, _ in update.parameters])
-            update.job = self._device.work(partial(update.run, n_threads))
+            self._ask_for(layer, update, n_threads)
         self._pending = updates
         for update in updates.values():
             for parameter, _ in update.parameters:
                 parameter.__class__ = self._class
         self._before.remove()
         self._before = optimizer.register_step_pre_hook(self._take)  # the last of all
+        if not updates:  # the step was taken at once, in the file's map
+            self._rest(optimizer)
 
-    def _prepare(self, optimizer: Optimizer, gradients: dict[int, torch.Tensor]) -> dict[int, _Update]:
+    def _ask_for(self, layer: int, update: LayerUpdate, n_threads: int) -> None:
+        assert self._optimizer is not None
+        if self._disk is not None:
+            update.move = self._disk.begin(layer, self._optimizer, update.parameters, update.optimizer)
+        if update.move is None:
+            update.share_state(self._optimizer)
+        update.job = self._device.work(partial(update.run, n_threads))
+        if self._disk is not None and update.move is not None:
+            self._disk.end(update.move, update.job)
+
+    def _rest(self, optimizer: Optimizer) -> None:
+        """Entries of its state that came to be in RAM."""
+        if self._disk is not None:
+            self._disk.rest(optimizer)
+
+    def _prepare(self, optimizer: Optimizer, gradients: dict[int, torch.Tensor]) -> dict[int, LayerUpdate]:
         """One update per layer, in their order. Options may change while they wait, those in tensors in place."""
-        failure = _Failure()
-        found: dict[int, _Update] = {}
+        failure = Failure()
+        found: dict[int, LayerUpdate] = {}
         for group in optimizer.param_groups:
-            options = {name: value for name, value in group.items() if name != "params"}
-            options = {key: one.clone() if isinstance(one, torch.Tensor) else one for key, one in options.items()}
+            options = options_of(group)
             groups: dict[int, dict[str, Any]] = {}
             for parameter in group["params"]:
                 if id(parameter) not in gradients:
                     continue
                 layer = self._layer_of[id(parameter)]
                 if layer not in found:
-                    found[layer] = _Update(_alone(optimizer), failure)
+                    found[layer] = LayerUpdate(alone(optimizer), failure)
                 if layer not in groups:
                     groups[layer] = {**options, "params": []}
                     found[layer].optimizer.param_groups.append(groups[layer])
@@ -282,17 +235,7 @@ class Updates:
                 stand_in.grad = gradients[id(parameter)]
                 groups[layer]["params"].append(stand_in)
                 found[layer].parameters.append((parameter, stand_in))
-                if parameter in optimizer.state:
-                    found[layer].optimizer.state[stand_in] = optimizer.state[parameter]
         return dict(sorted(found.items(), key=lambda item: self._order[item[0]]))
-
-
-def _alone(optimizer: Optimizer) -> Optimizer:
-    """One like it, without parameters."""
-    alone: Optimizer = object.__new__(type(optimizer))
-    alone.__dict__.update(optimizer.__dict__)
-    alone.param_groups, alone.state = [], defaultdict(dict)
-    return alone
 
 
 class _Step:

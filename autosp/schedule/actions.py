@@ -151,6 +151,19 @@ class Schedule:
         return frozenset(action.layers[0] for action in self.actions if action.kind is Kind.SAVE)
 
     @property
+    def waits_for_gradients(self) -> bool:
+        """Whether compute never goes on before all gradients that there are have left."""
+        left: Ref | None = None
+        for action in self.actions:
+            if action.kind is Kind.GRADIENTS:
+                left = action.ref
+            elif action.kind in COMPUTES and left is not None:
+                if left not in action.waits:
+                    return False
+                left = None
+        return True
+
+    @property
     def loads(self) -> tuple[Action, ...]:
         """The transfers of one steady pass, in order."""
         return tuple(action for action in self.actions if action.kind is Kind.LOAD)

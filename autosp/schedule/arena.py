@@ -5,7 +5,14 @@ from __future__ import annotations
 import itertools
 from bisect import insort
 from collections.abc import Sequence
+from functools import lru_cache
 from operator import add
+
+FAR = 8
+"""Groups in a window that is loaded far enough ahead as it is: to spread them takes longer the more there are."""
+
+PLACED = 512
+"""How many are remembered: candidates that differ in what they compute again have their groups in the same places."""
 
 
 def arena_bytes(group_bytes: Sequence[int], window: int) -> int:
@@ -32,6 +39,16 @@ def place(sizes: Sequence[int], window: int) -> list[int]:
     return largest_first if _end(largest_first, sizes) < most else in_order
 
 
+def place_spread(sizes: Sequence[int], window: int) -> Sequence[int]:
+    """As `place`, in the same arena, each group free of as many more of those before it as there is room for.
+
+    The arena is as large as the largest neighbours need; smaller ones are spread over all of it, so that more of them
+    than the window has are there at once, and each can be loaded the earlier. Not so with one group in the window,
+    where no load overlaps compute, and in windows wider than `FAR`.
+    """
+    return _placed_spread(tuple(sizes), window) if 1 < window <= FAR else place(sizes, window)
+
+
 def _end(offsets: Sequence[int], sizes: Sequence[int]) -> int:
     return max(map(add, offsets, sizes), default=0)
 
@@ -56,14 +73,41 @@ def _largest_first(sizes: Sequence[int], window: int) -> list[int]:
     offsets = [-1] * len(sizes)
     for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
         near = range(max(0, index - window + 1), min(len(sizes), index + window))
-        lowest = 0
-        placed = sorted((offsets[other], offsets[other] + sizes[other]) for other in near if offsets[other] >= 0)
-        for begin, end in placed:
-            if begin - lowest >= sizes[index]:
-                break
-            lowest = max(lowest, end)
-        offsets[index] = lowest
+        taken = sorted((offsets[other], offsets[other] + sizes[other]) for other in near if offsets[other] >= 0)
+        offsets[index] = _lowest(taken, sizes[index])
     return offsets
+
+
+@lru_cache(maxsize=PLACED)
+def _placed_spread(sizes: tuple[int, ...], window: int) -> Sequence[int]:
+    return _spread(place(sizes, window), sizes, window)
+
+
+def _spread(offsets: Sequence[int], sizes: Sequence[int], window: int) -> list[int]:
+    """The same arena, with each group where those that it overwrites were placed the longest ago."""
+    capacity = _end(offsets, sizes)
+    found = list(offsets)
+    for index, size in enumerate(sizes):
+        near = (*range(max(0, index - window + 1), index), *range(index + 1, min(len(sizes), index + window)))
+        taken = sorted((found[other], found[other] + sizes[other]) for other in near)
+        lowest, older = _lowest(taken, size), index - window
+        while lowest + size <= capacity:
+            found[index] = lowest
+            if older < 0:
+                break
+            insort(taken, (found[older], found[older] + sizes[older]))
+            lowest, older = _lowest(taken, size), older - 1
+    return found
+
+
+def _lowest(taken: Sequence[tuple[int, int]], size: int) -> int:
+    """The lowest offset at which `size` bytes lie beside the sorted ranges, which may overlap each other."""
+    lowest = 0
+    for begin, end in taken:
+        if begin - lowest >= size:
+            break
+        lowest = max(lowest, end)
+    return lowest
 
 
 def _free_offset(live: Sequence[tuple[int, int]], size: int, capacity: int) -> tuple[int, int]:

@@ -7,7 +7,7 @@ without residents.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import NamedTuple
@@ -76,12 +76,15 @@ def build_ring(
 
 
 def place_groups(
-    candidate: Candidate, layer_bytes: Sequence[int], visits: Sequence[int]
+    candidate: Candidate,
+    layer_bytes: Sequence[int],
+    visits: Sequence[int],
+    placing: Callable[[Sequence[int], int], Sequence[int]] = place,
 ) -> tuple[tuple[Group, ...], int]:
     """A candidate's groups in their places, and the bytes of the arena: see `build_ring`."""
     members = candidate.groups(visits)
     sizes = [sum(map(layer_bytes.__getitem__, group)) for group in members]
-    offsets = place(sizes, candidate.depth)
+    offsets = placing(sizes, candidate.depth)
     groups = tuple(Group(*group) for group in zip(members, offsets, sizes, strict=True))
     unvisited = set(range(len(layer_bytes))).difference(visits, candidate.residents)
     ends = [*(group.offset + group.n_bytes for group in groups), *(layer_bytes[layer] for layer in unvisited)]

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from autosp.schedule.actions import Action, Kind, Ref, Schedule
+from autosp.schedule.arena import place_spread
 from autosp.schedule.offload import Restore, held_up, link_queue, restores, saves, saves_held_up
 from autosp.schedule.streaming import Ring, place_groups, time_transfers
 from autosp.schedule.visits import Visit, visits_of
@@ -44,8 +45,12 @@ def least_training(partition: Partition) -> Candidate:
 
 
 def training_ring(candidate: Candidate, partition: Partition) -> Ring:
-    """Where streamed layers live, and when they move in a pass: see `visits_of`."""
-    groups, arena_bytes = place_groups(candidate, [layer.n_bytes for layer in partition.layers], partition.visits)
+    """Where streamed layers live, and when they move in a pass: see `visits_of`.
+
+    No pass finds anything in the arena, so a place that few layers share saves no load: they are spread over all of it.
+    """
+    sizes = [layer.n_bytes for layer in partition.layers]
+    groups, arena_bytes = place_groups(candidate, sizes, partition.visits, place_spread)
     visits = [visit.layer for visit in visits_of(candidate, partition)]
     return Ring(groups, arena_bytes, time_transfers(groups, visits, walks=0))
 
@@ -71,7 +76,7 @@ class _Lowering:
         """Layers whose activations are there again, and what computed them."""
         visits = visits_of(candidate, partition)
         leaving = leaving_after(candidate, partition, visits)
-        held = held_up_by(leaving, partition)
+        held = held_up_by(leaving, partition, candidate)
         sends, saves_held = saves(candidate, partition), saves_held_up(candidate, partition)
         left_after: dict[int, Ref] = {}
         queue = list(link_queue(ring.transfers, restores(candidate, partition, ring.transfers)))
@@ -156,11 +161,14 @@ def leaving_after(candidate: Candidate, partition: Partition, visits: Sequence[V
     return leaving
 
 
-def held_up_by(leaving: Mapping[int, Sequence[int]], partition: Partition) -> dict[int, int]:
-    """Visit -> the one before it whose gradients must have left before compute goes on.
+def held_up_by(leaving: Mapping[int, Sequence[int]], partition: Partition, candidate: Candidate) -> dict[int, int]:
+    """Visit -> the one up to it whose gradients must have left before compute goes on.
 
-    No more gradients are under way than the layer has that has most, unless one visit sends more.
+    No more gradients are under way than the layer has that has most, unless one visit sends more. With one layer on the
+    device at once compute has to wait for the next one's weights anyway: then none are.
     """
+    if candidate.k <= 1:
+        return {visit: visit for visit in leaving}
     sizes = {visit: sum(partition.layers[layer].gradient_bytes for layer in mine) for visit, mine in leaving.items()}
     most = max((partition.layers[layer].gradient_bytes for mine in leaving.values() for layer in mine), default=0)
     return held_up(sizes, most)

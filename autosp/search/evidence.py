@@ -55,11 +55,11 @@ def known_measurements(
 def unless_known(
     known: dict[Candidate, Measurement], validate: Callable[[Candidate], Measurement]
 ) -> Callable[[Candidate], Measurement]:
-    """Answers with what is known of a candidate, once: asked again, the device is."""
+    """Answers with what is known of a candidate, once, and in no time: asked again, the device is."""
 
     def answer(candidate: Candidate) -> Measurement:
         measured = known.pop(candidate, None)
-        return validate(candidate) if measured is None else measured
+        return validate(candidate) if measured is None else measured.model_copy(update={"taken_s": 0.0})
 
     return answer
 

@@ -16,7 +16,8 @@ def no_plan(profile: Profile, budget_bytes: int, trials: Sequence[Trial]) -> Aut
     if differing:
         return OutputMismatchError(
             f"{len(differing)} of {len(trials)} validated plans gave another output than the plain model, "
-            f"{differing[0].prediction.candidate.label()} first, and no other fits; nothing is returned"
+            f"{differing[0].prediction.candidate.label()} first, and no other fits; nothing is returned. "
+            "Compile whole blocks of the model, or nothing: kernels of compiled code that is cut may round otherwise"
         )
     measured = [trial for trial in trials if not trial.measurement.outcome.cut_short]
     if not measured:

@@ -53,11 +53,16 @@ def undecided(fitting: Sequence[Trial]) -> list[Trial]:
 
 
 def ties(one: Measurement, other: Measurement) -> bool:
-    """Whether chance may have parted their medians, as far as their samples tell."""
+    """Whether chance may have parted their medians, as far as their samples tell.
+
+    What is not `CLOSE` is none, however much they spread: memory is no reason to return what may well be slower.
+    """
+    faster, slower = sorted((one.latency_s, other.latency_s))
     if min(one.rounds, other.rounds) < ROUNDS:
-        return one.latency_s == other.latency_s
-    apart_s = abs(one.latency_s - other.latency_s)
-    return apart_s <= STANDARD_ERRORS * math.hypot(median_error_s(one), median_error_s(other))
+        return faster == slower
+    if slower > faster * (1 + CLOSE):
+        return False
+    return slower - faster <= STANDARD_ERRORS * math.hypot(median_error_s(one), median_error_s(other))
 
 
 def median_error_s(measured: Measurement) -> float:
@@ -81,5 +86,6 @@ def pooled(before: Measurement, again: Measurement) -> Measurement:
             "peak_bytes": max(before.peak_bytes, again.peak_bytes),
             "misses": max(before.misses, again.misses),
             "rounds": before.rounds + again.rounds,
+            "taken_s": before.taken_s + again.taken_s,
         }
     )

@@ -54,9 +54,13 @@ class Learned:
 class Lessons:
     """Predicts a study's candidates again and again, as its trials come in."""
 
-    def __init__(self, profile: Profile, ranked: Sequence[Prediction]) -> None:
+    def __init__(self, profile: Profile, ranked: Sequence[Prediction], predictor: Predictor | None = None) -> None:
+        """`predictor`: of these candidates and perhaps others, where there is one already."""
         self._profile = profile
-        self._predictor = Predictor(profile, with_rings(profile, (prediction.candidate for prediction in ranked)))
+        candidates = [prediction.candidate for prediction in ranked]
+        self._predictor = predictor or Predictor(profile, with_rings(profile, candidates))
+        places = {candidate: place for place, candidate in enumerate(self._predictor.candidates)}
+        self._places = [places[candidate] for candidate in candidates]
 
     def learned(self, trials: Sequence[Trial]) -> Learned:
         """What these trials, and the plans that the profile was made from, say of all candidates.
@@ -66,7 +70,8 @@ class Lessons:
         """
         timed = [trial for trial in trials if trial.measurement.samples_s]
         profile = calibrated(self._profile, [*observations(self._profile), *timed])
-        predictions = self._predictor.predict(profile)
+        found = self._predictor.predict(profile)
+        predictions = [found[place] for place in self._places]
         predictions.sort(key=lambda prediction: (prediction.latency_s, prediction.peak_bytes))
         if not timed:
             return Learned(tuple(predictions), PRIOR_ERROR, 0)

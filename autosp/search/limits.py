@@ -12,10 +12,10 @@ MAX_TRIALS = 8
 """Validations without a limit of the user's. The stop rule usually ends a study before."""
 
 EFFORT_PASSES, EFFORT_S = 25, 5.0
-"""What may be spent on passes without a limit of the user's: so many of the best plan, and so many seconds."""
+"""What a study may take without a limit of the user's: so many passes of the best plan, and so many seconds."""
 
 LEAST_TRIALS = 3
-"""Both baselines and the favourite are validated, whatever that takes."""
+"""The favourite and both baselines are validated, whatever that takes."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,14 @@ class Limits:
     def reached(self, trials: int, spent_s: float = 0.0, pass_s: float = math.inf) -> bool:
         """Whether a study with that many trials must stop.
 
-        `spent_s`: what its passes took so far, and one more trial would. `pass_s`: a pass of its best plan.
+        `spent_s`: what it took so far, its profile included, and one more trial would. `pass_s`: of its best plan.
         """
         if trials >= (MAX_TRIALS if self.max_trials is None else self.max_trials):
             return True
         if self.by_default:
-            return trials >= LEAST_TRIALS and spent_s > EFFORT_PASSES * pass_s + EFFORT_S
+            return trials >= LEAST_TRIALS and self.beyond_effort(spent_s, pass_s)
         return bool(trials) and self.timeout_s is not None and time.monotonic() - self._started > self.timeout_s
+
+    def beyond_effort(self, spent_s: float, pass_s: float) -> bool:
+        """Whether so many seconds are more than a study may take. Never, where the user set a limit."""
+        return self.by_default and spent_s > EFFORT_PASSES * pass_s + EFFORT_S

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from autosp.cost_model.floor import unknown_disk
 from autosp.cost_model.placement import Placing, evenly_spread, exceeds, host_too_small, least_host_bytes
-from autosp.cost_model.predict import predict_rings, with_rings
+from autosp.cost_model.predict import Predictor, with_rings
 from autosp.cost_model.training_memory import memory_of
 from autosp.errors import BudgetTooSmallError
 from autosp.schedule.streaming import Ring
@@ -73,6 +74,13 @@ Key = tuple[int, int, int, int, int, int, int]
 """See `key_of`."""
 
 
+class Ranking(NamedTuple):
+    """Candidates as `rank` has them, and what predicts them anew."""
+
+    predictions: list[Prediction]
+    predictor: Predictor
+
+
 def rank(profile: Profile, budget_bytes: int, host_budget_bytes: int | None = None, group: int = 1) -> list[Prediction]:
     """Every candidate predicted to fit, the fastest first; of equally fast ones, the one with less memory.
 
@@ -85,15 +93,21 @@ def rank(profile: Profile, budget_bytes: int, host_budget_bytes: int | None = No
 
     Raises: BudgetTooSmallError if nothing is predicted to fit; SettingError if the profile does not know the disk.
     """
+    return ranking(profile, budget_bytes, host_budget_bytes, group).predictions
+
+
+def ranking(profile: Profile, budget_bytes: int, host_budget_bytes: int | None = None, group: int = 1) -> Ranking:
+    """`rank`, for a study that will predict its candidates again. Raises: as `rank`."""
     usable = usable_bytes(profile, budget_bytes, group)
+    predictor = _predictor(profile, _filled(profile, usable, group), usable, host_budget_bytes, group)
     best: dict[Key, Prediction] = {}
-    for prediction in _predictions(profile, _filled(profile, usable, group), usable, host_budget_bytes, group):
+    for prediction in predictor.predict(profile):
         key = key_of(prediction.candidate)
         if key not in best or _order(prediction) < _order(best[key]):
             best[key] = prediction
     if not best:
         raise too_small(profile, budget_bytes, group)
-    return sorted(best.values(), key=_order)
+    return Ranking(sorted(best.values(), key=_order), predictor)
 
 
 def front(
@@ -108,7 +122,8 @@ def front(
     budgets = {least + (usable - least) * step // FRONT_STEPS for step in range(1, FRONT_STEPS + 1)}
     filled = (candidate for budget in sorted(budgets) for candidate in _filled(profile, budget, group))
     best: list[Prediction] = []
-    for prediction in sorted(_predictions(profile, filled, usable, host_budget_bytes, group), key=_by_memory):
+    predictor = _predictor(profile, filled, usable, host_budget_bytes, group)
+    for prediction in sorted(predictor.predict(profile), key=_by_memory):
         if not best or prediction.latency_s < best[-1].latency_s:
             best.append(prediction)
     if not best:
@@ -116,9 +131,9 @@ def front(
     return best
 
 
-def _predictions(
+def _predictor(
     profile: Profile, filled: Iterable[Candidate], usable: int, host_budget_bytes: int | None, group: int
-) -> list[Prediction]:
+) -> Predictor:
     """Of `filled`, and of the candidates that are the same under any budget, those that fit."""
     memory = memory_of(profile)
     others = [*sliding_windows(profile), all_resident(profile)]
@@ -249,14 +264,14 @@ def _by_memory(prediction: Prediction) -> tuple[int, float, int]:
     return prediction.peak_bytes, prediction.latency_s, prediction.host_bytes
 
 
-def _within_device(profile: Profile, candidates: Iterable[Candidate], usable: int) -> list[Prediction]:
+def _within_device(profile: Profile, candidates: Iterable[Candidate], usable: int) -> Predictor:
     """The candidates that fit the device, all else being on the host."""
     memory = memory_of(profile)
     pairs = with_rings(profile, candidates)
-    return predict_rings(profile, (pair for pair in pairs if memory.peak_bytes(pair[0], pair[1].arena_bytes) <= usable))
+    return Predictor(profile, (pair for pair in pairs if memory.peak_bytes(pair[0], pair[1].arena_bytes) <= usable))
 
 
-def _within(profile: Profile, candidates: Iterable[Candidate], usable: int, host_budget_bytes: int) -> list[Prediction]:
+def _within(profile: Profile, candidates: Iterable[Candidate], usable: int, host_budget_bytes: int) -> Predictor:
     """The candidates that fit the device, with layers on disk, as far as they fit the host then."""
     partition = profile.partition
     if profile.disk_link is None:
@@ -269,7 +284,7 @@ def _within(profile: Profile, candidates: Iterable[Candidate], usable: int, host
         placing = Placing(candidate, partition, host_budget_bytes)
         if memory.peak_bytes(candidate, placing.ring.arena_bytes) <= usable:
             found.update(filter(None, map(placing.with_read_ahead, READ_AHEAD)))
-    return predict_rings(profile, found.items())
+    return Predictor(profile, found.items())
 
 
 def _filled(profile: Profile, budget_bytes: int, group: int) -> Iterator[Candidate]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -14,21 +14,23 @@ from typing import TYPE_CHECKING
 import optuna
 from optuna.trial import TrialState
 
-from autosp.cost_model.calibrate import observations
 from autosp.search.finals import fastest, pooled, undecided
 from autosp.search.learned import Learned, Lessons
 from autosp.search.limits import Limits
 from autosp.search.sampler import PARAMETERS, CostModelSampler, least_traffic, running_keys
 from autosp.search.space import Key, acceptable_bytes, all_resident, key_of, usable_bytes
-from autosp.search.validate import LEAST_PASSES
 from autosp.spec import Candidate, Measurement, Outcome, Prediction, Profile, Trial
 from autosp.store.trials import fail_dead_trials, running_trial
 
 if TYPE_CHECKING:
+    from autosp.cost_model.predict import Predictor
     from autosp.store import Repository
 
 TOLERANCE = 0.01
 """A candidate that can win by less than this is not worth a validation."""
+
+PROFILE_S = "autosp_profile_s"
+"""The study's attribute that says how long it took until its first trial could begin."""
 
 POLL_S = 0.5
 """Between two looks at what other workers have found."""
@@ -67,32 +69,37 @@ def run_study(
     progress: Callable[[str], None],
     hold_device: Callable[[], AbstractContextManager[None]] = nullcontext,
     repeat: Validate | None = None,
-    stored: Collection[Measurement] = (),
+    profile_s: float = 0.0,
+    predictor: Predictor | None = None,
 ) -> Verdict:
     """Validate candidates until none can win, or a limit is reached. Continues a study that was interrupted.
 
     With `repeat`, which measures a candidate anew, the fastest are measured again at the end: see `finals`.
-    `stored`: what the database had before this study. It taught something, and took none of its time.
+    `profile_s`: what was spent before the study, by whoever comes first. See [Note: effort].
+    `predictor`: of the candidates, where there is one.
 
-    The trivial baselines come first (everything resident where it fits, the best plain sliding window), then the
-    cost model's favourite.
+    The cost model's favourite comes first, then the trivial baselines: everything resident where it fits, and the best
+    plain sliding window.
 
     [Note: workers] Any number of processes may run one study at once. A worker takes its device, then its turn at the
     study, in which it reads all results, decides, and claims a candidate: so no two claim the same, and each decides
     on all that is known. It lets go of its turn to validate, and of the device afterwards. What a process that died
     was validating is free again. All end when no trial runs and none could win: with the same verdict.
     """
+    begin = time.perf_counter()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = repository.optuna_storage()
     group = ranked[0].candidate.group
     usable = usable_bytes(profile, budget_bytes, group)
     acceptable = acceptable_bytes(profile, budget_bytes, group)
-    lessons = Lessons(profile, ranked)
+    lessons = Lessons(profile, ranked, predictor)
     favourite = key_of(least_traffic(ranked).candidate)
-    sampler = CostModelSampler(ranked, usable, [*_baselines(profile, ranked), favourite])
+    sampler = CostModelSampler(ranked, usable, [favourite, *_baselines(profile, ranked)])
     with repository.turn(name):
         study = optuna.create_study(study_name=name, storage=storage, sampler=sampler, load_if_exists=True)
         study.set_user_attr("autosp_fingerprint", repository.study_key(name).fingerprint)
+        if PROFILE_S not in study.user_attrs:
+            study.set_user_attr(PROFILE_S, profile_s + time.perf_counter() - begin)
     while True:
         with hold_device(), ExitStack() as turn:
             turn.enter_context(repository.turn(name))
@@ -103,12 +110,15 @@ def run_study(
             verdict = judge(trials, learned, usable, acceptable)
             running = running_keys(study)
             without_running = judge(trials, learned.without(running), usable, acceptable) if running else verdict
-            spent_s, pass_s = _spent(profile, trials, verdict, stored)
-            reached = partial(limits.reached, spent_s=spent_s, pass_s=pass_s)
+            pass_s = math.inf if verdict.best is None else verdict.best.measurement.latency_s
+            finalists = [] if repeat is None else undecided(_acceptable(trials, acceptable))
+            trial_s = max((trial.measurement.taken_s for trial in trials), default=0.0)
+            with_finals_s = _spent_s(study, trials) + trial_s * len(finalists)
+            reached = partial(limits.reached, spent_s=with_finals_s + trial_s, pass_s=pass_s)
             upcoming = _what_next(study, sampler, reached, len(trials), len(running), verdict, without_running)
             if upcoming is Next.END:
-                finalists = undecided(_acceptable(trials, acceptable)) if verdict.finished or limits.by_default else []
-                if repeat is None or not finalists:
+                cut_short = not (verdict.finished or limits.by_default) or limits.beyond_effort(with_finals_s, pass_s)
+                if repeat is None or not finalists or cut_short:
                     return verdict
                 for one in finalists:
                     progress(f"again: {one.prediction.candidate.label()}")
@@ -155,19 +165,14 @@ def _what_next(
     return Next.VALIDATE
 
 
-def _spent(
-    profile: Profile, trials: Sequence[Trial], verdict: Verdict, stored: Collection[Measurement]
-) -> tuple[float, float]:
-    """What profiling and all trials spent on passes, with one more trial of the best plan; and that plan's pass.
+def _spent_s(study: optuna.Study, trials: Sequence[Trial]) -> float:
+    """What the study took so far.
 
-    What was `stored` before took none of this study's time.
+    [Note: effort] The clock counts: profiling, and every trial and final from its set-up on, each as the database has
+    it. So all workers of a study agree on when it ends, and waiting for other work on the device counts for nothing.
+    What a process did that was killed does not count either.
     """
-    if verdict.best is None:
-        return 0.0, math.inf
-    pass_s = verdict.best.measurement.latency_s
-    measured = [trial.measurement for trial in (*observations(profile), *trials) if trial.measurement not in stored]
-    spent_s = sum(one.cold_latency_s + sum(one.samples_s) for one in measured)
-    return spent_s + (1 + LEAST_PASSES) * pass_s, pass_s
+    return float(study.user_attrs[PROFILE_S]) + sum(trial.measurement.taken_s for trial in trials)
 
 
 def _claimed(trial: optuna.Trial, sampler: CostModelSampler) -> Prediction | None:

@@ -129,6 +129,17 @@ def validate(
     )
 
 
+def timed(validated: Callable[[Candidate], Measurement]) -> Callable[[Candidate], Measurement]:
+    """What it measures, with the time that it took by the clock."""
+
+    def measured(candidate: Candidate) -> Measurement:
+        begin = time.perf_counter()
+        found = validated(candidate)
+        return found.model_copy(update={"taken_s": time.perf_counter() - begin})
+
+    return measured
+
+
 def failed(outcome: Outcome, peak_bytes: int) -> Measurement:
     """What is known of a trial without timed passes."""
     return Measurement(

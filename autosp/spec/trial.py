@@ -132,6 +132,7 @@ class Measurement(Record):
     misses: int
     rounds: int = Field(default=1, description="in which `samples_s` were taken, with other plans' between them")
     usage: Usage | None = Field(default=None, description="None in what was measured before it was recorded")
+    taken_s: float = Field(default=0.0, description="by the clock, with set-up; 0 where the study did not measure it")
 
 
 class Trial(Record):

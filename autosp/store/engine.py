@@ -32,7 +32,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from sqlalchemy.pool import QueuePool
 
 from autosp.errors import SettingError, StoreError, StoreReadOnlyError
-from autosp.settings import settings
+from autosp.settings import default_storage, settings
 
 PLUGIN = "autosp_sqlite"
 BUSY_TIMEOUT_MS = 60_000
@@ -88,7 +88,9 @@ def storage_url(storage: str | os.PathLike[str] | None) -> URL:
 
     Raises: SettingError for a malformed URL, an in-memory database (nothing could share it) or an unusable path.
     """
-    text = os.fspath(settings().storage if storage is None else storage)
+    if storage is not None and not isinstance(storage, str | os.PathLike):
+        raise SettingError(f"storage is a {type(storage).__name__}; pass a path or a database URL")
+    text = str(os.fspath(settings().storage if storage is None else storage))
     try:
         url = make_url(text) if "://" in text else URL.create("sqlite", database=text)
     except ArgumentError as error:
@@ -117,19 +119,14 @@ def database_path(url: URL) -> Path | None:
 
 
 def open_engine(url: URL) -> Engine:
-    """An engine with our rules. Makes the folder of a SQLite file; connects to nothing yet.
+    """An engine with our rules. Makes the folder of the default database; connects to nothing yet.
 
-    Raises: StoreReadOnlyError if the folder cannot be made, StoreError if the driver is missing.
+    Raises: SettingError if the folder of another SQLite file is not there, StoreReadOnlyError if the default one's
+    cannot be made, StoreError if the driver is missing.
     """
     path = database_path(url)
     if path is not None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreReadOnlyError(
-                f"the folder of {path} cannot be made ({error.strerror}); name another one with storage= "
-                "or AUTOSP_STORAGE"
-            ) from error
+        _provide_folder(path)
     try:
         with translated(url):
             return create_engine(url, plugins=[PLUGIN])
@@ -137,6 +134,23 @@ def open_engine(url: URL) -> Engine:
         raise StoreError(
             f"the driver for {shown(url)} is not installed ({error}); install it (PostgreSQL: pip install "
             "'autosp[postgres]'), or name a file"
+        ) from error
+
+
+def _provide_folder(path: Path) -> None:
+    """A folder that a user named and that is not there is a slip of the keyboard: it is not made."""
+    if path.parent.is_dir():
+        return
+    if path != Path(default_storage()):
+        raise SettingError(
+            f"there is no folder {path.parent} for the database {path}: nothing was made; correct storage= or "
+            "AUTOSP_STORAGE, or make the folder first"
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreReadOnlyError(
+            f"the folder of {path} cannot be made ({error.strerror}); name another one with storage= or AUTOSP_STORAGE"
         ) from error
 
 
@@ -170,6 +184,8 @@ def store_error(error: BaseException, url: URL) -> StoreError:
         return StoreReadOnlyError(f"{name} cannot be opened for writing; check the folder's permissions or {where}")
     if code.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
         return StoreError(f"{name} stayed locked by another process for {BUSY_TIMEOUT_MS // 1000} s; try again")
+    if code.startswith(("SQLITE_FULL", "SQLITE_IOERR")):
+        return StoreError(f"{name} cannot be written or read: {cause}; make room on its disk, or {where}")
     if code.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT")):
         return StoreError(f"{name} is damaged or not an SQLite database ({cause}); restore a copy, or {where}")
     return StoreError(f"{name} failed: {cause}")

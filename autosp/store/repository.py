@@ -39,7 +39,8 @@ class Repository:
         """Open a database, made or upgraded (after a copy) as needed. None stands for the setting AUTOSP_STORAGE.
 
         Raises: StoreVersionError if a newer autosp wrote it, StoreReadOnlyError if it must be made or upgraded and
-        cannot be written, SettingError if `storage` names no database, StoreError for the rest.
+        cannot be written, SettingError if `storage` names no database or a folder that is not there, StoreError for the
+        rest.
         """
         self._url = storage_url(storage)
         with ExitStack() as opening:
@@ -285,7 +286,7 @@ class Repository:
         row = session.scalar(select(StudyRow).where(StudyRow.name == name))
         if row is not None:
             return row
-        close = difflib.get_close_matches(name, session.scalars(select(StudyRow.name)).all())
+        close = difflib.get_close_matches(str(name), session.scalars(select(StudyRow.name)).all())
         hint = f"; did you mean {' or '.join(repr(other) for other in close)}?" if close else "."
         count = session.scalar(select(func.count()).select_from(StudyRow))
         raise StudyNotFoundError(

@@ -25,6 +25,11 @@ CGROUP_FILES = (
 """A container's memory limit and use: version 2, version 1."""
 
 
+TRIM_EVERY_BYTES = 64 * 2**20
+"""Weights that were on the C heap go back to the kernel after so many: each time costs a walk over the heap, and what
+waits for it is in RAM twice."""
+
+
 @dataclass(frozen=True)
 class HostRegion:
     """A run of bytes in RAM."""
@@ -45,8 +50,8 @@ class HostStore:
     """
 
     def __init__(self, layers: Sequence[BoundLayer], device: Device) -> None:
-        """Raises, before anything is moved: HostMemoryError if RAM has no room for the largest layer twice; ReadError
-        if a mapped file cannot be read, or was replaced."""
+        """Raises, before anything is moved: HostMemoryError if RAM has no room for what is in it twice meanwhile, the
+        largest layer or `TRIM_EVERY_BYTES`; ReadError if a mapped file cannot be read, or was replaced."""
         self._resting = at_rest(layers)
         self._places: dict[int, tuple[int, int]] = {}
         offset = 0
@@ -63,6 +68,7 @@ class HostStore:
         }
         for resting, memory in zip(self._resting, memories, strict=True):
             _read(resting.placed, memory)
+        moved_bytes = 0
         for resting, memory in zip(self._resting, memories, strict=True):
             begin = 0
             for bound in resting.layers:
@@ -70,7 +76,11 @@ class HostStore:
                 begin += bound.layer.n_bytes
             copy_to([place for place in resting.placed if place not in self._mapped], memory)
             settle(resting.placed, memory)
-            trim_heap()
+            moved_bytes += memory.numel()
+            if moved_bytes >= TRIM_EVERY_BYTES:
+                trim_heap()
+                moved_bytes = 0
+        trim_heap()
         device.pin(self._buffer)
 
     def regions(self, layers: Sequence[int]) -> tuple[HostRegion, ...]:
@@ -130,7 +140,7 @@ def _check_room(moving: Sequence[Resting], n_bytes: int) -> None:
     """Memory of the process's own goes as it moves; mapped pages of files, which are not in it, take new RAM."""
     largest = max((sum(bound.layer.n_bytes for bound in resting.layers) for resting in moving), default=0)
     check_free(
-        max(largest, n_bytes - anonymous_bytes()),
+        max(largest, min(n_bytes, TRIM_EVERY_BYTES), n_bytes - anonymous_bytes()),
         f"moving {n_bytes / 1e9:.2f} GB of weights to one buffer",
         "close other programs, or load the model in a smaller dtype",
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import tempfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,19 +11,15 @@ from pathlib import Path
 
 import torch
 
-from autosp.devices.memory import memory_of
 from autosp.errors import ReadError
 from autosp.files import cache_error
 from autosp.partition import BoundLayer
-from autosp.partition.placed import Placed
 from autosp.partition.tensors import LAYER_ALIGNMENT
-from autosp.tiers.reader import WeightFile
+from autosp.tiers.packing import Run, write_runs
 from autosp.tiers.readers import Readers
+from autosp.tiers.unnamed import create_unnamed
 
 PACKING = "packing the weights"
-
-WRITE_BYTES = 32 * 2**20
-"""Bytes that are written, and summed up, at a time."""
 
 UNWRITTEN_NS = 10**9
 """The file's time of change once it is packed. A write through the map sets it to now, so it tells that weights were
@@ -96,11 +91,11 @@ class PackedFile:
             self._places[index] = PackedLayer(bound.layer.name, size, n_bytes, None)
             size += n_bytes
         # One block more, to try on it whether the filesystem tells of writes through a map.
-        descriptor, self.file = _create(cache_dir, size + LAYER_ALIGNMENT, readers)
+        descriptor, self.file = create_unnamed(cache_dir, size + LAYER_ALIGNMENT, readers, "packed", PACKING)
         try:
-            for bound in layers:
-                place = self._places[bound.layer.index]
-                place.checksum = _write(descriptor, bound.disk_layout.packed, place)
+            checksums = write_runs(descriptor, [self._run(bound) for bound in layers])
+            for bound, checksum in zip(layers, checksums, strict=True):
+                self._places[bound.layer.index].checksum = checksum
             os.fsync(descriptor)
             # What was packed is not RAM any more.
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -113,6 +108,11 @@ class PackedFile:
             os.close(descriptor)
         with torch.inference_mode(False):
             self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+
+    def _run(self, bound: BoundLayer) -> Run:
+        place = self._places[bound.layer.index]
+        parts = [(placed.offset, placed.current_bytes()) for placed in bound.disk_layout.packed]
+        return Run(place.offset, place.n_bytes, parts)
 
     def region(self, layer: int) -> PackedRegion:
         """The layer as it is read."""
@@ -141,48 +141,6 @@ class PackedFile:
 
     def _was_written(self) -> bool:
         return os.fstat(self.file.descriptor).st_mtime_ns != UNWRITTEN_NS
-
-
-def _create(cache_dir: Path, size: int, readers: Readers) -> tuple[int, WeightFile]:
-    """A new file with all its blocks reserved, so that a full disk is known before anything is written; and a reader.
-
-    Raises: DiskFullError, TierError.
-    """
-    try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=cache_dir, prefix="packed-", suffix=".autosp")
-    except OSError as error:
-        raise cache_error(error, PACKING, size, cache_dir) from error
-    try:
-        file = WeightFile(Path(name), readers)
-    except OSError as error:
-        os.close(descriptor)
-        raise cache_error(error, PACKING, size, cache_dir) from error
-    finally:
-        Path(name).unlink()
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except OSError as error:
-        os.close(descriptor)
-        file.close()
-        raise cache_error(error, PACKING, size, cache_dir) from error
-    return descriptor, file
-
-
-def _write(descriptor: int, packed: Sequence[Placed], place: PackedLayer) -> int:
-    """Write every extent at its place. Returns the crc32 of the whole layer, zeros between the extents included."""
-    checksum = 0
-    end = 0
-    for placed in packed:
-        checksum = zlib.crc32(bytes(placed.offset - end), checksum)
-        source = memory_of(placed.current_bytes())
-        done = 0
-        while done < len(source):
-            count = os.pwrite(descriptor, source[done : done + WRITE_BYTES], place.offset + placed.offset + done)
-            checksum = zlib.crc32(source[done : done + count], checksum)
-            done += count
-        end = placed.offset + len(source)
-    return zlib.crc32(bytes(place.n_bytes - end), checksum)
 
 
 def _tells_writes(descriptor: int, pages: mmap.mmap, spare: int) -> bool:

@@ -30,6 +30,12 @@ def is_cached(descriptor: int, offset: int, n_bytes: int) -> bool:
 
     False where the kernel does not tell: an old one, another's file, a filesystem without a page cache.
     """
+    count = (offset + n_bytes - 1) // mmap.PAGESIZE - offset // mmap.PAGESIZE + 1
+    return cached_bytes(descriptor, offset, n_bytes) == count * mmap.PAGESIZE
+
+
+def cached_bytes(descriptor: int, offset: int, n_bytes: int) -> int | None:
+    """Bytes of a run of a file that are in the page cache now, in whole pages; None where the kernel does not tell."""
     pages = _Pages()
     wanted = _Range(offset, n_bytes)
     failed = _syscall(
@@ -39,5 +45,4 @@ def is_cached(descriptor: int, offset: int, n_bytes: int) -> bool:
         ctypes.byref(pages),
         ctypes.c_uint(0),
     )
-    count = (offset + n_bytes - 1) // mmap.PAGESIZE - offset // mmap.PAGESIZE + 1
-    return not failed and pages.cached == count
+    return None if failed else pages.cached * mmap.PAGESIZE

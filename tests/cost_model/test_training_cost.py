@@ -19,49 +19,8 @@ from autosp.schedule.actions import Kind, Ref
 from autosp.schedule.training import lower_training
 from autosp.schedule.visits import used_up_after
 from autosp.search.space import rank
-from autosp.spec import BackwardProfile, Block, Candidate, Prediction, Profile, Tier, Usage
-from builders import blocks, candidates, link, profile, profiles, quick, recomputed, seconds, thorough, trial
-
-
-def trained(
-    measured: Profile,
-    backward: tuple[int, ...],
-    *,
-    backward_s: list[float],
-    recompute_s: list[float],
-    before_s: list[float] | None = None,
-    kept: list[tuple[int, int]] | None = None,
-    return_bytes_per_s: float = 1.0,
-) -> Profile:
-    """The profile, of training: all layers have gradients as large as they are. `kept`: activations and inputs."""
-    parts = measured.partition
-    layers = tuple(layer.model_copy(update={"gradient_bytes": layer.n_bytes}) for layer in parts.layers)
-    back = link(bytes_per_s=return_bytes_per_s).model_copy(update={"source": Tier.DEVICE, "target": Tier.HOST})
-    befores = before_s or [0.0] * len(backward)
-    times = zip(backward, befores, recompute_s, backward_s, strict=True)
-    sizes = kept or [(0, 0)] * len(parts.visits)
-    least = Candidate(k=1, k_prime=1, recompute=tuple(sorted(set(backward))))
-    offloadable = tuple(n_bytes for n_bytes, _ in sizes)
-    changes = {"layers": layers, "backward": backward, "repeats": 1, "activation_bytes": offloadable}
-    found = measured.model_copy(
-        update={
-            "mode": "training",
-            "partition": parts.model_copy(update=changes),
-            "visits": tuple(
-                visit.model_copy(update={"kept_bytes": all_of_it, "input_bytes": inputs})
-                for visit, (all_of_it, inputs) in zip(measured.visits, sizes, strict=True)
-            ),
-            "backward": tuple(
-                BackwardProfile(layer=layer, before_s=before, recompute_s=again, backward_s=own)
-                for layer, before, again, own in times
-            ),
-            "links": (measured.link, back),
-        }
-    )
-    found = found.model_copy(update={"least_compute_s": found.compute_s})
-    (prediction,) = predict(found, [least])
-    return found.model_copy(update={"observed": trial(prediction)})
-
+from autosp.spec import Block, Candidate, Prediction, Profile, Usage
+from builders import blocks, candidates, link, profile, profiles, quick, recomputed, seconds, thorough, trained, trial
 
 # Three layers of 10 B at 10 B/s: 1 s a load, and a send. Forward 1 s, backward 2 s, 1 s to compute again.
 SMALL = trained(
@@ -106,8 +65,10 @@ def test_time_by_hand(candidate: Candidate, expected_s: float) -> None:
     [
         # 5 resident, 7 workspace, an arena of 10; at the turn 60 of activations, and the first gradient.
         pytest.param(Candidate(k=1, k_prime=1), 5 + 7 + 10 + 60 + 10, id="kept"),
+        # At the turn: three inputs, all of the last, and its gradient.
+        pytest.param(Candidate(k=1, k_prime=1, recompute=(0, 1, 2)), 5 + 7 + 10 + 12 + 16 + 10, id="recomputed"),
         # At the second: two inputs, all of the one whose backward it is, its gradient, and one that leaves.
-        pytest.param(Candidate(k=1, k_prime=1, recompute=(0, 1, 2)), 5 + 7 + 10 + 8 + 16 + 20, id="recomputed"),
+        pytest.param(Candidate(k=2, k_prime=1, recompute=(0, 1, 2)), 5 + 7 + 20 + 8 + 16 + 20, id="two at a time"),
         # The last two are gone when the gradients of all three are there: 20 + 30. At the turn: 60 + 10.
         pytest.param(Candidate(k=3, k_prime=1, residents=(0, 1, 2)), 5 + 7 + 30 + 70, id="resident"),
     ],
@@ -133,7 +94,10 @@ def test_gradients_by_hand(
 ) -> None:
     times = [1.0] * len(backward)
     measured = trained(profile(layer_bytes), backward, backward_s=times, recompute_s=times)
-    assert TrainingMemory(measured).moving_bytes((), residents) == expected_bytes
+    memory = TrainingMemory(measured)
+    assert memory.moving_bytes((), residents, ring=2) == expected_bytes
+    if not residents and len(backward) == len(layer_bytes):
+        assert memory.moving_bytes((), ring=1) == max(layer_bytes)
 
 
 def test_a_front_is_drawn_up_to_where_nothing_moves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,14 +322,17 @@ def test_where_host_memory_is_the_devices_nothing_is_away() -> None:
         kind: [one.peak_bytes for one in predict(of, [away, kept])] for kind, of in (("cpu", on_cpu), ("gpu", on_gpu))
     }
     assert peaks["cpu"][0] == peaks["cpu"][1]
-    assert peaks["gpu"][0] == peaks["gpu"][1] - 10  # that of 0 is back beside a gradient more
+    assert peaks["gpu"][0] == peaks["gpu"][1] - 20  # at the turn that of 1 is back already
     assert [one.offloaded_bytes for one in predict(on_gpu, [away, kept])] == [40, 0]
 
 
 @thorough
 @given(training_profiles(), st.data())
 def test_gradients_as_the_executor_lets_them_go(measured: Profile, data: st.DataObject) -> None:
-    """Each is sent when it is there, after the oldest of those before it beyond the largest layer's."""
+    """Each is sent when it is there, after the oldest of those before it beyond the largest layer's.
+
+    With one layer on the device at once it has left before the next one's backward begins.
+    """
     candidate = data.draw(training_candidates(measured))
     parts = measured.partition
     sizes = [layer.gradient_bytes for layer in parts.layers]
@@ -380,13 +347,14 @@ def test_gradients_as_the_executor_lets_them_go(measured: Profile, data: st.Data
             staying += sizes[layer]
             continue
         leaving.append(sizes[layer])
-        while sum(leaving) > max(streamed):
+        while sum(leaving) > (max(streamed) if candidate.k > 1 or layer not in last_first else 0):
             leaving.pop(0)
     bare = [visit.model_copy(update={"kept_bytes": 0, "input_bytes": 0}) for visit in measured.visits]
     memory = TrainingMemory(measured.model_copy(update={"visits": tuple(bare)}))
-    assert peak <= memory.moving_bytes((), candidate.residents)
+    expected = memory.moving_bytes((), candidate.residents, ring=candidate.ring)
+    assert peak <= expected
     if len(last_first) == len(sizes):
-        assert peak == memory.moving_bytes((), candidate.residents)
+        assert peak == expected
 
 
 @pytest.mark.parametrize(

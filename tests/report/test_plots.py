@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from matplotlib.axes import Axes
 
 import report_samples as samples
 from autosp.cost_model.predict import predict
@@ -13,7 +16,9 @@ from autosp.report.units import seconds
 from autosp.schedule.actions import Kind
 from autosp.schedule.timeline import Span, Timeline
 from autosp.spec import Candidate
+from builders import profile, trained
 
+KINDS = ("streamed", "resident")
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -94,6 +99,60 @@ def test_periods_of_a_pass_measured_in_one_call_or_in_many(calls: int, tmp_path:
     assert group.bounds_s[-1] == periods.period_ends_s[-1]
     assert group.bounds_s[-1] - group.bounds_s[0] == pytest.approx(2 * periods.steady_s, rel=0.1)
     plots.timeline(profile, samples.WINDOW, tmp_path / "t.png", None, measured)
+
+
+TRAINED = trained(
+    profile((10, 10, 10, 10), bytes_per_s=10.0, resident_bytes=5, workspace_bytes=7),
+    (3, 2, 1, 0),
+    backward_s=[2.0] * 4,
+    recompute_s=[1.0] * 4,
+    kept=[(20, 4)] * 4,
+    return_bytes_per_s=10.0,
+)
+
+
+@pytest.mark.parametrize(
+    ("candidate", "shown"),
+    [
+        (Candidate(k=2, k_prime=1), {"forward, streamed", "backward, streamed", "gradients"}),
+        (
+            Candidate(k=3, k_prime=1, residents=(1,), recompute=(0, 1), offload=(2,)),
+            {
+                *(f"{kind}, {which}" for kind in ("forward", "computed again", "backward") for which in KINDS),
+                "gradients",
+                "activations, out and back",
+            },
+        ),
+    ],
+)
+def test_a_timeline_of_training_tells_its_actions_apart(candidate: Candidate, shown: set[str], tmp_path: Path) -> None:
+    plots.timeline(TRAINED, candidate, tmp_path / "t.svg", None, expected(TRAINED, candidate, 3))
+    picture = drawn(tmp_path / "t.svg")
+    possible = {f"{kind}, {which}" for kind in ("forward", "computed again", "backward") for which in KINDS}
+    possible |= {"activations, out and back"}
+    assert all(f"<!-- {name}" in picture for name in shown)
+    assert not any(f"<!-- {name}" in picture for name in possible - shown)
+    assert "return link" in picture
+    assert "<!-- activations, at most" in picture
+    assert "<!-- gradients, at most" in picture
+    assert "<!-- workspace, at most 7 B" in picture
+
+
+def test_memory_of_training_visit_by_visit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the top of what is drawn is the peak that the cost model predicts, and nothing is above it."""
+    tops: list[float] = []
+    fill_between = Axes.fill_between
+
+    def noted(axes: Axes, places: Any, below: Any, above: Any = 0, **look: Any) -> Any:
+        tops.append(max(np.max(below), np.max(above)))
+        return fill_between(axes, places, below, above, **look)
+
+    monkeypatch.setattr(Axes, "fill_between", noted)
+    for candidate in (Candidate(k=1, k_prime=1), Candidate(k=2, k_prime=1, residents=(3,), recompute=(0,))):
+        tops.clear()
+        (prediction,) = predict(TRAINED, [candidate])
+        plots.timeline(TRAINED, candidate, tmp_path / "t.png")
+        assert max(tops) * 1e6 == pytest.approx(prediction.peak_bytes)
 
 
 @pytest.mark.parametrize("name", ["picture", "picture.jpg", "no/such/folder/picture.png"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from autosp.batch import Step
 from autosp.devices import CpuDevice, Device
 from autosp.partition import bind
 from autosp.profiler.training import training_partition
+from autosp.runtime.disk_state import DiskState
 from autosp.runtime.streamed_model import StreamedModel
 from autosp.schedule.training import lower_training
 from autosp.schedule.updates import with_updates
@@ -45,10 +48,19 @@ def stream(request: pytest.FixtureRequest) -> Iterator[Callable[..., autosp.Stre
 
 
 @pytest.fixture
+def can_be_interrupted() -> Iterator[None]:
+    """Also where the tests were started in the background of a shell, which has them ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
 def apply(tmp_path: Path) -> Iterator[Apply]:
     """Trains a model under a candidate; what of the candidate is no layer of the model's is left out.
 
-    Where a layer of a block is computed again, so is the block.
+    Where a layer of a block is computed again, so is the block. `disk_state` makes the room on disk for the optimizer's
+    state: it gets the optimizer, the streamed layers, and the order of their updates.
     """
     devices: list[Device] = []
     applied: list[StreamedModel[nn.Module]] = []
@@ -60,6 +72,7 @@ def apply(tmp_path: Path) -> Iterator[Apply]:
         step: Step = loss_step,
         device: Device | None = None,
         optimizer: torch.optim.Optimizer | None = None,
+        disk_state: Callable[..., DiskState | None] | None = None,
     ) -> StreamedModel[nn.Module]:
         device = device or CpuDevice(slow_tier=Tier.HOST)
         devices.append(device)
@@ -74,9 +87,15 @@ def apply(tmp_path: Path) -> Iterator[Apply]:
         schedule = lower_training(candidate, bound.partition)
         if optimizer is not None:
             schedule = with_updates(schedule)
-        streamed = StreamedModel(
-            bound, schedule, device, store, Originals.FREED, store.close, mode="training", optimizer=optimizer
-        )
+        opened = ExitStack()
+        state = None
+        if disk_state is not None:
+            layers = [one for one in bound.layers if one.layer.index not in candidate.residents]
+            state = disk_state(optimizer, layers, schedule.steps)
+            opened.callback(state.close if state is not None else lambda: None)
+        opened.callback(store.close)
+        options: dict[str, Any] = {"mode": "training", "optimizer": optimizer, "disk_state": state}
+        streamed = StreamedModel(bound, schedule, device, store, Originals.FREED, opened.close, **options)
         applied.append(streamed)
         return streamed
 

@@ -13,6 +13,7 @@ from torch import nn
 
 import autosp
 from autosp.batch import call, equal
+from autosp.errors import ModelError
 from models import Block, make, tokens, vectors
 
 Stream = Callable[..., autosp.StreamedModel[nn.Module]]
@@ -136,6 +137,40 @@ def test_one_layer_object_in_two_places(stream: Stream) -> None:
 
 
 # -- how the model is called ----------------------------------------------------------------------------------------
+
+
+class Mapped(nn.Module):
+    """Goes over the rows of its input by vmap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(64) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def row(x: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+        mapped: torch.Tensor = torch.vmap(row)(x)
+        return mapped
+
+
+def test_layers_inside_vmap(stream: Stream) -> None:
+    torch.manual_seed(0)
+    model, batch = Mapped().eval(), vectors(3, 64)
+    expected = plain(model, batch)
+    streamed = stream(model, batch)
+    assert equal(call(streamed, batch), expected)
+    assert streamed.stats().misses == 0
+
+
+def test_training_inside_vmap_is_refused_by_layer() -> None:
+    model, batch = Mapped(), vectors(3, 64)
+    with pytest.raises(ModelError, match=r"layer 0 is called with autograd inside a transform of torch\.func"):
+        autosp.plan(
+            model, batch, k=2, k_prime=1, mode="training", step=lambda model, batch: model(batch).sum(), device="cpu"
+        )
 
 
 def test_eight_threads(stream: Stream) -> None:

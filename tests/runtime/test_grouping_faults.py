@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import _thread
-import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -84,14 +83,6 @@ def test_an_exception_in_the_third_microbatch(place: str, error: str, accumulate
     loss_step(model, batch).backward()
     loss_step(plain, batch).backward()
     assert_same_gradients(model, plain)
-
-
-@pytest.fixture
-def can_be_interrupted() -> Iterator[None]:
-    """Also where the tests were started in the background of a shell, which has them ignore Ctrl-C."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("backward", [False, True])

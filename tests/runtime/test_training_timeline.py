@@ -177,6 +177,20 @@ def test_the_gradients_of_a_layer_leave_as_one_and_those_of_each_microbatch_by_t
     assert [span.action.layers for span in sent if span.period == 1] == [(2,), (2,), (1,), (1,), (0,), (0,)]
 
 
+@pytest.mark.parametrize("k", [1, 2])
+def test_with_one_layer_at_a_time_there_is_one_gradient_at_a_time(k: int, apply: Apply) -> None:
+    """Of the second layer they take longer than the weights of the first, which is visited after it."""
+    torch.manual_seed(0)
+    model, batch = nn.Sequential(nn.Linear(64, 16), nn.Linear(16, 1024), nn.Linear(1024, 8)), torch.ones(5, 64)
+    candidate = Candidate(k=k, k_prime=1)
+    streamed = apply(model, batch.requires_grad_(), candidate, device=VirtualDevice(bytes_per_s=1e4))
+    loss_step(model, batch).backward()
+    measured = streamed.timeline()
+    begins = {span.action.layers[0]: span.start_s for span in measured.of_kind(Kind.BACKWARD)}
+    gone = {span.action.layers[0]: span.end_s for span in measured.of_kind(Kind.GRADIENTS)}
+    assert [begins[layer - 1] >= gone[layer] for layer in (2, 1)] == [k == 1] * 2
+
+
 def test_stalls_count_backward_too(apply: Apply) -> None:
     torch.manual_seed(0)
     device = VirtualDevice(bytes_per_s=1e4)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -13,63 +12,16 @@ import torch
 from torch import nn
 
 import autosp
-from autosp.batch import call, equal
-from autosp.devices import CpuDevice, VirtualDevice
+from autosp.batch import equal
+from autosp.devices import VirtualDevice
 from autosp.errors import SettingError
 from autosp.schedule.actions import Kind
-from autosp.spec import Candidate, Tier
+from autosp.spec import Candidate
 from models import make, tokens
 from trained import PLANS, Apply, assert_same_gradients, assert_same_weights, backward, loss_of, loss_step, twins
+from updated import OPTIMIZERS, Held, loop, scaled_loop
 
-Make = Callable[[nn.Module], torch.optim.Optimizer]
-
-
-def two_groups(model: nn.Module) -> torch.optim.Optimizer:
-    """Weights that decay and biases that do not, in one layer."""
-    decayed = [one for one in model.parameters() if one.ndim > 1]
-    others = [one for one in model.parameters() if one.ndim <= 1]
-    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "lr": 0.02}]
-    return torch.optim.AdamW(groups, lr=torch.tensor(0.01), foreach=False)
-
-
-OPTIMIZERS: dict[str, Make] = {
-    "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
-    "sgd with momentum": lambda model: torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True),
-    "sgd over lists": lambda model: torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, foreach=True),
-    "sgd fused": lambda model: torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, fused=True),
-    "adam": lambda model: torch.optim.Adam(model.parameters(), lr=0.01, amsgrad=True),
-    "adam over lists": lambda model: torch.optim.Adam(model.parameters(), lr=0.01, foreach=True),
-    "adam fused": lambda model: torch.optim.AdamW(model.parameters(), lr=0.01, fused=True),
-    "two groups": two_groups,
-    "rmsprop": lambda model: torch.optim.RMSprop(model.parameters(), lr=0.01, momentum=0.5, centered=True),
-    "adagrad": lambda model: torch.optim.Adagrad(model.parameters(), lr=0.05),
-    "adagrad fused": lambda model: torch.optim.Adagrad(model.parameters(), lr=0.05, fused=True),
-    "adadelta": lambda model: torch.optim.Adadelta(model.parameters()),
-    "adamax": lambda model: torch.optim.Adamax(model.parameters(), lr=0.01),
-    "nadam": lambda model: torch.optim.NAdam(model.parameters(), lr=0.01),
-    "radam": lambda model: torch.optim.RAdam(model.parameters(), lr=0.01),
-    "asgd": lambda model: torch.optim.ASGD(model.parameters(), lr=0.05),
-    "rprop": lambda model: torch.optim.Rprop(model.parameters(), lr=0.01),
-    "adafactor": lambda model: torch.optim.Adafactor(model.parameters(), lr=0.01),
-    "muon": lambda model: torch.optim.Muon([one for one in model.parameters() if one.ndim == 2], lr=0.01),
-}
 PLAN_NAMES = list(PLANS)
-
-
-def loop(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any, steps: int = 5) -> None:
-    """Clipping, a schedule, accumulation, both ways to let gradients go, and passes without autograd."""
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
-    for step in range(steps):
-        backward(model, batch, step)
-        if step % 2:
-            backward(model, batch, 100 + step)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        optimizer.step()
-        scheduler.step()
-        (model if step % 3 else optimizer).zero_grad(set_to_none=step != 1)
-        if step == 2:
-            with torch.no_grad():
-                call(model, batch)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -98,27 +50,6 @@ def test_any_model(name: str, apply: Apply) -> None:
     for one, optimizer in zip((model, plain), optimizers, strict=True):
         loop(one, optimizer, batch)
     assert_same_weights(model, plain)
-
-
-class Held(CpuDevice):
-    """Its jobs begin when a test wants."""
-
-    def __init__(self) -> None:
-        super().__init__(slow_tier=Tier.HOST)
-        self._free = threading.Event()
-
-    def hold(self) -> None:
-        """What is asked for from now on waits."""
-        self._free.clear()
-        self.work(self._free.wait)
-
-    def release_soon(self) -> None:
-        """From another thread, for this one may be waiting."""
-        threading.Timer(0.02, self._free.set).start()
-
-    def close(self) -> None:
-        self._free.set()
-        super().close()
 
 
 class Pair:
@@ -284,15 +215,8 @@ def test_a_scaler_s_steps(name: str, apply: Apply) -> None:
     """One of them is skipped; a fused optimizer skips it by itself."""
     pair = Pair(apply, "recompute some", name)
     both = (pair.model, pair.optimizer), (pair.plain, pair.expected)
-    scalers = [torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=2) for _ in both]
-    for step in range(5):
-        for (model, optimizer), scaler in zip(both, scalers, strict=True):
-            loss = loss_of(model(tokens(3, 7 + step)))
-            scaler.scale(loss * torch.inf if step == 2 else loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-    assert scalers[0].get_scale() == scalers[1].get_scale()
+    scales = [scaled_loop(model, optimizer) for model, optimizer in both]
+    assert scales[0] == scales[1]
     assert_same_weights(pair.model, pair.plain)
     assert equal(pair.optimizer.state_dict()["state"], pair.expected.state_dict()["state"])
 

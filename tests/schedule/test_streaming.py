@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autosp.schedule.actions import Action, Kind, parse
-from autosp.schedule.arena import arena_bytes, place
+from autosp.schedule.arena import arena_bytes, place, place_spread
 from autosp.schedule.streaming import Group, Ring, Transfer, build_ring, lower
 from autosp.schedule.validate import validate
 from autosp.spec import Candidate
@@ -315,9 +315,21 @@ def test_a_large_group_leaves_room_for_small_ones_beside_it() -> None:
 @thorough
 @given(st.lists(sizes, max_size=12), st.integers(1, 5))
 def test_places_of_any_neighbours_are_apart(group_bytes: list[int], window: int) -> None:
-    groups = [Group((), *of) for of in zip(place(group_bytes, window), group_bytes, strict=True)]
-    assert all(group.offset >= 0 for group in groups)
-    assert_neighbours_apart(groups, window)
+    ends = []
+    for placing in (place, place_spread):
+        groups = [Group((), *of) for of in zip(placing(group_bytes, window), group_bytes, strict=True)]
+        assert all(group.offset >= 0 for group in groups)
+        assert_neighbours_apart(groups, window)
+        ends.append(max((group.offset + group.n_bytes for group in groups), default=0))
+    assert ends[1] <= ends[0]
+
+
+def test_small_groups_are_spread_over_what_large_neighbours_need() -> None:
+    # The arena is made for the last two: of the others it holds four in a row.
+    group_bytes = (6, 6, 6, 6, 6, 6, 5, 30)
+    assert place(group_bytes, 2) == [0, 29, 0, 29, 0, 29, 0, 5]
+    assert list(place_spread(group_bytes, 2)) == [0, 6, 12, 18, 0, 24, 0, 5]
+    assert list(place_spread(group_bytes, 1)) == [0] * 8
 
 
 def assert_neighbours_apart(groups: Sequence[Group], window: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import pytest
 
@@ -64,6 +63,14 @@ def test_a_tie_goes_to_less_memory() -> None:
     assert fastest([smaller, quick]) == quick
 
 
+def test_what_is_not_close_is_no_tie_however_noisy() -> None:
+    quick = tried(0, 1.0, rounds=2, spread_s=0.1, peak_bytes=200)
+    small, smaller = (tried(k, 1.0 + k / 100, rounds=2, spread_s=0.1, peak_bytes=100 // k) for k in (2, 3))
+    assert ties(quick.measurement, small.measurement)
+    assert not ties(quick.measurement, smaller.measurement)
+    assert fastest([smaller, small, quick]) == small
+
+
 def test_one_round_decides_no_tie() -> None:
     quick = tried(0, 1.0, rounds=2, spread_s=0.01, peak_bytes=200)
     once = tried(1, 1.001, rounds=1, spread_s=0.01, peak_bytes=100)
@@ -84,7 +91,7 @@ def test_a_round_that_failed_counts(outcome: Outcome) -> None:
     assert pooled(measured([1.0], rounds=1), failed).outcome is outcome
 
 
-def test_a_study_ends_with_its_finals(tmp_path: Path) -> None:
+def test_a_study_ends_with_its_finals() -> None:
     """What was slower at first by 1 % is faster by 1 % the second time, by more than the noise."""
     known = profile((10,) * 4, forward_s=0.25, bytes_per_s=1000.0)
     ranked = rank(known, 10**6)
@@ -99,7 +106,7 @@ def test_a_study_ends_with_its_finals(tmp_path: Path) -> None:
         repeated.append(candidate)
         return measured([0.99 - 0.02 * asked.index(candidate)] * 9, rounds=1)
 
-    with Repository(tmp_path / "autosp.db") as repository:
+    with Repository() as repository:
         repository.create_study("finals", study_key(budget_bytes=10**6))
         limits = Limits(max_trials=2)
         first = run_study(repository, "finals", known, ranked[:2], 10**6, validate, limits=limits, progress=str)
@@ -115,25 +122,19 @@ def test_a_study_ends_with_its_finals(tmp_path: Path) -> None:
         assert len(repeated) == 2
 
 
-@pytest.mark.parametrize(("of_another_study", "trials"), [(False, 3), (True, 4)])
-def test_the_effort_counts_no_pass_that_the_database_had(tmp_path: Path, of_another_study: bool, trials: int) -> None:
-    """Three validations of 11 s and more are over 25 passes of 1 s and 5 s. Two, and a fourth one's 4 s, are not."""
-    known = profile((10,) * 4, forward_s=0.1, bytes_per_s=1000.0)
-    ranked = rank(known, 10**6)
-    assert len(ranked) > trials
-    answers = [measured([1.0] * 10 + [1.0 + number / 1000], rounds=1) for number in range(len(ranked))]
-    stored = [known.observed.measurement, answers[0]] if of_another_study else [known.observed.measurement]
-    left = iter(answers)
-    with Repository(tmp_path / "autosp.db") as repository:
-        repository.create_study("effort", study_key(budget_bytes=10**6))
-        validate = lambda candidate: next(left)  # noqa: E731
-        run_study(repository, "effort", known, ranked, 10**6, validate, limits=Limits(), progress=str, stored=stored)
-        assert len(repository.trials("effort")) == trials
-
-
-@pytest.mark.parametrize(("limits", "finals"), [(Limits(), 3), (Limits(max_trials=3), 0)])
-def test_the_default_effort_ends_a_study_with_its_finals_too(tmp_path: Path, limits: Limits, finals: int) -> None:
-    """Three validations of 15 s each are more than 25 passes of 1 s and 5 s, and others may still be faster."""
+@pytest.mark.parametrize(
+    ("limits", "profile_s", "trial_s", "trials", "finals"),
+    [
+        (Limits(), 0.0, 4.0, 4, 3),  # with a fifth one the finals of three would end at 32 s
+        (Limits(), 4.0, 4.0, 3, 3),  # the profile took some of it
+        (Limits(), 0.0, 6.0, 3, 0),  # three are made in any case, finals only where there is time for them
+        (Limits(max_trials=3), 0.0, 1.0, 3, 0),  # nothing is decided where a user's limit cuts a study short
+    ],
+)
+def test_the_effort_is_what_a_study_takes_with_its_profile_and_its_finals(
+    limits: Limits, profile_s: float, trial_s: float, trials: int, finals: int
+) -> None:
+    """30 s by the clock, for the best plan's pass takes 1 s, while others may still be faster."""
     known = profile((10,) * 4, forward_s=0.1, bytes_per_s=1000.0)
     ranked = rank(known, 10**6)
     asked: list[Candidate] = []
@@ -141,9 +142,9 @@ def test_the_default_effort_ends_a_study_with_its_finals_too(tmp_path: Path, lim
 
     def answer(told: list[Candidate], candidate: Candidate) -> Measurement:
         told.append(candidate)
-        return measured([1.0] * 15, rounds=1)
+        return measured([1.0] * 3, rounds=1).model_copy(update={"taken_s": trial_s})
 
-    with Repository(tmp_path / "autosp.db") as repository:
+    with Repository() as repository:
         repository.create_study("effort", study_key(budget_bytes=10**6))
         verdict = run_study(
             repository,
@@ -155,7 +156,7 @@ def test_the_default_effort_ends_a_study_with_its_finals_too(tmp_path: Path, lim
             limits=limits,
             progress=str,
             repeat=partial(answer, repeated),
+            profile_s=profile_s,
         )
-    assert len(asked) == 3
     assert not verdict.finished and "was not tried" in verdict.why
-    assert len(repeated) == finals
+    assert (len(asked), len(repeated)) == (trials, finals)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
@@ -25,8 +24,8 @@ def key(budget_bytes: int = BUDGET, slack: float | None = None, model: str = "m"
 
 
 @pytest.fixture
-def repository(tmp_path: Path) -> Iterator[Repository]:
-    with Repository(tmp_path / "studies.db") as opened:
+def repository() -> Iterator[Repository]:
+    with Repository() as opened:
         yield opened
 
 

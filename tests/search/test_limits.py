@@ -65,7 +65,15 @@ def test_effort_counts_in_passes_of_the_best_plan() -> None:
     most_s = EFFORT_PASSES * 2.0 + EFFORT_S
     assert not Limits().reached(LEAST_TRIALS, most_s, 2.0)
     assert Limits().reached(LEAST_TRIALS, most_s + 0.1, 2.0)
-    assert not Limits().reached(LEAST_TRIALS - 1, most_s + 0.1, 2.0)  # the baselines and the favourite are tried
+    assert not Limits().reached(LEAST_TRIALS - 1, most_s + 0.1, 2.0)  # the favourite and the baselines are tried
+
+
+def test_seconds_beyond_the_effort() -> None:
+    most_s = EFFORT_PASSES * 2.0 + EFFORT_S
+    assert not Limits().beyond_effort(most_s, 2.0)
+    assert Limits().beyond_effort(most_s + 0.1, 2.0)
+    assert not Limits().beyond_effort(1e9, math.inf)  # nothing fits so far
+    assert not Limits(max_trials=1).beyond_effort(1e9, 2.0)
 
 
 def test_a_limit_of_the_users_replaces_the_effort() -> None:

@@ -12,6 +12,7 @@ from autosp.store import Repository
 @pytest.fixture
 def storage(tmp_path: Path) -> Path:
     """The path of a database that is not there yet."""
+    (tmp_path / "data").mkdir()
     return tmp_path / "data" / "autosp.db"
 
 

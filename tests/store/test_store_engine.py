@@ -14,10 +14,27 @@ from autosp.store import Repository, engine
 
 
 def test_the_default_storage_is_the_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AUTOSP_STORAGE", str(tmp_path / "deep" / "there.db"))
+    monkeypatch.setenv("AUTOSP_STORAGE", str(tmp_path / "there.db"))
     with Repository() as repository:
-        assert repository.url == f"sqlite:///{tmp_path}/deep/there.db"
-    assert (tmp_path / "deep" / "there.db").is_file()
+        assert repository.url == f"sqlite:///{tmp_path}/there.db"
+    assert (tmp_path / "there.db").is_file()
+
+
+def test_the_folder_of_the_default_database_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AUTOSP_STORAGE")
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "home" / "share"))
+    Repository().close()
+    assert (tmp_path / "home" / "share" / "autosp" / "autosp.db").is_file()
+
+
+@pytest.mark.parametrize("name", ["studys/autosp.db", "sqlite:/autosp.db", "postgres:/me@host/db"])
+def test_a_mistyped_path_makes_no_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("AUTOSP_STORAGE", name)
+    for storage in (None, name):
+        with pytest.raises(SettingError, match=f"there is no folder {tmp_path / name.rpartition('/')[0]} for the"):
+            Repository(storage)
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize(
@@ -99,17 +116,29 @@ def test_a_user_without_permission_gets_a_read_only_error_that_names_the_path() 
         [happened] = store_workers.at_once(store_workers.as_nobody, [(folder,)])
         folder.chmod(0o755)
     assert happened.pop("there.db read") == "True"
-    assert set(happened) == {"there.db", "absent.db", "absent/absent.db"}
+    assert set(happened) == {"there.db", "absent.db"}
     for path, message in happened.items():
         assert str(folder / path) in message
         assert "another error" not in message
 
 
-def test_a_folder_or_a_file_in_the_way_is_a_read_only_error(tmp_path: Path) -> None:
+def test_a_folder_or_a_file_in_the_way_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for path in (tmp_path, tmp_path / "file" / "autosp.db"):
-        with pytest.raises(StoreReadOnlyError, match=str(path)):
-            Repository(path)
+    with pytest.raises(StoreReadOnlyError, match=str(tmp_path)):
+        Repository(tmp_path)
+    with pytest.raises(SettingError, match=f"no folder {tmp_path / 'file'}"):
+        Repository(tmp_path / "file" / "autosp.db")
+
+
+def test_a_full_disk_is_a_store_error_that_says_what_to_do(tmp_path: Path) -> None:
+    url = engine.storage_url(tmp_path / "full.db")
+    with (
+        closing(sqlite3.connect(tmp_path / "full.db")) as database,
+        pytest.raises(StoreError, match=r"full\.db cannot be written or read: database or disk is full; make room"),
+        engine.translated(url),
+    ):
+        database.execute("PRAGMA max_page_count = 1")
+        database.execute("CREATE TABLE theirs (x)")
 
 
 def test_a_file_that_is_no_database_is_a_store_error_and_is_left_alone(tmp_path: Path) -> None:
