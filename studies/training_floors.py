@@ -88,7 +88,7 @@ def picture(rows: list[TrainingRow], path: Path) -> None:
                 panel.plot(*point, ls="", marker="o", color=colour, mfc=colour if kept else "white")
     panel.set_xlabel("budget, % of plain training's peak")
     panel.set_ylabel("time ÷ floor")
-    panel.axhline(1.0, color="0.6", lw=0.8)
+    panel.axhline(1, color="grey", lw=0.8)
     finish(canvas, path, extra=[HOLLOW])
 
 
