@@ -6,27 +6,22 @@ cache one took 2.5 s.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import zlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
 
 from autosp.devices.memory import anonymous, copy_bytes, memory_of
-from autosp.tiers.reader import DIRECT
+from autosp.tiers.direct import Write, bypass_cache, write_all
 
 WRITERS = 2
 
 WRITE_BYTES = 8 * 2**20
 """Bytes that are written, and summed up, at a time: each writer's memory."""
-
-Write = Callable[[int, memoryview, int], int]
-"""`os.pwrite`, or what stands for a filesystem that refuses: (descriptor, bytes, offset) -> bytes written."""
 
 
 class Run(NamedTuple):
@@ -44,7 +39,7 @@ def write_runs(descriptor: int, runs: Sequence[Run], write: Write = os.pwrite) -
 
     After an error no other run is begun, and none is under way.
     """
-    _bypass_cache(descriptor, True)
+    bypass_cache(descriptor, True)
     left = deque(enumerate(runs))
     checksums = [0] * len(runs)
 
@@ -72,7 +67,7 @@ def _write_run(descriptor: int, write: Write, run: Run, block: memoryview) -> in
     for begin in range(0, run.n_bytes, len(block)):
         piece = block[: min(len(block), run.n_bytes - begin)]
         _fill(piece, run.parts, begin)
-        _write_all(descriptor, write, piece, run.offset + begin)
+        write_all(descriptor, write, piece, run.offset + begin)
         checksum = zlib.crc32(piece, checksum)
     return checksum
 
@@ -87,26 +82,3 @@ def _fill(block: memoryview, parts: Sequence[tuple[int, torch.Tensor]], begin: i
             copy_bytes(source[first - offset : last - offset], block[first - begin : last - begin])
             done = last - begin
     block[done:] = bytes(len(block) - done)
-
-
-def _write_all(descriptor: int, write: Write, block: memoryview, offset: int) -> None:
-    """Short writes are continued: through the page cache, if O_DIRECT cannot continue there, or was refused at all."""
-    done = 0
-    while done < len(block):
-        direct = fcntl.fcntl(descriptor, fcntl.F_GETFL) & DIRECT  # the other writer may change it at any moment
-        try:
-            done += write(descriptor, block[done:], offset + done)
-        except OSError as error:
-            if error.errno != errno.EINVAL or not direct:
-                raise
-            _bypass_cache(descriptor, False)
-
-
-def _bypass_cache(descriptor: int, bypass: bool) -> None:
-    """Have writes take that way, unless the filesystem refuses it."""
-    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-    try:
-        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | DIRECT if bypass else flags & ~DIRECT)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import time
 from pathlib import Path
 
 from autosp.errors import ReadError
 from autosp.partition.tensors import LAYER_ALIGNMENT, align
+from autosp.tiers.direct import DIRECT, bypass_cache, bypasses_cache
 from autosp.tiers.page_cache import is_cached
 from autosp.tiers.readers import Open, Readers
 
 RETRIES = 2
 """Times that a read which failed with EIO is repeated before it is an error."""
-
-DIRECT = getattr(os, "O_DIRECT", 0)
 
 
 class WeightFile:
@@ -28,7 +26,7 @@ class WeightFile:
         self._readers = readers
         self.descriptor = _open(path, direct, readers.open)
         self._opened = os.fstat(self.descriptor)
-        self._direct = bool(fcntl.fcntl(self.descriptor, fcntl.F_GETFL) & DIRECT)
+        self._direct = bypasses_cache(self.descriptor)
         self._buffered = _open_again(self.descriptor) if self._direct else self.descriptor
 
     @property
@@ -129,8 +127,7 @@ class WeightFile:
     def _read_through_cache(self) -> None:
         """Some filesystems take O_DIRECT at opening and refuse it at reading, to every reader that is reading."""
         self._direct = False
-        flags = fcntl.fcntl(self.descriptor, fcntl.F_GETFL)
-        fcntl.fcntl(self.descriptor, fcntl.F_SETFL, flags & ~DIRECT)
+        bypass_cache(self.descriptor, False)
 
 
 def _open(path: Path, direct: bool, open_file: Open) -> int:

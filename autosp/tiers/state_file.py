@@ -10,19 +10,16 @@ pages that the map has of it. Only at the same time, on the same bytes, one may 
 from __future__ import annotations
 
 import ctypes
-import errno
-import fcntl
 import mmap
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from autosp.devices.memory import drop_pages
 from autosp.files import cache_error
+from autosp.tiers.direct import Write, bypass_cache, bypasses_cache, write_all
 from autosp.tiers.page_cache import cached_bytes
-from autosp.tiers.reader import DIRECT
 from autosp.tiers.readers import Readers
 from autosp.tiers.unnamed import create_unnamed
 
@@ -30,9 +27,6 @@ RESTING = "the optimizer's state"
 
 WRITE_BYTES = 32 * 2**20
 """Bytes that are written at a time."""
-
-Write = Callable[[int, memoryview, int], int]
-"""`os.pwrite`, or what stands for a disk that misbehaves: (descriptor, bytes, offset) -> bytes written."""
 
 
 class StateFile:
@@ -48,7 +42,7 @@ class StateFile:
         self._descriptor, self._file = create_unnamed(cache_dir, n_bytes, self._readers, "state", RESTING)
         self._n_bytes = n_bytes
         try:
-            self._direct = self._go_direct()
+            bypass_cache(self._descriptor, True)
             self._map = mmap.mmap(self._descriptor, n_bytes, mmap.MAP_SHARED)
         except OSError as error:
             self._close()
@@ -68,7 +62,7 @@ class StateFile:
     def read(self, target: memoryview, offset: int, name: str) -> None:
         """Fill `target`, whole pages, with what rests there. Raises: ReadError naming the layer."""
         self._file.read_into(target, offset, name)
-        if not self._direct:
+        if not bypasses_cache(self._descriptor):
             self._forget(offset, len(target))
 
     def write(self, source: memoryview, offset: int) -> None:
@@ -76,11 +70,10 @@ class StateFile:
 
         Raises: TierError; the run's bytes may be old ones, new ones, or both, then.
         """
-        done = 0
         try:
-            while done < len(source):
-                done += self._write_some(source[done : done + WRITE_BYTES], offset + done)
-            if not self._direct:
+            for begin in range(0, len(source), WRITE_BYTES):
+                write_all(self._descriptor, self._write, source[begin : begin + WRITE_BYTES], offset + begin)
+            if not bypasses_cache(self._descriptor):
                 os.fdatasync(self._descriptor)
                 self._forget(offset, len(source))
         except OSError as error:
@@ -111,29 +104,6 @@ class StateFile:
         self._file.close()
         os.close(self._descriptor)
         self._readers.close()
-
-    def _write_some(self, source: memoryview, offset: int) -> int:
-        try:
-            return self._write(self._descriptor, source, offset)
-        except OSError as error:
-            if error.errno != errno.EINVAL or not self._direct:
-                raise
-        # Some filesystems take O_DIRECT at opening and refuse it at writing.
-        flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
-        fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~DIRECT)
-        self._direct = False
-        return self._write(self._descriptor, source, offset)
-
-    def _go_direct(self) -> bool:
-        """Whether what is written from now on goes past the page cache."""
-        flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
-        try:
-            fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags | DIRECT)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            return False
-        return bool(DIRECT)
 
     def _forget(self, offset: int, n_bytes: int) -> None:
         """Drop what the page cache has of it and the disk has, too."""
