@@ -203,7 +203,7 @@ def _fastest(search: Search, name: str, key: StudyKey) -> Plan:
         held.close()
         verdict = study.verdict(found, ranked, validated, profile_s)
     if verdict.best is None:
-        raise no_plan(found.profile, key.budget_bytes, repository.trials(name))
+        raise no_plan(found.profile, key.budget_bytes, repository.trials(name), finished=verdict.finished)
     answer = Plan(
         **search.workload.identity(search.device),
         study_name=name,

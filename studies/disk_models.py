@@ -54,7 +54,7 @@ SCALES = {
         block_bytes=(MIB, 2 * MIB),
         windows=(2, 4),
         narrow_percent=40,
-        max_trials=1,
+        max_trials=4,
     ),
     "cpu": Scale(
         shape="cpu",

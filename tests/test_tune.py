@@ -68,7 +68,7 @@ def test_a_budget_below_the_head(tmp_path: Path) -> None:
         expected = model(batch)
     weight: nn.Parameter = model[2].weight  # type: ignore[assignment]
     address = weight.data_ptr()
-    plan = autosp.tune(model, batch, "80MB", device="cpu", progress=False, max_trials=1)
+    plan = autosp.tune(model, batch, "80MB", device="cpu", progress=False, max_trials=3)
     assert weight.nbytes > 100e6
     assert plan.measurement
     assert plan.measurement.outcome is Outcome.FITS
@@ -108,7 +108,7 @@ def test_tune_apply_and_answer_from_the_database() -> None:
 
 def test_an_answer_from_the_database_needs_no_optuna_and_no_pass(tmp_path: Path) -> None:
     model, batch = big()
-    autosp.tune(model, batch, BUDGET_GB, device="cpu", progress=False, max_trials=1)
+    autosp.tune(model, batch, BUDGET_GB, device="cpu", progress=False, max_trials=3)
     code = f"""
         import sys
         sys.path.insert(0, {str(Path(__file__).parent)!r})
@@ -391,7 +391,7 @@ def test_a_model_that_differs_from_itself_is_planned_with_a_warning() -> None:
     torch.manual_seed(0)
     model = Restless(blocks=8, width=WIDTH).eval()
     with pytest.warns(UserWarning, match="cannot be verified"):
-        plan = autosp.tune(model, vectors(4, WIDTH), 0.05, device="cpu", progress=False, max_trials=1)
+        plan = autosp.tune(model, vectors(4, WIDTH), 0.05, device="cpu", progress=False, max_trials=3)
     assert plan.measurement is not None
 
 

@@ -100,7 +100,7 @@ def test_what_the_machine_has_is_the_limit_and_said(device: CpuDevice, monkeypat
 
 def test_without_an_accelerator_the_smaller_budget_holds() -> None:
     model, batch = big()
-    plan = autosp.tune(model, batch, 1, max_cpu_gb=GPU_GB, device="cpu", progress=False, max_trials=1)
+    plan = autosp.tune(model, batch, 1, max_cpu_gb=GPU_GB, device="cpu", progress=False, max_trials=3)
     assert (plan.budget_bytes, plan.host_budget_bytes, plan.candidate.on_disk) == (30_000_000, None, ())
     assert autosp.tune(model, batch, GPU_GB, device="cpu", progress=False) == plan
 

@@ -10,8 +10,11 @@ from autosp.search.space import budget_for, suggested_gb
 from autosp.spec import Outcome, Profile, Trial
 
 
-def no_plan(profile: Profile, budget_bytes: int, trials: Sequence[Trial]) -> AutospError:
-    """The error for a study in which every candidate that was predicted to fit failed on the device."""
+def no_plan(profile: Profile, budget_bytes: int, trials: Sequence[Trial], *, finished: bool) -> AutospError:
+    """The error for a study in which every candidate that was tried failed on the device.
+
+    `finished`: whether all were that were predicted to fit. Otherwise a limit ended it, and less memory may do.
+    """
     differing = [trial for trial in trials if trial.measurement.outcome is Outcome.OUTPUT_DIFFERS]
     if differing:
         return OutputMismatchError(
@@ -31,10 +34,16 @@ def no_plan(profile: Profile, budget_bytes: int, trials: Sequence[Trial]) -> Aut
     least_peak = leanest.measurement.peak_bytes + profile.heap_scatter_bytes  # which a prediction would have in it
     least = budget_for(profile, least_peak, leanest.prediction.candidate.group)
     layer = max(profile.partition.layers, key=lambda layer: layer.n_bytes)
+    told = (
+        "the least that works is"
+        if finished
+        else "others were not tried when a limit ended the study; the least of these needs"
+    )
+    more_trials = "" if finished else "a higher max_trials or timeout_s, or "
     return BudgetTooSmallError(
         f"all {len(measured)} plans that could be measured took more than {budget_bytes / 1e9:.4g} GB has room for; "
-        f"the least that works is {least / 1e9:.4g} GB, set by layer {layer.index} ({layer.name}); "
-        f"try max_gpu_gb={suggested_gb(least)}",
+        f"{told} {least / 1e9:.4g} GB, set by layer {layer.index} ({layer.name}); "
+        f"try {more_trials}max_gpu_gb={suggested_gb(least)}",
         budget_bytes=budget_bytes,
         least_bytes=least,
         layer=layer.name,

@@ -113,12 +113,13 @@ def run_study(
             pass_s = math.inf if verdict.best is None else verdict.best.measurement.latency_s
             finalists = [] if repeat is None else undecided(_acceptable(trials, acceptable))
             trial_s = max((trial.measurement.taken_s for trial in trials), default=0.0)
-            with_finals_s = _spent_s(study, trials) + trial_s * len(finalists)
-            reached = partial(limits.reached, spent_s=with_finals_s + trial_s, pass_s=pass_s)
+            spent_s = _spent_s(study, trials)
+            if limits.beyond_effort(spent_s + trial_s * len(finalists), pass_s):
+                finalists = []  # what is too short for them is long enough for another trial
+            reached = partial(limits.reached, spent_s=spent_s + trial_s * (len(finalists) + 1), pass_s=pass_s)
             upcoming = _what_next(study, sampler, reached, len(trials), len(running), verdict, without_running)
             if upcoming is Next.END:
-                cut_short = not (verdict.finished or limits.by_default) or limits.beyond_effort(with_finals_s, pass_s)
-                if repeat is None or not finalists or cut_short:
+                if repeat is None or not finalists or not (verdict.finished or limits.by_default):
                     return verdict
                 for one in finalists:
                     progress(f"again: {one.prediction.candidate.label()}")

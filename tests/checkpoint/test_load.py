@@ -153,7 +153,7 @@ def test_tune_and_apply_on_a_loaded_model(tmp_path: Path) -> None:
     plain, batch = make("stack")
     path = save(plain, tmp_path / "weights.safetensors")
     model = autosp.load(Stack, weights=path)
-    plan = autosp.tune(model, batch, 0.01, max_trials=1, progress=False, device="cpu")
+    plan = autosp.tune(model, batch, 0.01, max_trials=3, progress=False, device="cpu")
     assert all(is_mapped(parameter, path) for parameter in model.parameters())
     with autosp.load(Stack, plan, weights=path) as streamed:
         assert equal(output(streamed, batch), output(plain, batch))

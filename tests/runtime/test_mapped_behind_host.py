@@ -222,7 +222,7 @@ def test_a_plan_of_three_tiers_needs_no_cache_folder(tmp_path: Path) -> None:
     map_weights(model, tmp_path / "weights")
     expected, before = plain(model, batch), addresses(model)
     device = CpuDevice(slow_tier=Tier.HOST)
-    plan = autosp.tune(model, batch, 0.030, max_cpu_gb=0.008, device=device, progress=False, max_trials=1)
+    plan = autosp.tune(model, batch, 0.030, max_cpu_gb=0.008, device=device, progress=False, max_trials=3)
     assert plan.candidate.on_disk and plan.prediction is not None
     assert plan.prediction.host_bytes <= 8_000_000
     with autosp.apply(model, plan) as streamed:
