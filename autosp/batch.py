@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import struct
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from types import CellType, CodeType, FunctionType, MethodType
@@ -17,6 +18,9 @@ from torch import nn
 from autosp.errors import SettingError
 
 Step = Callable[[nn.Module, Any], Any]
+
+_TWICE_BACKWARD = ("does not require grad and does not have a grad_fn", "through the graph a second time")
+"""What torch says of a step that goes backward: without autograd, and once autosp does, too."""
 
 
 def call(model: nn.Module, batch: Any) -> Any:
@@ -44,7 +48,7 @@ def call(model: nn.Module, batch: Any) -> Any:
 def backward(step: Step, model: nn.Module, batch: Any) -> torch.Tensor:
     """A training step, without its update. Returns its loss, detached.
 
-    Raises: SettingError if the step's answer is no loss.
+    Raises: SettingError if the step's answer is no loss, or the step called `backward()` itself.
     """
     loss = step(model, batch)
     if not isinstance(loss, torch.Tensor):
@@ -56,8 +60,26 @@ def backward(step: Step, model: nn.Module, batch: Any) -> torch.Tensor:
             f"step returned {found}: with mode='training' it returns the loss, a tensor of one element that depends on "
             "a parameter that requires a gradient"
         )
-    loss.backward()
+    with no_backward_of_its_own():
+        loss.backward()
     return loss.detach()
+
+
+@contextmanager
+def no_backward_of_its_own() -> Iterator[None]:
+    """Raises: SettingError where torch says that a step calls `backward()` itself.
+
+    That fails without autograd, as layers are found; and with it leaves nothing to go back through.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(told in str(error) for told in _TWICE_BACKWARD):
+            raise
+        raise SettingError(
+            "step calls backward() itself: with mode='training' it computes the loss and returns it, and autosp goes "
+            "backward"
+        ) from error
 
 
 def signature(batch: Any) -> str:

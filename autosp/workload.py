@@ -16,7 +16,17 @@ from typing import Any, Protocol, cast, get_args
 import torch
 from torch import nn
 
-from autosp.batch import Step, backward, call, digest, map_tensors, signature, step_name, tensors_in
+from autosp.batch import (
+    Step,
+    backward,
+    call,
+    digest,
+    map_tensors,
+    no_backward_of_its_own,
+    signature,
+    step_name,
+    tensors_in,
+)
 from autosp.devices import Device
 from autosp.errors import BudgetError, ModelError, SettingError
 from autosp.intercept import check_plain
@@ -86,8 +96,11 @@ class Workload:
         return cls(model, batch, step, cast("Mode", mode), seed, checked_group(group))
 
     def run_forward(self) -> Any:
-        """One pass without autograd: in training, its forward. What the model raises passes through."""
-        with torch.no_grad():
+        """One pass without autograd: in training, its forward. What the model raises passes through.
+
+        Raises: SettingError if a training step goes backward itself.
+        """
+        with torch.no_grad(), no_backward_of_its_own() if self.mode == "training" else nullcontext():
             return call(self.model, self.batch) if self.step is None else self.step(self.model, self.batch)
 
     def run(self) -> Any:

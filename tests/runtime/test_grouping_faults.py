@@ -127,6 +127,12 @@ def test_an_exception_in_inference() -> None:
     streamed.remove()
 
 
+def backward_step(model: nn.Module, batch: Any) -> torch.Tensor:
+    loss: torch.Tensor = loss_step(model, batch)
+    loss.backward()
+    return loss
+
+
 def test_mistakes_are_named(apply: Apply) -> None:
     model, batch = make("stack")
     streamed = apply(model.train(), batch, PLANS["k=3 k'=1"])
@@ -139,6 +145,9 @@ def test_mistakes_are_named(apply: Apply) -> None:
         streamed.backward_group([batch] * 2, nested)
     with pytest.raises(SettingError, match="returns the loss"):
         streamed.backward_group([batch], lambda model, batch: model(batch))
+    with pytest.raises(SettingError, match=r"calls backward\(\) itself"):
+        streamed.backward_group([batch], backward_step)
+    model.zero_grad()
     assert all(one.grad is None for one in model.parameters())
     streamed.remove()
     with pytest.raises(SettingError, match="removed"):
