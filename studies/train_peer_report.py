@@ -16,15 +16,29 @@ from autosp.report.units import NOTHING, ratio, seconds, size
 CLOSE = 1e-5
 """Relative. Other kernels of the update round otherwise: losses of the first steps that are no further apart."""
 
-COLUMNS = ["system", "step", "÷ plain", "peak", "losses", "autosp at that peak", "peak", "plan", "÷ system", "slower"]
+COLUMNS = [
+    "system",
+    "step",
+    "÷ plain",
+    "peak",
+    "heap left alone",
+    "losses",
+    "autosp at that peak",
+    "peak",
+    "plan",
+    "÷ system",
+    "slower",
+]
 
 READING = (
     "*Step*: forward, backward and the optimizer's step, the median over repeats. *Peak*: of device memory; on a "
     "processor what a forward and backward takes beyond the weights, gradients and optimizer state that rest in host "
-    "memory; of a system that keeps them on the device, all of it. *Losses*: of the first steps, beside plain "
-    "training's. *autosp at that peak*: tuned under the peak that the system had in the same repeat; *÷ system*: of "
-    "each repeat. Where no setting of autosp's fits that peak, it is tuned under the least that works, and the "
-    "pair counts as lost. *Slower*: whether its median step takes longer than the system's."
+    "memory; of a system that keeps them on the device, all of it. *Heap left alone*: step and peak where the C "
+    "library keeps what was freed; the other columns are of a heap that gives it back, as under autosp's plans. "
+    "*Losses*: of the first steps, beside plain training's. *autosp at that peak*: tuned under the peak that the "
+    "system had in the same repeat; *÷ system*: of each repeat. Where no setting of autosp's fits that peak, it is "
+    "tuned under the least that works, and the pair counts as lost. *Slower*: whether its median step takes longer "
+    "than the system's."
 )
 UNTRIED = (
     "The settings for an accelerator were written from the systems' sources; none of these rows was measured on one, "
@@ -65,7 +79,7 @@ def _line(mine: list[Any], system: str, verdicts: list[bool]) -> list[str]:
     rows = _without_pair(mine, system)
     step_s = _step_s(rows)
     cells = [SYSTEMS[system].title, seconds(step_s), ratio(step_s, _step_s(_without_pair(mine, PLAIN)))]
-    cells += [size(max(row.figures["peak_bytes"] for row in rows)), _losses(rows, mine)]
+    cells += [size(max(row.figures["peak_bytes"] for row in rows)), _alone(rows), _losses(rows, mine)]
     beside = having(mine, system=TUNED, beside=system)
     if not beside:
         tried = [row.outcome for row in mine if row.case.beside == system]
@@ -83,6 +97,14 @@ def _line(mine: list[Any], system: str, verdicts: list[bool]) -> list[str]:
         f"{ratio(tuned_s, step_s)} ({', '.join(_ratios(rows, beside))})",
         ("yes" if slower else "no") + ("" if fits else ", with more memory"),
     ]
+
+
+def _alone(rows: list[Any]) -> str:
+    known = [row.figures for row in rows if "alone_step_s" in row.figures]
+    if not known:
+        return NOTHING
+    step_s = median(one["alone_step_s"] for one in known)
+    return f"{seconds(step_s)}, {size(max(one['alone_peak_bytes'] for one in known))}"
 
 
 def _budget(beside: list[Any]) -> str:

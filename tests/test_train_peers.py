@@ -58,7 +58,7 @@ def test_autosp_runs_with_the_memory_of_each_system_that_ran(tmp_path: Path) -> 
     assert sorted(cases, key=str) == sorted(ANSWERS, key=str)
     text = raw.with_suffix(".md").read_text(encoding="utf-8")
     assert "not slower than the system in 1 of 2 pairs" in text
-    assert "| 40.0 MB | equal | 1.50 s, losses equal | 40.0 MB of 40.0 MB | k=2 | 0.75 (0.75) | no |" in text
+    assert "| 40.0 MB | – | equal | 1.50 s, losses equal | 40.0 MB of 40.0 MB | k=2 | 0.75 (0.75) | no |" in text
     assert "45.0 MB of 45.0 MB = 1.50 × the system's" in text and "no, with more memory" in text
     assert "within 1e-06" in text
     assert "**accelerate cpu_offload**: failed: RuntimeError: no gradient (mlp with SGD)" in text
