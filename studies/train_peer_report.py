@@ -170,7 +170,8 @@ def picture(rows: list[Any], path: Path) -> None:
         panel.set_title(optimizer)
         panel.set_xlabel("peak ÷ plain training's")
         panel.set_ylabel("step ÷ plain training's")
-        panel.set_yscale("log")
+        panel.set_yscale("log", base=2)
+        panel.yaxis.set_major_formatter("{x:g}")
     finish(canvas, path, extra=[{"color": "grey", "marker": "*", "ls": "", "label": "autosp at that peak"}])
 
 
@@ -187,6 +188,9 @@ def _draw(panel: Any, mine: list[Any], colours: dict[str, str]) -> None:
         x = max(row.figures["peak_bytes"] for row in rows) / plain_bytes
         y = (_step_s(rows) or 0.0) / plain_s
         panel.plot([x], [y], ls="", marker="o", color=colours[system], label=SYSTEMS[system].title)
+        if system != PLAIN:
+            beside_point = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
+            panel.annotate(mine[0].case.model, (x, y), fontsize=8, **beside_point)
         beside_s = _step_s(having(mine, system=TUNED, beside=system))
         if beside_s is not None:
             panel.plot([x, x], [y, beside_s / plain_s], color=colours[system], lw=0.8)
