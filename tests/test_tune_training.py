@@ -319,6 +319,25 @@ class Apart(VirtualDevice):
         return False
 
 
+def test_a_trial_leaves_room_for_the_optimizers_state_of_residents(tmp_path: Any) -> None:
+    """On a device of its own; on a CPU all state is in host memory, whatever is resident."""
+    model, batch = nn.Sequential(nn.Linear(256, 64), nn.Linear(64, 64), nn.Linear(64, 64)), vectors(4, 256)
+    model[1].requires_grad_(False)
+    weights = sum(one.nbytes for one in model.parameters() if one.requires_grad)
+    everything = Candidate(k=3, k_prime=1, residents=(0, 1, 2))
+    for device in (Apart(bytes_per_s=1e9), CpuDevice(slow_tier=Tier.HOST)):
+        workload = Workload.of(model, batch, loss_step, "training", device)
+        parts = training_partition(workload, device, tmp_path)
+        with Bench(model, parts, device, tmp_path, mode="training") as bench:
+            assert bench.state_bytes(everything) == (0 if device.is_host else 2 * weights)
+            assert bench.state_bytes(Candidate(k=1, k_prime=1)) == 0
+            reference = Reference.of_training(bench, workload)
+            found = validate(bench, workload, reference, 2 * weights - 1, everything)
+        if not device.is_host:
+            assert (found.outcome, found.peak_bytes >= 2 * weights) == (Outcome.OVER_BUDGET, True)
+        device.close()
+
+
 def test_what_offloads_is_validated_and_a_full_host_is_an_outcome(tmp_path: Any) -> None:
     model, batch = wide(4, 64)
     device = Apart(bytes_per_s=1e9)

@@ -1,9 +1,11 @@
 """Device memory of a training pass: weights, activations kept for the backward, gradients.
 
-`peak = fixed + arena + residents + max over visits of (activations + gradients)`, where
+`peak = fixed + arena + residents + state + max over visits of (activations + gradients)`, where
 
 - fixed is what is resident for every plan, and the workspace: what the least-memory plan was observed to take beyond
   this formula, so that kernels' own memory, and gradients of activations, are in it;
+- state is what an optimizer keeps beside residents once it has made a step: `Partition.state_bytes`. Where the device
+  is the host, all of its state is in host memory in any case, and none is counted;
 - activations at a visit are what the forward has kept so far, or the backward has not used up: of a layer that is
   computed again its inputs, and during its own backward all; of a block likewise; of one that offloads them, none while
   they are away. Of a group each microbatch keeps its own; one at a time computes a layer again, but all together a
@@ -62,7 +64,11 @@ class TrainingMemory:
         moving = self.moving_bytes(
             candidate.recompute, candidate.residents, candidate.group, candidate.offload, candidate.ring
         )
-        return self._weights.peak_bytes(candidate, arena_bytes) + moving
+        return self._weights.peak_bytes(candidate, arena_bytes) + self.state_bytes(candidate.residents) + moving
+
+    def state_bytes(self, residents: tuple[int, ...]) -> int:
+        """Of an optimizer, on the device."""
+        return 0 if self._profile.device.kind == "cpu" else self._partition.state_bytes(residents)
 
     def may_fit(self, candidate: Candidate, usable_bytes: int) -> bool:
         """Whether the candidate fits in the smallest arena that could hold its groups; found without placing them."""

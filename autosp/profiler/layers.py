@@ -138,7 +138,7 @@ def measured_passes(
         latency_s=median(samples),
         samples_s=tuple(samples),
         cold_latency_s=cold_s,
-        peak_bytes=max(stats.peak_bytes, memory.peak_bytes if memory else 0),
+        peak_bytes=max(stats.peak_bytes, memory.peak_bytes if memory else 0) + bench.state_bytes(candidate),
         moved_bytes=(stats.moved_bytes - moved_before) // len(samples),
         misses=stats.misses,
         usage=usage,
@@ -154,7 +154,7 @@ def group_peak_bytes(bench: Bench, candidate: Candidate, workload: Workload, pro
                 progress(f"pass {number + 1} of {candidate.group} microbatches")
                 output = workload.run_under(streamed)
             del output
-            return streamed.stats().peak_bytes
+            return bench.peak_bytes(streamed, candidate)
         finally:
             streamed.remove()
 

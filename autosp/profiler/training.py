@@ -68,6 +68,7 @@ def training_partition(workload: Workload, device: Device, cache_dir: Path) -> P
             for name, parameter in model.named_parameters()
             if parameter.grad is not None
         }
+    resident = sum(gradients.get(name, 0) for name in expected.resident_tensors)
     layers = tuple(
         layer.model_copy(update={"gradient_bytes": sum(gradients.get(name, 0) for name in layer.tensors)})
         for layer in expected.layers
@@ -77,6 +78,7 @@ def training_partition(workload: Workload, device: Device, cache_dir: Path) -> P
     return expected.model_copy(
         update={
             "layers": layers,
+            "resident_gradient_bytes": resident,
             "visits": visits,
             "backward": backward,
             "blocks": blocks,

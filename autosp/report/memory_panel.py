@@ -48,16 +48,21 @@ def draw_memory(
     peak = memory.peak_bytes(candidate, arena)
     parts = [_Part(occupancy(predicted, layer_bytes), BLUE, f"streamed, in an arena of {size(arena)}")]
     beside, what = peak - fixed - arena, "activations and workspace"
+    state = 0
     if isinstance(memory, TrainingMemory):
+        state = memory.state_bytes(candidate.residents)
         curves = memory.curves(candidate)
         parts += _moving(curves, predicted)
-        beside, what = beside - int(np.add(*curves).max()), "workspace"
+        beside, what = beside - int(np.add(*curves).max()) - state, "workspace"
     unit, unit_bytes = size_unit(max(peak, budget_bytes or 0))
     times, levels_of = _levels([part.steps for part in parts], bounds_s)
     places = [(when - bounds_s[0]) / axis.unit_s for when in times]
     top = np.full(len(times), fixed) / unit_bytes
     if fixed:
         axes.fill_between(places, top, color=GREEN, lw=0, label=f"resident, {size(fixed)}")
+    if state:
+        below, top = top, top + state / unit_bytes
+        axes.fill_between(places, below, top, color=GREEN, alpha=0.4, lw=0, label=f"optimizer state, {size(state)}")
     for part, levels in zip(parts, levels_of, strict=True):
         below, top = top, top + levels / unit_bytes
         if levels.any():

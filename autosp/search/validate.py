@@ -90,7 +90,7 @@ def validate(
     """
     device = bench.device
     try:
-        with device.limit(budget_bytes), workload.trial():
+        with device.limit(budget_bytes - bench.state_bytes(candidate)), workload.trial():
             streamed = bench.apply(candidate)
             try:
                 progress("cold")
@@ -108,6 +108,7 @@ def validate(
                     seconds, output = _timed_pass(bench, workload, streamed)
                     samples.append(seconds)
                 stats = streamed.stats()
+                peak_bytes = bench.peak_bytes(streamed, candidate)
                 usage = streamed.usage(len(samples))
             finally:
                 streamed.remove()
@@ -116,13 +117,13 @@ def validate(
             raise
         return failed(Outcome.OUT_OF_MEMORY, budget_bytes + 1)
     if not same and reference.repeats():
-        return failed(Outcome.OUTPUT_DIFFERS, stats.peak_bytes)
+        return failed(Outcome.OUTPUT_DIFFERS, peak_bytes)
     return Measurement(
-        outcome=Outcome.FITS if stats.peak_bytes <= budget_bytes else Outcome.OVER_BUDGET,
+        outcome=Outcome.FITS if peak_bytes <= budget_bytes else Outcome.OVER_BUDGET,
         latency_s=median(samples),
         samples_s=tuple(samples),
         cold_latency_s=cold_s,
-        peak_bytes=stats.peak_bytes,
+        peak_bytes=peak_bytes,
         moved_bytes=(stats.moved_bytes - moved_before) // len(samples),
         misses=stats.misses,
         usage=usage,

@@ -8,6 +8,9 @@ from pydantic import Field
 
 from autosp.spec.record import Record
 
+STATE_PER_WEIGHT = 2
+"""Bytes that an optimizer keeps for each byte of a trained weight: Adam's, which has more than most."""
+
 
 class Layer(Record):
     """The unit that moves: the tensors of one module, or a run of rows of its weight, in one piece of memory."""
@@ -57,6 +60,9 @@ class Partition(Record):
     layers: tuple[Layer, ...]
     resident_tensors: tuple[str, ...] = Field(description="tied, mutated or parent-owned tensors: never streamed")
     resident_bytes: int
+    resident_gradient_bytes: int = Field(
+        default=0, description="bytes of the resident tensors' gradients that a training pass gives"
+    )
     visits: tuple[int, ...] = Field(description="layer index per call, in the order of one period of execution")
     repeats: int = Field(description="periods per pass; more than one where the step calls the model again and again")
     backward: tuple[int, ...] = Field(
@@ -99,6 +105,11 @@ class Partition(Record):
         whole = {layer for block in self.recomputed_blocks(recompute) for layer in block.layers}
         others = {*recompute} - whole
         return tuple(block for block in self.blocks if not others.isdisjoint(block.layers))
+
+    def state_bytes(self, residents: Collection[int]) -> int:
+        """What an optimizer comes to keep where weights are that never leave: the resident tensors and these layers."""
+        trained = self.resident_gradient_bytes + sum(self.layers[index].gradient_bytes for index in residents)
+        return STATE_PER_WEIGHT * trained
 
     @property
     def streamable_bytes(self) -> int:

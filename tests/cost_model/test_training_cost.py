@@ -70,12 +70,25 @@ def test_time_by_hand(candidate: Candidate, expected_s: float) -> None:
         # At the second: two inputs, all of the one whose backward it is, its gradient, and one that leaves.
         pytest.param(Candidate(k=2, k_prime=1, recompute=(0, 1, 2)), 5 + 7 + 20 + 8 + 16 + 20, id="two at a time"),
         # The last two are gone when the gradients of all three are there: 20 + 30. At the turn: 60 + 10.
-        pytest.param(Candidate(k=3, k_prime=1, residents=(0, 1, 2)), 5 + 7 + 30 + 70, id="resident"),
+        # And an optimizer keeps twice their 30 beside them.
+        pytest.param(Candidate(k=3, k_prime=1, residents=(0, 1, 2)), 5 + 7 + 30 + 70 + 60, id="resident"),
     ],
 )
 def test_memory_by_hand(candidate: Candidate, expected_bytes: int) -> None:
     (prediction,) = predict(SMALL, [candidate])
     assert prediction.peak_bytes == expected_bytes
+
+
+def test_an_optimizers_state_is_on_the_device_beside_what_never_leaves_it() -> None:
+    tied = SMALL.model_copy(update={"partition": SMALL.partition.model_copy(update={"resident_gradient_bytes": 4})})
+    on_cpu = tied.model_copy(update={"device": tied.device.model_copy(update={"kind": "cpu"})})
+    memories = [TrainingMemory(one) for one in (SMALL, tied, on_cpu)]
+    streamed, resident = Candidate(k=1, k_prime=1), Candidate(k=2, k_prime=1, residents=(1,))
+    assert [memory.state_bytes(streamed.residents) for memory in memories] == [0, 8, 0]
+    assert [memory.state_bytes(resident.residents) for memory in memories] == [20, 28, 0]
+    for candidate in (streamed, resident):
+        without, counted = memories[2].peak_bytes(candidate, 10), memories[1].peak_bytes(candidate, 10)
+        assert counted - without == memories[1].state_bytes(candidate.residents)
 
 
 @pytest.mark.parametrize(
