@@ -73,16 +73,16 @@ class Point(NamedTuple):
 
 
 def run(asked: Run) -> None:
-    """Per repeat and length: all in RAM, windows set by hand, then the plans of the search."""
+    """Per repeat and length: all in RAM, the plans of the search, then windows set by hand."""
     sizes = SCALES[asked.scale].windows
     for repeat in range(asked.repeats):
         for tokens in asked.tokens:
             asked.plain(tokens, repeat)
+            for percent in asked.budgets:
+                asked.measured_plan(TUNED, tokens, repeat, percent)
             count = len(set(asked.layers(tokens).partition.visits))
             for candidate in windows(sizes, count):
                 asked.measured_by_hand(tokens, repeat, candidate)
-            for percent in asked.budgets:
-                asked.measured_plan(TUNED, tokens, repeat, percent)
 
 
 def windows(sizes: Sequence[int], count: int) -> Iterator[Candidate]:
