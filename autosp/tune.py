@@ -73,7 +73,8 @@ def tune(
             Default: what the machine has. Without an accelerator the smaller of the two budgets holds.
         slack: 0.05 for the least memory that takes no more than 5 % longer than the fastest plan under the budget.
         mode: "training" for a plan that `backward()` runs under, too. Trials run forward and backward, no optimizer:
-            gradients and loss are those of plain training, and the plan's time is a pass's without its update.
+            gradients and loss are those of plain training, and the plan's time is a pass's without its update. On an
+            accelerator room is left for the state that one keeps there: `Partition.state_bytes`.
         step: `step(model, batch)` instead of the plain call, for a `generate`. In training it returns the loss.
         device: default: the accelerator if there is one.
         group: how many microbatches, each like the sample batch, share a pass: see `StreamedModel.run_group`, and in
