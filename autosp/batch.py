@@ -77,8 +77,8 @@ def no_backward_of_its_own() -> Iterator[None]:
         if not any(told in str(error) for told in _TWICE_BACKWARD):
             raise
         raise SettingError(
-            "step calls backward() itself: with mode='training' it computes the loss and returns it, and autosp goes "
-            "backward"
+            "step, or the model in it, calls backward() itself: with mode='training' it computes the loss and returns "
+            "it, and autosp goes backward"
         ) from error
 
 

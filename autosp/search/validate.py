@@ -90,7 +90,7 @@ def validate(
     """
     device = bench.device
     try:
-        with device.limit(budget_bytes - bench.state_bytes(candidate)), workload.trial():
+        with device.limit(max(0, budget_bytes - bench.state_bytes(candidate))), workload.trial():
             streamed = bench.apply(candidate)
             try:
                 progress("cold")
