@@ -5,7 +5,8 @@ they are, in a hook under somebody else's C++ frames too, and what they share ne
 
 [Note: unwinding] When one raises, or the thread that waits for them is interrupted, the others end one after another:
 each raises `StoppedError` where it handed over, or, if it runs, where it next asks. What never began never begins.
-`run` returns, or raises, when all threads have ended.
+`run` returns, or raises, when all threads have ended; but one that was about to begin when Ctrl-C came does not count
+as alive yet (threading.Thread.is_alive): it ends by itself right after, and runs nothing.
 """
 
 from __future__ import annotations
