@@ -67,9 +67,9 @@ def backward(step: Step, model: nn.Module, batch: Any) -> torch.Tensor:
 
 @contextmanager
 def no_backward_of_its_own() -> Iterator[None]:
-    """Raises: SettingError where torch says that a step calls `backward()` itself.
+    """Raises: SettingError where torch says that a step calls `backward()` itself, or goes back into an earlier pass.
 
-    That fails without autograd, as layers are found; and with it leaves nothing to go back through.
+    The former fails without autograd, as layers are found; both leave nothing to go back through.
     """
     try:
         yield
@@ -78,7 +78,7 @@ def no_backward_of_its_own() -> Iterator[None]:
             raise
         raise SettingError(
             "step, or the model in it, calls backward() itself: with mode='training' it computes the loss and returns "
-            "it, and autosp goes backward"
+            "it, and autosp goes backward. Or the model keeps tensors of an earlier pass: detach() them"
         ) from error
 
 

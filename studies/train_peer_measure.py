@@ -7,7 +7,6 @@ backward, is what an accelerator would hold: weights that came, activations, gra
 itself, its residents with their gradients included; of its figure the optimizer's state, which comes later, is taken
 off. A system that keeps everything on the device has everything counted, its update too.
 
-
 [Note: one state of the heap] Left alone, the C library keeps what was freed: steps are quicker, for the kernel clears
 no new pages, and take two to five times the memory (FSDP2 on models of 0.2 GB). So where weights rest in host memory a
 step's time and its memory are those of a heap that gives freed memory back at once, as it does under autosp's plans.

@@ -245,18 +245,12 @@ def test_a_budget_that_nothing_fits() -> None:
     tune(model, batch, f"{int(1.5 * raised.value.least_bytes)}B")
 
 
-def backward_step(model: nn.Module, batch: Any) -> torch.Tensor:
-    loss = loss_step(model, batch)
-    loss.backward()
-    return loss
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"step": None}, "needs step"),
         ({"step": lambda model, batch: model(batch)}, "a tensor of shape"),
-        ({"step": backward_step}, "calls backward\\(\\) itself"),
+        ({"step": trained.backward_step}, "calls backward\\(\\) itself"),
         ({"max_cpu_gb": 1}, "give it to autosp.apply"),
         ({"device": CpuDevice()}, "rest on disk, and training updates them"),
     ],

@@ -38,6 +38,13 @@ def loss_step(model: nn.Module, batch: Any) -> torch.Tensor:
     return loss_of(call(model, batch))
 
 
+def backward_step(model: nn.Module, batch: Any) -> torch.Tensor:
+    """As nobody may write it: autosp goes backward."""
+    loss = loss_step(model, batch)
+    loss.backward()
+    return loss
+
+
 def twins(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     """The model in training mode, and one like it."""
     return model.train(), copy.deepcopy(model).train()

@@ -68,7 +68,7 @@ class TrainingMemory:
 
     def state_bytes(self, residents: tuple[int, ...]) -> int:
         """Of an optimizer, on the device."""
-        return 0 if self._profile.device.kind == "cpu" else self._partition.state_bytes(residents)
+        return self._partition.state_bytes(residents, self._profile.device.kind)
 
     def may_fit(self, candidate: Candidate, usable_bytes: int) -> bool:
         """Whether the candidate fits in the smallest arena that could hold its groups; found without placing them."""

@@ -154,7 +154,7 @@ def group_peak_bytes(bench: Bench, candidate: Candidate, workload: Workload, pro
                 progress(f"pass {number + 1} of {candidate.group} microbatches")
                 output = workload.run_under(streamed)
             del output
-            return bench.peak_bytes(streamed, candidate)
+            return streamed.stats().peak_bytes + bench.state_bytes(candidate)
         finally:
             streamed.remove()
 

@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from autosp.cost_model.memory import occupancy
 from autosp.cost_model.training_memory import Bytes, TrainingMemory, memory_of
-from autosp.report.drawing import BLUE, GREEN, PURPLE, SKY, YELLOW, TimeAxis, size_unit
+from autosp.report.drawing import BLUE, GREEN, ORANGE, PURPLE, SKY, YELLOW, TimeAxis, size_unit
 from autosp.report.units import size
 from autosp.schedule.actions import Kind
 from autosp.schedule.lowering import ring_for
@@ -48,10 +48,10 @@ def draw_memory(
     peak = memory.peak_bytes(candidate, arena)
     parts = [_Part(occupancy(predicted, layer_bytes), BLUE, f"streamed, in an arena of {size(arena)}")]
     beside, what = peak - fixed - arena, "activations and workspace"
-    state = 0
     if isinstance(memory, TrainingMemory):
         state = memory.state_bytes(candidate.residents)
         curves = memory.curves(candidate)
+        parts = [_Part([(bounds_s[0], state)], ORANGE, f"optimizer state, {size(state)}"), *parts]
         parts += _moving(curves, predicted)
         beside, what = beside - int(np.add(*curves).max()) - state, "workspace"
     unit, unit_bytes = size_unit(max(peak, budget_bytes or 0))
@@ -60,9 +60,6 @@ def draw_memory(
     top = np.full(len(times), fixed) / unit_bytes
     if fixed:
         axes.fill_between(places, top, color=GREEN, lw=0, label=f"resident, {size(fixed)}")
-    if state:
-        below, top = top, top + state / unit_bytes
-        axes.fill_between(places, below, top, color=GREEN, alpha=0.4, lw=0, label=f"optimizer state, {size(state)}")
     for part, levels in zip(parts, levels_of, strict=True):
         below, top = top, top + levels / unit_bytes
         if levels.any():

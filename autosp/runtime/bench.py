@@ -78,12 +78,7 @@ class Bench:
 
     def state_bytes(self, candidate: Candidate) -> int:
         """What an optimizer will keep on the device under `candidate`, whose passes here run none."""
-        trains = self._mode == "training" and not self.device.is_host
-        return self.partition.state_bytes(candidate.residents) if trains else 0
-
-    def peak_bytes(self, streamed: StreamedModel[nn.Module], candidate: Candidate) -> int:
-        """Most device memory of the passes so far, with room for an optimizer's state."""
-        return streamed.stats().peak_bytes + self.state_bytes(candidate)
+        return self.partition.state_bytes(candidate.residents, self.device.info.kind)
 
     def _lower(self, candidate: Candidate) -> Schedule:
         return lower_for(self._mode, candidate, self.partition)

@@ -88,9 +88,9 @@ def validate(
     Out of memory, the device's or the host's, and a differing output are outcomes, not errors. The model is restored in
     every case; what it raises passes through.
     """
-    device = bench.device
+    device, state_bytes = bench.device, bench.state_bytes(candidate)
     try:
-        with device.limit(max(0, budget_bytes - bench.state_bytes(candidate))), workload.trial():
+        with device.limit(max(0, budget_bytes - state_bytes)), workload.trial():
             streamed = bench.apply(candidate)
             try:
                 progress("cold")
@@ -108,7 +108,6 @@ def validate(
                     seconds, output = _timed_pass(bench, workload, streamed)
                     samples.append(seconds)
                 stats = streamed.stats()
-                peak_bytes = bench.peak_bytes(streamed, candidate)
                 usage = streamed.usage(len(samples))
             finally:
                 streamed.remove()
@@ -116,6 +115,7 @@ def validate(
         if not device.is_out_of_memory(error) and not isinstance(error, HostMemoryError):
             raise
         return failed(Outcome.OUT_OF_MEMORY, budget_bytes + 1)
+    peak_bytes = stats.peak_bytes + state_bytes
     if not same and reference.repeats():
         return failed(Outcome.OUTPUT_DIFFERS, peak_bytes)
     return Measurement(

@@ -106,8 +106,13 @@ class Partition(Record):
         others = {*recompute} - whole
         return tuple(block for block in self.blocks if not others.isdisjoint(block.layers))
 
-    def state_bytes(self, residents: Collection[int]) -> int:
-        """What an optimizer comes to keep where weights are that never leave: the resident tensors and these layers."""
+    def state_bytes(self, residents: Collection[int], kind: str) -> int:
+        """What an optimizer comes to keep on a device of that kind, where weights are that never leave it.
+
+        These are the resident tensors and these layers. None on a CPU: there all state is in host memory in any case.
+        """
+        if kind == "cpu":
+            return 0
         trained = self.resident_gradient_bytes + sum(self.layers[index].gradient_bytes for index in residents)
         return STATE_PER_WEIGHT * trained
 

@@ -20,7 +20,17 @@ from autosp.errors import SettingError
 from autosp.runtime import relay as relay_module
 from autosp.runtime.relay import THREAD_NAME, Relay, StoppedError
 from models import make
-from trained import PLANS, SOME, Apply, assert_same_gradients, assert_same_weights, loss_of, loss_step, twins
+from trained import (
+    PLANS,
+    SOME,
+    Apply,
+    assert_same_gradients,
+    assert_same_weights,
+    backward_step,
+    loss_of,
+    loss_step,
+    twins,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -130,12 +140,6 @@ def test_an_exception_in_inference() -> None:
     assert equal(streamed.run_group([batch] * 2), [expected] * 2)
     assert equal(model(batch), expected)
     streamed.remove()
-
-
-def backward_step(model: nn.Module, batch: Any) -> torch.Tensor:
-    loss: torch.Tensor = loss_step(model, batch)
-    loss.backward()
-    return loss
 
 
 def test_mistakes_are_named(apply: Apply) -> None:
