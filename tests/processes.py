@@ -43,6 +43,9 @@ class Program:
         """What it wrote to its stdout, once it has ended as it should."""
         with self._folder as folder:
             self._process.join(timeout_s)
+            if self._process.is_alive():  # at its end this process would wait for it
+                self._process.kill()
+                self._process.join()
             assert self._process.exitcode == returncode, (Path(folder) / "stderr").read_text()
             return (Path(folder) / "stdout").read_text()
 

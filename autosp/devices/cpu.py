@@ -19,7 +19,6 @@ from autosp.devices.heap import (
     Plugs,
     free_kernel_buffers,
     heap_of_training,
-    settle_heap,
 )
 from autosp.devices.memory import anonymous, copy_bytes, memory_of, read_regions, status_bytes
 from autosp.devices.worker import CopyEvent, Worker
@@ -135,7 +134,6 @@ class CpuDevice:
         Pages of files do not count. See [Note: holes].
         """
         _start_thread_pools()
-        settle_heap()
         free_kernel_buffers()
         self._plugs.fill()
         self.restart_peak()

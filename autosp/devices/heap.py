@@ -238,9 +238,14 @@ def trim_heap() -> None:
 def free_kernel_buffers() -> None:
     """Free what MKL keeps between its calls, where torch has MKL: tens of MB that a pass in a new process takes anew.
 
-    The name is what MKL's own `mkl_free_buffers` calls; the build of torch exports no other.
+    The name is what MKL's own `mkl_free_buffers` calls; the build of torch exports no other. Those of a pool's other
+    threads end their arenas, which `trim_heap` does not shorten: only a free that leaves more than the threshold does.
     """
-    _call_torch("mkl_serv_free_buffers")
+    _set(M_TRIM_THRESHOLD, 0)
+    try:
+        _call_torch("mkl_serv_free_buffers")
+    finally:
+        settle_heap()
 
 
 def free_thread_buffers() -> None:

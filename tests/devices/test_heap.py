@@ -205,8 +205,10 @@ def test_a_device_that_is_collected_opens_no_holes_that_another_has_closed() -> 
 FORKED = """
 import os
 import test_heap
+import torch
 from autosp.devices import CpuDevice
 
+torch.set_num_threads(1)  # a fork has no other threads, and would wait for them
 device = CpuDevice()
 device.start_measuring()
 child = os.fork()
@@ -221,3 +223,26 @@ device.close()
 
 def test_a_forked_process_has_its_own() -> None:
     start(FORKED).says()
+
+
+WHAT_KERNELS_TAKE = """
+import torch
+from autosp.devices import CpuDevice
+
+torch.set_num_threads(2)
+ones, product, device = torch.ones(512, 512), torch.ones(512, 512), CpuDevice()
+
+def taken():
+    device.start_measuring()
+    torch.mm(ones, ones, out=product)
+    return device.peak_bytes()
+
+of_a_new_process = taken()
+for _ in range(3):
+    assert abs(taken() - of_a_new_process) < 2**17, of_a_new_process
+"""
+
+
+def test_what_kernels_keep_for_each_thread_is_seen_every_time() -> None:
+    """A plan's own process takes it anew, and so must each trial of it."""
+    start(WHAT_KERNELS_TAKE).says()
