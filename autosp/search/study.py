@@ -104,11 +104,11 @@ def run_study(
         with hold_device(), ExitStack() as turn:
             turn.enter_context(repository.turn(name))
             fail_dead_trials(study)
+            running = running_keys(study)  # before the trials: one that ends meanwhile is not missed in both
             trials = repository.trials(name)
             learned = sampler.learned = lessons.learned(trials)
             sampler.validated = frozenset(key_of(trial.prediction.candidate) for trial in trials)
             verdict = judge(trials, learned, usable, acceptable)
-            running = running_keys(study)
             without_running = judge(trials, learned.without(running), usable, acceptable) if running else verdict
             pass_s = math.inf if verdict.best is None else verdict.best.measurement.latency_s
             finalists = [] if repeat is None else undecided(_acceptable(trials, acceptable))

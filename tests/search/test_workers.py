@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 
 import optuna
+import pytest
 from optuna.trial import TrialState
 
 import study_workers
@@ -14,6 +16,7 @@ from autosp.search.sampler import PARAMETERS
 from autosp.search.space import key_of
 from autosp.spec import Trial
 from autosp.store import Repository
+from autosp.store.trials import running_trial
 from databases import memory_folder
 from processes import forked
 
@@ -40,6 +43,35 @@ def test_eight_workers_lose_no_trial_and_repeat_none(shared_storage: str) -> Non
     assert {trial.state for trial in optunas} == {TrialState.PRUNED}
     assert {verdict.why for _, verdict in found} == {"no validated candidate fits the budget"}
     assert all(verdict.finished for _, verdict in found)
+
+
+def test_a_trial_that_another_worker_ends_while_the_results_are_read_is_not_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is in neither what was read before it ended, nor in what runs afterwards: the study waits, and reads again."""
+    storage, ranked = str(tmp_path / "shared.db"), study_workers.candidates(2)
+    study_workers.work(storage, ranked, study_workers.Noisy(), max_trials=1)
+    with Repository(storage) as repository, ExitStack() as other, monkeypatch.context() as patch:
+        optunas = repository.optuna_storage()
+        study = optuna.load_study(study_name=study_workers.NAME, storage=optunas)
+        study.enqueue_trial(dict(zip(PARAMETERS, key_of(ranked[1].candidate), strict=True)))
+        running = other.enter_context(running_trial(study, optunas))
+        for name in PARAMETERS:
+            running.suggest_int(name, 0, 10)
+        read = Repository.trials
+
+        def read_and_end(asked: Repository, name: str) -> list[Trial]:
+            patch.undo()
+            found = read(asked, name)
+            done = study_workers.Noisy().validate(ranked[1].candidate)
+            repository.add_trial(name, Trial(number=running.number, prediction=ranked[1], measurement=done))
+            study.tell(running, done.latency_s)
+            return found
+
+        patch.setattr(Repository, "trials", read_and_end)
+        verdict = study_workers.work(storage, ranked, study_workers.Noisy())
+    assert verdict.finished, verdict.why
+    assert "every candidate under the budget was tried" in verdict.why
 
 
 def test_processes_killed_at_any_moment_lose_their_running_trial_at_most(shared_storage: str, tmp_path: Path) -> None:
