@@ -17,18 +17,22 @@ def run_floors(run: Run) -> None:
     for model in run.models or MODELS:
         for repeat in range(run.repeats):
             case = Case(model, run.scale, run.paced_gb_per_s, repeat)
-            plain = run.results.measured(Job(case, str(run.scratch)))
+            job = Job(case, str(run.scratch))
+            job.storage.unlink(missing_ok=True)
+            plain = run.results.measured(job)
             if not plain.ok:
                 continue
             for percent in run.budgets:
-                budget_bytes = round(plain.figures["peak_bytes"] * percent / 100)
                 case = Case(model, run.scale, run.paced_gb_per_s, repeat, percent)
-                run.results.measured(Job(case, str(run.scratch), budget_bytes))
+                run.results.measured(Job.beside(plain, case, run.scratch))
 
 
 def table(rows: list[TrainingRow]) -> str:
     """A table for each pace of the link."""
-    parts = []
+    parts = [
+        "÷ floor: by the largest need of compute and of each direction of the link, as `training_floors` has them. "
+        "Compute's is what profiling saw at its fastest, or plain training in the same repeat where that was faster."
+    ]
     for paced in dict.fromkeys(row.case.paced_gb_per_s for row in rows):
         mine = [row for row in rows if row.case.paced_gb_per_s == paced]
         parts.append(f"Each direction of the link: {paced:g} GB/s.\n\n{_table(mine)}")

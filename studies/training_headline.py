@@ -28,14 +28,14 @@ def run_headline(run: Run) -> None:
     """Every missing row: plain training of each number of microbatches, then its plan."""
     for model in run.models or HEADLINE_MODELS:
         for repeat in range(run.repeats):
+            Job(Case(model, run.scale, run.paced_gb_per_s, repeat), str(run.scratch)).storage.unlink(missing_ok=True)
             for count in run.microbatches:
                 case = Case(model, run.scale, run.paced_gb_per_s, repeat, microbatches=count)
                 plain = run.results.measured(Job(case, str(run.scratch)))
                 if not plain.ok:
                     continue
                 case = Case(model, run.scale, run.paced_gb_per_s, repeat, PERCENT, count)
-                budget_bytes = round(plain.figures["peak_bytes"] * PERCENT / 100)
-                run.results.measured(Job(case, str(run.scratch), budget_bytes))
+                run.results.measured(Job.beside(plain, case, run.scratch))
 
 
 def table(rows: list[TrainingRow]) -> str:
@@ -52,7 +52,7 @@ def _table(paced: float, rows: list[TrainingRow]) -> str:
     columns = ["model", "m", "plain", "plan", "÷ plain", "÷ resident", "÷ floor", "binds", "plain's peak", "peak"]
     head = f"Each direction of the link: {paced:g} GB/s. m microbatches: *plain*, one after another without a plan, or "
     head += f"sharing a pass under the plan tuned for {PERCENT:g} % of plain training's peak. *resident*: one after "
-    head += "another under a plan that keeps everything in device memory."
+    head += "another under a plan that keeps everything in device memory. ÷ floor: as in the study of the floors."
     return "\n\n".join([head, markdown([*columns, "share", "gradients", "setting"], lines), "\n".join(said)])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -46,6 +47,21 @@ class Job:
     case: Case
     scratch: str
     budget_bytes: int | None = None
+    plain_s: float = math.inf
+    """What plain training of the same repeat took: no less than what compute needs."""
+
+    @classmethod
+    def beside(cls, plain: TrainingRow, case: Case, scratch: Path) -> Job:
+        """Of a case with a budget, of which its plain training is known."""
+        assert case.percent is not None
+        plain_s = min(plain.figures["unplanned_s"], plain.figures["pass_s"])
+        return cls(case, str(scratch), round(plain.figures["peak_bytes"] * case.percent / 100), plain_s)
+
+    @property
+    def storage(self) -> Path:
+        """The database of the case's model, pace and repeat: all its budgets and groups share a profile."""
+        case = self.case
+        return Path(self.scratch) / f"training-{case.model}-{case.scale}-{case.paced_gb_per_s:g}-{case.repeat}.db"
 
 
 @dataclass(frozen=True)
@@ -121,7 +137,6 @@ def _plain(workload: Workload, device: CpuDevice) -> dict[str, Any]:
 def _planned(workload: Workload, device: CpuDevice, job: Job) -> dict[str, Any]:
     """Passes under the plan, whose loss and gradients are compared with those of plain training, bit by bit."""
     assert job.budget_bytes is not None
-    storage = Path(job.scratch) / f"training-{job.case.repeat}.db"
     plan = autosp.tune(
         workload.model,
         workload.batch,
@@ -130,19 +145,20 @@ def _planned(workload: Workload, device: CpuDevice, job: Job) -> dict[str, Any]:
         step=workload.step,
         group=workload.group,
         device=device,
-        storage=storage,
+        storage=job.storage,
         progress=False,
     )
-    assert plan.prediction is not None and plan.floor_s is not None
+    assert plan.prediction is not None
     with workload.leaving_no_trace():
         plain = workload.run_seeded()
-    with Repository(storage) as repository:
+    with Repository(job.storage) as repository:
         profile, _ = study_of(repository, plan)
     figures = _under(workload, device, plan, plain)
     floors_s = training_floors(profile, job.budget_bytes, workload.group)
-    figures |= {"budget_bytes": job.budget_bytes, "floor_s": plan.floor_s, "floors_s": floors_s}
-    figures |= {"plan": plan.candidate.label(), "predicted_s": plan.prediction.latency_s}
-    return figures | {"over_floor": figures["pass_s"] / plan.floor_s}
+    floors_s["compute"] *= min(1.0, job.plain_s / (workload.group * profile.least_compute_s))
+    figures |= {"budget_bytes": job.budget_bytes, "floors_s": floors_s, "plan": plan.candidate.label()}
+    figures |= {"predicted_s": plan.prediction.latency_s, "profiled_compute_s": profile.least_compute_s}
+    return figures | {"over_floor": figures["pass_s"] / max(floors_s.values())}
 
 
 def _under(workload: Workload, device: CpuDevice, plan: Plan, plain: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 import training
 import training_floors
 import training_headline
-from training_measure import Case, TrainingRow
+from training_measure import Case, Job, TrainingRow
 
 
 def row(pass_s: float, peak_mb: int, *, paced: float = 2.0, percent: float | None = None) -> TrainingRow:
@@ -36,6 +36,14 @@ def test_each_pace_of_the_link_has_a_table() -> None:
     assert "| Tiny | 50 % | 4 s | 2.00 | 2.00 (2.00) | weights in | 40 MB | 1 of 1 | equal | k=1 |" in slow
     assert "| Tiny | 50 % | 3 s | 1.50 | 1.50 (1.50) | weights in | 60 MB | 0 of 1 | equal | k=1 |" in fast
     assert "no setting fits" in fast
+
+
+def test_compute_needs_no_more_than_plain_training_took(tmp_path: Path) -> None:
+    for unplanned_s, resident_s in ((1.0, 2.0), (2.0, 1.0)):
+        plain = TrainingRow(Case("tiny", "cpu", 2.0), figures={"peak_bytes": 10, "pass_s": resident_s})
+        plain.figures["unplanned_s"] = unplanned_s
+        job = Job.beside(plain, Case("tiny", "cpu", 2.0, percent=40.0), tmp_path)
+        assert (job.budget_bytes, job.plain_s) == (4, 1.0)
 
 
 def test_a_model_has_one_colour_and_over_the_budget_is_hollow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
