@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from autosp.errors import StoreError
+from autosp.errors import SettingError, StoreError
 from autosp.spec import Plan, Prediction, Profile, Trial
 from autosp.terminal import console, load_pictures, save, tell
 
@@ -38,7 +38,7 @@ def read_study(study: str, storage: str | None) -> Stored:
     """
     from autosp.store import Repository
 
-    with Repository(storage) as repository:
+    with Repository.existing(storage) as repository:
         key, plan = repository.study_key(study), repository.plan(study)
         host_budget_bytes = plan.host_budget_bytes if plan is not None else key.host_budget_bytes
         profile, trials = repository.profile(study), repository.trials(study)
@@ -153,9 +153,9 @@ def profile_of(plan: Plan, storage: str | None) -> Profile | None:
         tell("nothing is predicted: the plan comes from no study")
         return None
     try:
-        with Repository(storage) as repository:
+        with Repository.existing(storage) as repository:
             profile = repository.profile(plan.study_name)
-    except StoreError as error:
+    except (SettingError, StoreError) as error:
         tell(f"nothing is predicted: {error}")
         return None
     if profile is not None and _rests_on(plan, profile):

@@ -11,7 +11,7 @@ from autosp.store import Repository
 
 def list_studies(storage: str | os.PathLike[str] | None = None) -> list[StudySummary]:
     """All studies in the database (a path or URL; default `AUTOSP_STORAGE`), newest first."""
-    with Repository(storage) as repository:
+    with Repository.existing(storage) as repository:
         return repository.summaries()
 
 
@@ -20,7 +20,7 @@ def load_plan(study_name: str, storage: str | os.PathLike[str] | None = None) ->
 
     Raises: StudyNotFoundError if there is no such study (naming the close names), or it has no plan yet.
     """
-    with Repository(storage) as repository:
+    with Repository.existing(storage) as repository:
         plan = repository.plan(study_name)
         if plan is None:
             raise StudyNotFoundError(f"study {study_name!r} has no plan yet: continue it with autosp.resume")

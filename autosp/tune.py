@@ -139,7 +139,7 @@ def resume(
     """
     limits = Limits(max_trials, timeout_s)
     isolation = Isolation.of(isolate, trial_timeout_s)
-    with Repository(storage) as repository:
+    with Repository.existing(storage) as repository:
         entered = repository.study_key(study_name)
         chosen = choose_device(device, entered.mode)
         workload = Workload.of(model, sample_batch, step, entered.mode, chosen, seed, entered.group)

@@ -200,7 +200,8 @@ def test_studies(study: Path) -> None:
 
 def test_no_studies(shell: Path) -> None:
     assert "no studies yet" in autosp("studies")
-    assert "no studies yet" in autosp("studies", "--storage", str(shell / "other.db"))
+    assert f"there is no database {shell / 'other.db'}" in autosp("studies", "--storage", "other.db", code=2)
+    assert not (shell / "other.db").exists()
 
 
 def test_show_prints_all_and_draws(study: Path) -> None:

@@ -137,6 +137,13 @@ def open_engine(url: URL) -> Engine:
         ) from error
 
 
+def require_database(storage: str | os.PathLike[str] | None) -> None:
+    """Raises: SettingError if `storage` names a SQLite file that is not there, for who only asks what it knows."""
+    path = None if storage is None else database_path(storage_url(storage))
+    if path is not None and not path.exists():
+        raise SettingError(f"there is no database {path}: nothing was made; correct storage=; autosp.tune makes one")
+
+
 def _provide_folder(path: Path) -> None:
     """A folder that a user named and that is not there is a slip of the keyboard: it is not made."""
     if path.parent.is_dir():

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from autosp.errors import StoreError, StudyMismatchError, StudyNotFoundError
 from autosp.spec import Measurement, Outcome, Plan, Prediction, Profile, Record, StudyKey, StudySummary, Trial
-from autosp.store.engine import READ_ONLY, open_engine, shown, storage_url, translated
+from autosp.store.engine import READ_ONLY, open_engine, require_database, shown, storage_url, translated
 from autosp.store.migrate import upgrade
 from autosp.store.models import PlanRow, StudyRow, TrialRow
 from autosp.store.trials import GRACE_PERIOD_S, HEARTBEAT_INTERVAL_S, open_optuna_storage
@@ -49,6 +49,15 @@ class Repository:
             upgrade(self._engine)
             self._closing = opening.pop_all()
         self._read_only_engine = self._engine.execution_options(**READ_ONLY)
+
+    @classmethod
+    def existing(cls, storage: str | os.PathLike[str] | None = None) -> Self:
+        """Open a database to ask what it knows.
+
+        Raises: SettingError if a file that `storage` names is not there; as for any database.
+        """
+        require_database(storage)
+        return cls(storage)
 
     @property
     def url(self) -> str:

@@ -2,11 +2,17 @@ from __future__ import annotations
 
 import sqlite3
 import tempfile
+from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
+import autosp
 import store_samples
 import store_workers
 from autosp.errors import SettingError, StoreError, StoreReadOnlyError
@@ -34,6 +40,21 @@ def test_a_mistyped_path_makes_no_folder(name: str, tmp_path: Path, monkeypatch:
     for storage in (None, name):
         with pytest.raises(SettingError, match=f"there is no folder {tmp_path / name.rpartition('/')[0]} for the"):
             Repository(storage)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        autosp.list_studies,
+        partial(autosp.load_plan, "tiny"),
+        partial(autosp.resume, "tiny", nn.Linear(1, 1), torch.ones(1, 1)),
+    ],
+)
+def test_whoever_asks_a_mistyped_database_makes_none(ask: Callable[..., Any], tmp_path: Path) -> None:
+    for storage in (tmp_path / "studys.db", f"sqlite:///{tmp_path / 'studys.db'}"):
+        with pytest.raises(SettingError, match=f"there is no database {tmp_path / 'studys.db'}: nothing was made"):
+            ask(storage=storage)
     assert not [*tmp_path.iterdir()]
 
 
