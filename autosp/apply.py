@@ -8,6 +8,7 @@ from typing import TypeVar
 from torch import nn
 from torch.optim import Optimizer
 
+from autosp.cost_model.headroom import bookkeeping_bytes
 from autosp.devices import device_for
 from autosp.errors import PlanMismatchError, SettingError
 from autosp.intercept import check_plain
@@ -110,6 +111,9 @@ def apply(
     group = plan.candidate.group
     pass_floor_s = plan.floor_s / plan.partition.repeats if plan.floor_s else None
     most = group if plan.budget_bytes is not None or group > 1 else None
-    return StreamedModel(
+    applied: StreamedModel[M] = StreamedModel(
         bound, schedule, device, store, Originals.FREED, close, pass_floor_s, plan.mode, optimizer, most, disk_state
     )
+    if plan.measurement is not None:
+        applied.keep_within(plan.measurement.peak_bytes + bookkeeping_bytes(plan.partition))
+    return applied

@@ -11,11 +11,12 @@ from pydantic import Field
 from torch import nn
 
 from autosp.batch import Step
+from autosp.cost_model.headroom import budget_for
 from autosp.devices import Device, choose_device
 from autosp.errors import BudgetTooSmallError, SettingError
 from autosp.search.lean import plan_of, study_of
 from autosp.search.learned import Lessons
-from autosp.search.space import budget_for, front
+from autosp.search.space import front
 from autosp.spec import Outcome, Plan, Prediction, Record
 from autosp.store import Repository
 from autosp.tune import tune

@@ -17,6 +17,7 @@ from torch import nn
 
 import autosp
 from autosp.batch import equal
+from autosp.cost_model.headroom import bookkeeping_bytes
 from autosp.devices import CpuDevice
 from autosp.devices.virtual import VirtualDevice
 from autosp.errors import (
@@ -32,6 +33,7 @@ from autosp.errors import (
     StudyNotFoundError,
 )
 from autosp.profiler import HEAP_SCATTER_OF_WORKSPACE
+from autosp.runtime.streamed_model import StreamedModel
 from autosp.search.space import all_resident, key_of
 from autosp.spec import Outcome, Tier
 from autosp.store import Repository
@@ -81,7 +83,9 @@ def test_a_budget_below_the_head(tmp_path: Path) -> None:
         assert equal(model(batch), expected)
 
 
-def test_tune_apply_and_answer_from_the_database() -> None:
+def test_tune_apply_and_answer_from_the_database(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept_within: list[int] = []
+    monkeypatch.setattr(StreamedModel, "keep_within", lambda _, peak_bytes: kept_within.append(peak_bytes))
     model, batch = big()
     with torch.no_grad():
         expected = model(batch)
@@ -95,6 +99,7 @@ def test_tune_apply_and_answer_from_the_database() -> None:
     assert plan.why
     with autosp.apply(model, plan) as streamed:
         assert streamed is model
+        assert kept_within == [plan.measurement.peak_bytes + bookkeeping_bytes(plan.partition)]
         for _ in range(3):
             assert equal(model(batch), expected)
     assert equal(model(batch).detach(), expected)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from autosp.devices import memory as pages
-from autosp.devices.base import Piece, Region
+from autosp.devices.base import Piece, Region, nothing_to_do
 from autosp.devices.copy_queue import AskedCopy, CopyQueue, StreamCopy
 from autosp.devices.worker import CopyEvent, Worker
 from autosp.errors import TierError
@@ -187,6 +187,10 @@ class AcceleratorDevice:
     def restart_peak(self) -> None:
         """New peak, same baseline."""
         self._module.reset_peak_memory_stats(self.torch_device)
+
+    def keep_within(self, n_bytes: int) -> Callable[[], None]:
+        """The caching allocator gives back what it can before it fails."""
+        return nothing_to_do
 
     @contextmanager
     def limit(self, budget_bytes: int | None) -> Iterator[None]:

@@ -33,6 +33,10 @@ Stamp = Any
 """A point in the compute order whose time can be read once the device is synchronised."""
 
 
+def nothing_to_do() -> None:
+    """What a device without such a thing does about it."""
+
+
 @runtime_checkable
 class Region(Protocol):
     """Bytes of the slow tier that one read or copy fetches."""
@@ -179,6 +183,10 @@ class Device(Protocol):
 
     def restart_peak(self) -> None:
         """Begin a new peak above the same beginning: for the peak of one layer within a pass."""
+
+    def keep_within(self, n_bytes: int) -> Callable[[], None]:
+        """What to call between layers, so that memory that nothing uses is given back where passes take more than
+        `n_bytes`, counted as `peak_bytes` counts."""
 
     def limit(self, budget_bytes: int | None) -> AbstractContextManager[None]:
         """Where the platform can: make allocations beyond the budget fail while the context is open."""

@@ -17,6 +17,7 @@ import torch
 from autosp.devices.base import Piece, Region
 from autosp.devices.heap import (
     Plugs,
+    Tidy,
     free_kernel_buffers,
     heap_of_training,
 )
@@ -152,6 +153,10 @@ class CpuDevice:
     def restart_peak(self) -> None:
         """Reset the kernel's high-water mark (proc(5), clear_refs, value 5)."""
         Path("/proc/self/clear_refs").write_text("5")
+
+    def keep_within(self, n_bytes: int) -> Callable[[], None]:
+        """The heap's unused pages go back to the kernel."""
+        return Tidy(n_bytes, lambda: self._baseline)
 
     @contextmanager
     def limit(self, budget_bytes: int | None) -> Iterator[None]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from autosp.devices.base import Piece, Region
+from autosp.devices.base import Piece, Region, nothing_to_do
 from autosp.devices.memory import read_regions
 from autosp.errors import AutospError
 from autosp.spec import DeviceInfo, Tier
@@ -197,6 +197,10 @@ class VirtualDevice:
 
     def restart_peak(self) -> None:
         """Memory is not simulated."""
+
+    def keep_within(self, n_bytes: int) -> Callable[[], None]:
+        """Memory is not simulated."""
+        return nothing_to_do
 
     @contextmanager
     def limit(self, budget_bytes: int | None) -> Iterator[None]:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
+from autosp.devices.base import nothing_to_do
 from autosp.errors import SettingError
 from autosp.runtime.cursor import Cursor
 from autosp.runtime.loader import Loader
@@ -66,7 +67,8 @@ class Executor:
         self.counters = loader.counters
         self.recorder = loader.recorder
         self.observer: Observer | None = None
-        self.before_pass: Callable[[], None] = lambda: None
+        self.before_pass: Callable[[], None] = nothing_to_do
+        self.tidy: Callable[[], None] = nothing_to_do
         self.backward_visits: list[int] = []
         """Layers whose weights the last backward pass needed, in the order of need."""
         visits, self._start, after = issue(schedule, loader.groups)
@@ -160,6 +162,7 @@ class Executor:
     def begin_pass(self) -> None:
         """Prepare for the first visit."""
         self.before_pass()
+        self.tidy()
         self.counters.passes += 1
         self.recorder.begin_pass()
         self.loader.drop_written()
@@ -218,6 +221,7 @@ class Executor:
         index = layer.index
         visit = (Kind.FORWARD, index)
         self.take_turn(visit)
+        self.tidy()
         if observer is not None:
             observer.arrive(index, (args, kwargs))
         recorder.arrive(index)

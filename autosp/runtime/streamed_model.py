@@ -198,6 +198,10 @@ class StreamedModel(Generic[M]):
         """Tell `observer` of every visit of a streamed layer from now on."""
         self._executor.observer = observer
 
+    def keep_within(self, peak_bytes: int) -> None:
+        """Give unused memory back where passes take more than `peak_bytes`, which they were seen to need."""
+        self._executor.tidy = self._device.keep_within(peak_bytes)
+
     def stats(self) -> Stats:
         """Counters since the plan was applied, and times of the last passes. Waits for the device."""
         peak_bytes = self._final_peak_bytes if self._removed else self._device.peak_bytes()

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from autosp.cost_model.floor import unknown_disk
+from autosp.cost_model.headroom import budget_for, usable_bytes
 from autosp.cost_model.placement import Placing, evenly_spread, exceeds, host_too_small, least_host_bytes
 from autosp.cost_model.predict import Predictor, with_rings
 from autosp.cost_model.training_memory import memory_of
@@ -29,46 +30,6 @@ FRONT_STEPS = 16
 
 EVERY_K_PRIME = 12
 """Up to here each k' is tried; beyond, neighbouring ones differ too little in copy size to matter."""
-
-BOOKKEEPING_BYTES, BOOKKEEPING_BYTES_PER_LAYER = 250_000, 20_000
-"""On a CPU: what the objects that run a plan take. A study does not see them, in a process that has freed as many: of
-26 to 75 layers in a new process they were 0.6 to 0.9 MB, with a scatter of a part of Python's own arena, 1 MiB."""
-
-BACKWARD_KERNEL_BYTES = 4_500_000
-"""On a CPU: what the kernels of training take once in a process. A study's own passes have taken it before a plan is
-tried: in a new process a ViT's peak was 4.5 MB above what its study saw, that of linear layers 0.8 MB."""
-
-HEAP_NOISE_OF_WORKSPACE = 0.45
-HEAP_GROWTH_OF_WORKSPACE = 0.3
-HEAP_NOISE_OF_BUDGET = 0.01
-"""On a CPU the heap fragments differently in every run. A plan's first passes in a new process were seen to take up to
-0.3 of the workspace more than its validation did: so the growth is left free of what was measured, and the noise, which
-has a validation's own scatter in it, of what is predicted: as far as the prediction has not left it free itself. An
-accelerator's caching allocator has no such noise, and a cap that holds."""
-
-
-def usable_bytes(profile: Profile, budget_bytes: int, group: int = 1) -> int:
-    """What may be predicted to be in use."""
-    free_bytes = _left_free(profile, budget_bytes, HEAP_NOISE_OF_WORKSPACE, group)
-    return budget_bytes - free_bytes + profile.heap_scatter_bytes
-
-
-def acceptable_bytes(profile: Profile, budget_bytes: int, group: int = 1) -> int:
-    """What may have been measured to be in use, for a plan to be returned."""
-    return budget_bytes - _left_free(profile, budget_bytes, HEAP_GROWTH_OF_WORKSPACE, group)
-
-
-def _left_free(profile: Profile, budget_bytes: int, share_of_workspace: float, group: int) -> int:
-    if profile.device.kind != "cpu":
-        return 0
-    return int(_heap_bytes(profile, share_of_workspace, group) + HEAP_NOISE_OF_BUDGET * budget_bytes)
-
-
-def _heap_bytes(profile: Profile, share_of_workspace: float, group: int) -> float:
-    bookkeeping_bytes = BOOKKEEPING_BYTES + BOOKKEEPING_BYTES_PER_LAYER * len(profile.partition.layers)
-    kernel_bytes = BACKWARD_KERNEL_BYTES if profile.mode == "training" else 0
-    return share_of_workspace * profile.workspace_of(group) + bookkeeping_bytes + kernel_bytes
-
 
 Key = tuple[int, int, int, int, int, int, int]
 """See `key_of`."""
@@ -219,14 +180,6 @@ def _observed_bytes(profile: Profile, group: int) -> int:
         return observed.peak_bytes
     ((candidate, ring),) = with_rings(profile, _serving([observed.candidate], group))
     return memory_of(profile).peak_bytes(candidate, ring.arena_bytes)
-
-
-def budget_for(profile: Profile, peak_bytes: int, group: int = 1) -> int:
-    """The least budget of which so much may be predicted to be in use."""
-    if profile.device.kind != "cpu":
-        return peak_bytes
-    heap_bytes = _heap_bytes(profile, HEAP_NOISE_OF_WORKSPACE, group) - profile.heap_scatter_bytes
-    return math.ceil((peak_bytes + heap_bytes) / (1 - HEAP_NOISE_OF_BUDGET)) + 1
 
 
 def too_small(profile: Profile, budget_bytes: int, group: int = 1) -> BudgetTooSmallError:

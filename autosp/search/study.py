@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 import optuna
 from optuna.trial import TrialState
 
+from autosp.cost_model.headroom import acceptable_bytes, usable_bytes
 from autosp.search.finals import fastest, pooled, undecided
 from autosp.search.learned import Learned, Lessons
 from autosp.search.limits import Limits
 from autosp.search.sampler import PARAMETERS, CostModelSampler, least_traffic, running_keys
-from autosp.search.space import Key, acceptable_bytes, all_resident, key_of, usable_bytes
+from autosp.search.space import Key, all_resident, key_of
 from autosp.spec import Candidate, Measurement, Outcome, Prediction, Profile, Trial
 from autosp.store.trials import fail_dead_trials, running_trial
 

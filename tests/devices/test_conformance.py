@@ -378,6 +378,14 @@ def test_a_copy_s_span_lies_between_the_stamps_around_it(device: Device, tmp_pat
     store.close()
 
 
+def test_keeping_within_a_bound_changes_no_memory_that_is_in_use(any_device: Device) -> None:
+    memory = any_device.allocate(MIB)
+    memory.fill_(7)
+    any_device.start_measuring()
+    any_device.keep_within(0)()
+    assert bool((memory == 7).all())
+
+
 def test_lookups_read_host_memory_in_place(device: Device) -> None:
     if not device.reads_host:
         pytest.skip(f"{device.info.name} does not read host memory: tables stream or stay there")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from autosp.devices import CpuDevice, heap
-from autosp.devices.heap import MOST_PLUGS, PATIENCE, PLUG_SIZES, Plugs, trim_heap
+from autosp.devices.heap import MOST_PLUGS, PATIENCE, PLUG_SIZES, Plugs, Tidy, trim_heap
 from autosp.devices.memory import anonymous_bytes
 from processes import start
 
@@ -200,6 +200,47 @@ def test_a_device_that_is_collected_opens_no_holes_that_another_has_closed() -> 
     assert not are_used(holes, pieces_that_fit(32))
     assert len(kept) == 32
     second.close()
+
+
+def test_unused_pages_are_given_back_where_there_is_more_than_there_should_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    trims = count()
+
+    def counted() -> None:
+        next(trims)
+        trim_heap()
+
+    monkeypatch.setattr(heap, "trim_heap", counted)
+    device = CpuDevice()
+    device.start_measuring()
+    next(trims)  # one of its own
+    tidy, roomy = device.keep_within(24 * MIB), device.keep_within(64 * MIB)
+    kept, _ = with_holes()
+    held = anonymous_bytes()
+    roomy()
+    assert anonymous_bytes() > held - MIB
+    tidy()
+    assert anonymous_bytes() < held - 15 * MIB
+    more = [piece() for _ in range(40)]
+    for _ in range(3):
+        tidy()  # what is in use stays, and is not asked for again
+    more += [piece() for _ in range(40)]
+    tidy()
+    device.close()
+    assert len(kept) + len(more) == 112
+    assert next(trims) == 5  # this call, of five
+
+
+def test_what_counts_is_what_a_plan_takes() -> None:
+    taken = [0]
+    tidy = Tidy(MIB, lambda: anonymous_bytes() - taken[0])
+    kept, _ = with_holes()
+    held = anonymous_bytes()
+    tidy()
+    assert anonymous_bytes() > held - MIB
+    taken[0] = 2 * MIB
+    tidy()
+    assert anonymous_bytes() < held - 15 * MIB
+    assert len(kept) == 32
 
 
 FORKED = """

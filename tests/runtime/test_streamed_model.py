@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,21 @@ def test_same_output_for_several_passes_and_everything_restored(
     assert all("forward" not in module.__dict__ for module in model.modules())
     with torch.no_grad():
         assert equal(call(model, batch), call(make(name)[0], batch))
+
+
+def test_memory_is_looked_at_before_each_pass_and_each_streamed_layer(
+    apply: Apply, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = make("stack")
+    streamed = apply(model, batch, PLANS["residents"])
+    asked: list[int] = []
+    looks = count()
+    monkeypatch.setattr(device, "keep_within", lambda n_bytes: asked.append(n_bytes) or (lambda: next(looks)))
+    streamed.keep_within(123)
+    for _ in range(2):
+        call(model, on(device, batch))
+    assert asked == [123]
+    assert next(looks) == streamed.stats().visits + 2
 
 
 class LateDevice(CpuDevice):
