@@ -8,7 +8,6 @@ from typing import TypeVar
 from torch import nn
 from torch.optim import Optimizer
 
-from autosp.cost_model.headroom import bookkeeping_bytes
 from autosp.devices import device_for
 from autosp.errors import PlanMismatchError, SettingError
 from autosp.intercept import check_plain
@@ -115,5 +114,5 @@ def apply(
         bound, schedule, device, store, Originals.FREED, close, pass_floor_s, plan.mode, optimizer, most, disk_state
     )
     if plan.measurement is not None:
-        applied.keep_within(plan.measurement.peak_bytes + bookkeeping_bytes(plan.partition))
+        applied.keep_within(plan.measurement.peak_bytes + plan.partition.bookkeeping_bytes)
     return applied

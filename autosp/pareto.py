@@ -11,9 +11,9 @@ from pydantic import Field
 from torch import nn
 
 from autosp.batch import Step
-from autosp.cost_model.headroom import budget_for
 from autosp.devices import Device, choose_device
 from autosp.errors import BudgetTooSmallError, SettingError
+from autosp.search.headroom import budget_for
 from autosp.search.lean import plan_of, study_of
 from autosp.search.learned import Lessons
 from autosp.search.space import front

@@ -11,10 +11,10 @@ from peer_models import PeerModel
 from peer_systems import TUNED, WINDOW
 
 import autosp
-from autosp.cost_model.headroom import usable_bytes
 from autosp.cost_model.predict import predict
 from autosp.devices import CpuDevice, Device, choose_device
 from autosp.errors import BudgetTooSmallError
+from autosp.search.headroom import usable_bytes
 from autosp.spec import Candidate, Plan, Profile, Tier
 from autosp.store import Repository
 

@@ -23,8 +23,8 @@ from record import markdown
 from tuner_measure import Measured
 from tuner_results import TOO_SMALL, Job, Row, Run, failed_lines
 
-from autosp.cost_model.headroom import acceptable_bytes, usable_bytes
 from autosp.cost_model.predict import predict
+from autosp.search.headroom import acceptable_bytes, usable_bytes
 from autosp.search.limits import Limits
 from autosp.search.sampler import PARAMETERS
 from autosp.search.space import Key, key_of

@@ -17,7 +17,6 @@ from torch import nn
 
 import autosp
 from autosp.batch import equal
-from autosp.cost_model.headroom import bookkeeping_bytes
 from autosp.devices import CpuDevice
 from autosp.devices.virtual import VirtualDevice
 from autosp.errors import (
@@ -99,7 +98,7 @@ def test_tune_apply_and_answer_from_the_database(monkeypatch: pytest.MonkeyPatch
     assert plan.why
     with autosp.apply(model, plan) as streamed:
         assert streamed is model
-        assert kept_within == [plan.measurement.peak_bytes + bookkeeping_bytes(plan.partition)]
+        assert kept_within == [plan.measurement.peak_bytes + plan.partition.bookkeeping_bytes]
         for _ in range(3):
             assert equal(model(batch), expected)
     assert equal(model(batch).detach(), expected)

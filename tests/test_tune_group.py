@@ -14,11 +14,11 @@ from torch import nn
 import autosp
 from autosp.batch import equal
 from autosp.cost_model.floor import floor_s
-from autosp.cost_model.headroom import acceptable_bytes
 from autosp.cost_model.predict import predict
 from autosp.devices import VirtualDevice
 from autosp.errors import BudgetTooSmallError, SettingError, StudyMismatchError
 from autosp.runtime.bench import Bench
+from autosp.search.headroom import acceptable_bytes
 from autosp.search.space import least_bytes, rank
 from autosp.spec import Outcome, Plan, Profile
 from autosp.store import Repository

@@ -14,12 +14,12 @@ from torch.utils.checkpoint import checkpoint
 import autosp
 import trained
 from autosp.batch import equal
-from autosp.cost_model.headroom import budget_for
 from autosp.devices import CpuDevice, VirtualDevice
 from autosp.errors import BudgetTooSmallError, HostMemoryError, SettingError, StudyMismatchError
 from autosp.intercept import is_intercepted
 from autosp.profiler.training import training_partition
 from autosp.runtime.bench import Bench
+from autosp.search.headroom import budget_for
 from autosp.search.validate import Reference, validate
 from autosp.spec import Candidate, Outcome, Plan, Tier
 from autosp.store import Repository

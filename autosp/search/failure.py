@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from autosp.cost_model.headroom import budget_for
 from autosp.errors import AutospError, BudgetTooSmallError, IsolationError, OutputMismatchError
+from autosp.search.headroom import budget_for
 from autosp.search.space import suggested_gb
 from autosp.spec import Outcome, Profile, Trial
 

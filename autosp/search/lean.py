@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from autosp.cost_model.headroom import budget_for
 from autosp.errors import BudgetTooSmallError, SettingError, StudyNotFoundError
+from autosp.search.headroom import budget_for
 from autosp.search.learned import Learned, Lessons
 from autosp.search.space import front
 from autosp.spec import Outcome, Plan, Prediction, Profile, StudyKey, Trial

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from autosp.cost_model.floor import unknown_disk
-from autosp.cost_model.headroom import budget_for, usable_bytes
 from autosp.cost_model.placement import Placing, evenly_spread, exceeds, host_too_small, least_host_bytes
 from autosp.cost_model.predict import Predictor, with_rings
 from autosp.cost_model.training_memory import memory_of
@@ -15,6 +14,7 @@ from autosp.errors import BudgetTooSmallError
 from autosp.schedule.streaming import Ring
 from autosp.schedule.training import least_training
 from autosp.search import training_space
+from autosp.search.headroom import budget_for, usable_bytes
 from autosp.search.residents import Filling, Pass
 from autosp.spec import Candidate, Prediction, Profile
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import optuna
 from optuna.trial import TrialState
 
-from autosp.cost_model.headroom import acceptable_bytes, usable_bytes
 from autosp.search.finals import fastest, pooled, undecided
+from autosp.search.headroom import acceptable_bytes, usable_bytes
 from autosp.search.learned import Learned, Lessons
 from autosp.search.limits import Limits
 from autosp.search.sampler import PARAMETERS, CostModelSampler, least_traffic, running_keys

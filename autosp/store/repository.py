@@ -52,10 +52,7 @@ class Repository:
 
     @classmethod
     def existing(cls, storage: str | os.PathLike[str] | None = None) -> Self:
-        """Open a database to ask what it knows.
-
-        Raises: SettingError if a file that `storage` names is not there; as for any database.
-        """
+        """To ask what it knows. Raises: SettingError if a file that `storage` names is not there; as for any."""
         require_database(storage)
         return cls(storage)
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autosp.cost_model.headroom import acceptable_bytes, usable_bytes
 from autosp.cost_model.placement import evenly_spread, least_host_bytes
 from autosp.errors import BudgetError, BudgetTooSmallError, SettingError
 from autosp.schedule.streaming import lower
+from autosp.search.headroom import acceptable_bytes, usable_bytes
 from autosp.search.space import READ_AHEAD, all_resident, grid, key_of, least_bytes, rank, sliding_windows
 from autosp.spec import Candidate, Prediction, Profile, Tier
 from builders import link, profile, profiles, quick

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import math
 
-from autosp.spec import Partition, Profile
-
-BOOKKEEPING_BYTES, BOOKKEEPING_BYTES_PER_LAYER = 250_000, 20_000
-"""On a CPU: what the objects that run a plan take. A study does not see them, in a process that has freed as many: of
-26 to 75 layers in a new process they were 0.6 to 0.9 MB, with a scatter of a part of Python's own arena, 1 MiB."""
+from autosp.spec import Profile
 
 BACKWARD_KERNEL_BYTES = 4_500_000
 """On a CPU: what the kernels of training take once in a process. A study's own passes have taken it before a plan is
@@ -42,11 +38,6 @@ def budget_for(profile: Profile, peak_bytes: int, group: int = 1) -> int:
     return math.ceil((peak_bytes + heap_bytes) / (1 - HEAP_NOISE_OF_BUDGET)) + 1
 
 
-def bookkeeping_bytes(partition: Partition) -> int:
-    """What the objects that run a plan may take of a process."""
-    return BOOKKEEPING_BYTES + BOOKKEEPING_BYTES_PER_LAYER * len(partition.layers)
-
-
 def _left_free(profile: Profile, budget_bytes: int, share_of_workspace: float, group: int) -> int:
     if profile.device.kind != "cpu":
         return 0
@@ -55,4 +46,4 @@ def _left_free(profile: Profile, budget_bytes: int, share_of_workspace: float, g
 
 def _heap_bytes(profile: Profile, share_of_workspace: float, group: int) -> float:
     kernel_bytes = BACKWARD_KERNEL_BYTES if profile.mode == "training" else 0
-    return share_of_workspace * profile.workspace_of(group) + bookkeeping_bytes(profile.partition) + kernel_bytes
+    return share_of_workspace * profile.workspace_of(group) + profile.partition.bookkeeping_bytes + kernel_bytes
