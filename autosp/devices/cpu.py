@@ -135,7 +135,7 @@ class CpuDevice:
         Pages of files do not count. See [Note: holes].
         """
         _start_thread_pools()
-        free_kernel_buffers()
+        free_kernel_buffers()  # which settles the heap, too
         self._plugs.fill()
         self.restart_peak()
         self._baseline = status_bytes("RssAnon")

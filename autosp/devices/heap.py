@@ -187,11 +187,10 @@ def _grown_by_the_page() -> Iterator[tuple[list[int], list[int]]]:
     try:
         yield new, []
     finally:
-        _set(M_TRIM_THRESHOLD, 0)
-        while new:  # the last first, which joins the heap's end
-            _free(new.pop())
-        _set(M_TOP_PAD, TOP_PAD_BYTES)
-        settle_heap()
+        with _given_back_at_once():
+            while new:  # the last first, which joins the heap's end
+                _free(new.pop())
+            _set(M_TOP_PAD, TOP_PAD_BYTES)
 
 
 _training = 0
@@ -208,7 +207,8 @@ class Tidy:
         """`most_bytes` of anonymous memory beyond the baseline."""
         self._most_bytes, self._more_bytes = most_bytes, most_bytes // 8
         self._baseline = baseline
-        self._statm = Path("/proc/self/statm").open("rb", buffering=0)  # noqa: SIM115
+        self._statm = os.open("/proc/self/statm", os.O_RDONLY)
+        finalize(self, os.close, self._statm).atexit = False
 
     def __call__(self) -> None:
         """Two microseconds where there is nothing to do; some milliseconds else."""
@@ -218,7 +218,7 @@ class Tidy:
 
     def _in_use_bytes(self) -> int:
         """As proc(5) has it, statm: resident pages less those of files."""
-        _, resident, files, _ = os.pread(self._statm.fileno(), 128, 0).split(None, 3)
+        _, resident, files, _ = os.pread(self._statm, 128, 0).split(None, 3)
         return mmap.PAGESIZE * (int(resident) - int(files)) - self._baseline()
 
 
@@ -247,6 +247,16 @@ def settle_heap() -> None:
     _set(M_TRIM_THRESHOLD, 2 * chunk_bytes)
 
 
+@contextmanager
+def _given_back_at_once() -> Iterator[None]:
+    """Whatever a free leaves at the end of its arena goes to the kernel. Afterwards the heap is settled."""
+    _set(M_TRIM_THRESHOLD, 0)
+    try:
+        yield
+    finally:
+        settle_heap()
+
+
 def _set(parameter: int, value: int) -> None:
     """mallopt(3), where the C library has it."""
     mallopt = getattr(_LIBC, "mallopt", None)
@@ -267,11 +277,8 @@ def free_kernel_buffers() -> None:
     The name is what MKL's own `mkl_free_buffers` calls; the build of torch exports no other. Those of a pool's other
     threads end their arenas, which `trim_heap` does not shorten: only a free that leaves more than the threshold does.
     """
-    _set(M_TRIM_THRESHOLD, 0)
-    try:
+    with _given_back_at_once():
         _call_torch("mkl_serv_free_buffers")
-    finally:
-        settle_heap()
 
 
 def free_thread_buffers() -> None:
