@@ -26,7 +26,7 @@ Array = npt.NDArray[np.float64]
 MEASURED_ERROR = 0.03
 """Relative error of a measured figure: a machine has neighbours."""
 
-SCALE_ERROR, SLOWDOWN_ERROR, WAKE_ERROR, LATENCY_ERROR = 0.3, 0.1, 0.05, 1.0
+SCALE_ERROR, SLOWDOWN_ERROR, WAKE_ERROR, LATENCY_ERROR = 0.3, 0.1, 0.2, 1.0
 """How far the profile may be off: relative for scales and latencies, absolute for slowdowns and shares."""
 
 DISTURBED_ERROR = 0.25
@@ -86,6 +86,9 @@ def _compute(profile: Profile, used: Used, candidates: Sequence[Candidate]) -> P
         found.append(compute_s / alone_s)
     if not rows:
         return profile
+    if profile.plain_s is not None:  # nothing slows it: only it tells compute from what goes on beside it
+        rows.append([1.0, 0.0, 0.0, 0.0])
+        found.append(profile.plain_s / profile.compute_s)
     prior = [
         1.0,
         link.compute_slowdown - 1,

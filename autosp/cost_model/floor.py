@@ -14,12 +14,12 @@ HALVINGS = 40
 def floor_s(profile: Profile, budget_bytes: int, host_budget_bytes: int | None = None, group: int = 1) -> float:
     """The least time of a pass: `max(C, (W - R_max) / B, (W - R_max - H_max) / B_disk)` per period, and no more.
 
-    C is the compute of a pass (each visit at the fastest it was seen), W the bytes of all visited layers, B and B_disk
-    the bandwidths of the links measured alone, R_max = budget - workspace - always-resident bytes, all of it filled
-    with resident layers and no ring at all, and H_max the host's budget less the lookup tables, without a staging ring:
-    a bound that no real plan reaches exactly. `host_budget_bytes` None: the host has room for all. A pass has all of
-    its periods. Of a training pass it is `training_floor_s`. A pass of `group` microbatches computes as often, and
-    moves what one needs; beside R_max there are the activations of one.
+    C is the compute of a pass (each visit at the fastest it was seen, or a pass without a plan), W the bytes of all
+    visited layers, B and B_disk the bandwidths of the links measured alone, R_max = budget - workspace -
+    always-resident bytes, all of it filled with resident layers and no ring at all, and H_max the host's budget less
+    the lookup tables, without a staging ring: a bound that no real plan reaches exactly. `host_budget_bytes` None: the
+    host has room for all. A pass has all of its periods. Of a training pass it is `training_floor_s`. A pass of `group`
+    microbatches computes as often, and moves what one needs; beside R_max there are the activations of one.
 
     Raises: SettingError if the bound needs the disk's bandwidth and the profile does not know it.
     """

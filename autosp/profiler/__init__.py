@@ -13,6 +13,7 @@ from autosp.cost_model.training_memory import memory_of
 from autosp.partition import model_fingerprint
 from autosp.profiler.layers import LEAST_MEMORY, Observation, group_peak_bytes, observe, observe_times
 from autosp.profiler.links import HostProbe, measure_disk, measure_link, measure_return
+from autosp.profiler.plain import plain_pass_s
 from autosp.profiler.reading import measure_reading
 from autosp.profiler.training import observe_training
 from autosp.runtime.bench import Bench
@@ -47,8 +48,8 @@ def measure(
 ) -> Profile:
     """The profile of a workload, taken under the least-memory plan and under a ring that overlaps loads with compute.
 
-    The ring stays within the budget, if there is one; where none fits, nothing that does will overlap either.
-    `progress` is told of each step.
+    A pass without a plan is timed, too, where that can be seen. The ring stays within the budget, if there is one;
+    where none fits, nothing that does will overlap either. `progress` is told of each step.
 
     Raises: BudgetTooSmallError if the host's budget has no room for a layer.
     """
@@ -59,6 +60,7 @@ def measure(
         assert bench.host_budget_bytes is not None, "a host without a budget has room for all"
         raise host_too_small(partition, bench.host_budget_bytes)
     reads = measure_reading(bench, progress)
+    plain_s = plain_pass_s(bench, workload, progress)
     if trains:
         observed = observe_training(bench, least, workload, progress)
     else:
@@ -79,7 +81,8 @@ def measure(
         visits=observed.visits,
         backward=observed.backward,
         tail_s=observed.tail_s,
-        least_compute_s=observed.least_compute_s,
+        plain_s=plain_s,
+        least_compute_s=min(observed.least_compute_s, plain_s or math.inf),
         links=links,
         workspace_bytes=0,
         observed=_trial(least, observed.measurement),
@@ -100,7 +103,7 @@ def measure(
                 "visits": tuple(map(_timed_as, observed.visits, together.visits)),
                 "backward": together.backward,
                 "tail_s": together.tail_s,
-                "least_compute_s": min(observed.least_compute_s, together.least_compute_s),
+                "least_compute_s": min(profile.least_compute_s, together.least_compute_s),
                 "overlapped": _trial(ring, together.measurement),
             }
         )

@@ -124,7 +124,7 @@ def measured_passes(
                 output = run()
             streamed.observe(None)
         moved_before = streamed.stats().moved_bytes
-        while not _enough(samples, repeats):
+        while not enough(samples, repeats):
             progress(f"timed pass {len(samples) + 1}")
             seconds, output = time_pass(streamed)
             samples.append(seconds)
@@ -168,7 +168,8 @@ def timed_pass(device: Device, run: Callable[[], Any]) -> tuple[float, Any]:
     return device.seconds(start, end), output
 
 
-def _enough(samples: Sequence[float], repeats: Repeats) -> bool:
+def enough(samples: Sequence[float], repeats: Repeats) -> bool:
+    """Whether passes of so many seconds tell what one takes."""
     if len(samples) >= MOST_PASSES:
         return True
     return sum(samples) >= repeats.enough_s and (len(samples) >= repeats.least or samples[0] >= LONG_S)

@@ -9,7 +9,7 @@ from autosp.spec.layers import Partition
 from autosp.spec.record import DeviceInfo, Mode, Record, Tier
 from autosp.spec.trial import Candidate, Trial
 
-PROFILE_SCHEMA_VERSION = 4
+PROFILE_SCHEMA_VERSION = 5
 """Raised when a figure of a profile comes to mean something else: profiles of other versions are measured anew."""
 
 
@@ -84,7 +84,12 @@ class Profile(Record):
     visits: tuple[LayerProfile, ...] = Field(description="one per entry of `partition.visits`")
     backward: tuple[BackwardProfile, ...] = Field(default=(), description="one per entry of `partition.backward`")
     tail_s: float = Field(description="compute after the last visit, until the pass returns")
-    least_compute_s: float = Field(description="compute of a pass with each visit at the fastest it was seen")
+    plain_s: float | None = Field(
+        default=None, description="a pass without a plan, all weights in memory; None if none was seen"
+    )
+    least_compute_s: float = Field(
+        description="compute of a pass with each visit at the fastest it was seen, or a pass without a plan"
+    )
     links: tuple[LinkProfile, ...]
     workspace_bytes: int = Field(
         description="observed peak beyond the plan's own buffers: activations, workspace. In training, beyond what the "
