@@ -8,10 +8,11 @@
   is the host, all of its state is in host memory in any case, and none is counted;
 - activations at a visit are what the forward has kept so far, or the backward has not used up: of a layer that is
   computed again its inputs, and during its own backward all; of a block likewise; of one that offloads them, none while
-  they are away. Of a group each microbatch keeps its own; one at a time computes a layer again, but all together a
-  block;
+  they are away. Of a group one microbatch visits, and each of the others holds what it has where its round begins, or
+  ends: see `rounds`. Where some offload, each is taken to hold what the visiting one does;
 - gradients are those that resident layers have by then, that which the visit makes, and those of streamed layers before
-  it that may still be under way: of these, no more than the largest layer's ([Note: gradients under way]).
+  it that may still be under way: of these, no more than the largest layer's ([Note: gradients under way]). Of a group
+  those of a round stay until its end, and one that is made is added to one that is there.
 
 [Note: gradients under way] One that leaves is in device memory until the next one is there and wants to leave, however
 fast the link is. So of equal layers two gradients are there at once: one leaves while the other is made. Not so with
@@ -20,17 +21,16 @@ k = 1: while the next layer's weights are on their way, the gradients of the one
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import numpy.typing as npt
 
 from autosp.cost_model.memory import DeviceMemory
 from autosp.cost_model.offload_memory import bytes_away
+from autosp.cost_model.rounds import Bytes, Rounds, held_by_one
 from autosp.schedule.visits import used_up_after
 from autosp.spec import Candidate, Profile
-
-Bytes = npt.NDArray[np.int64]
 
 CURVES = 512
 """How many are remembered: neighbouring candidates share them."""
@@ -56,15 +56,14 @@ class TrainingMemory:
         self._gradients = np.array([layer.gradient_bytes for layer in profile.partition.layers], np.int64)
         self._gradient_visits = self._last_backward_visits()
         self._curve = lru_cache(maxsize=CURVES)(self._activations)
+        self._held = lru_cache(maxsize=CURVES)(self._held_by_one)
         self._gradient_curve = lru_cache(maxsize=CURVES)(self._gradients_of)
-        self._away = lru_cache(maxsize=CURVES)(self._bytes_away)
+        self._away = lru_cache(maxsize=CURVES)(partial(bytes_away, profile))
 
     def peak_bytes(self, candidate: Candidate, arena_bytes: int) -> int:
         """See the formula at this module's top."""
-        moving = self.moving_bytes(
-            candidate.recompute, candidate.residents, candidate.group, candidate.offload, candidate.ring
-        )
-        return self._weights.peak_bytes(candidate, arena_bytes) + self.state_bytes(candidate.residents) + moving
+        beside = self.state_bytes(candidate.residents) + self.moving_bytes(candidate)
+        return self._weights.peak_bytes(candidate, arena_bytes) + beside
 
     def state_bytes(self, residents: tuple[int, ...]) -> int:
         """Of an optimizer, on the device."""
@@ -76,43 +75,32 @@ class TrainingMemory:
             return False
         return self.peak_bytes(candidate, self._weights.least_arena_bytes(candidate)) <= usable_bytes
 
-    def moving_bytes(
-        self,
-        recompute: tuple[int, ...],
-        residents: tuple[int, ...] = (),
-        group: int = 1,
-        offload: tuple[int, ...] = (),
-        ring: int = 1,
-    ) -> int:
-        """Activations and gradients at the peak of both together, in a ring of so many layers."""
-        there, gradients = self._curves(recompute, residents, group, offload, ring)
+    def moving_bytes(self, candidate: Candidate) -> int:
+        """Activations and gradients at the peak of both together."""
+        there, gradients = self.curves(candidate)
         return int((there + gradients).max(initial=0))
 
     def curves(self, candidate: Candidate) -> tuple[Bytes, Bytes]:
         """Activations, and gradients, during each visit of a pass, forward and backward, and at its end. [F + B + 1]"""
-        return self._curves(
-            candidate.recompute, candidate.residents, candidate.group, candidate.offload, candidate.ring
-        )
+        several, group = candidate.k > 1, candidate.group
+        if group == 1 or not len(self._layers):
+            there, gradients = self._curve(candidate.recompute), self._gradient_curve(candidate.residents, several)
+        else:
+            rounds = Rounds.of(candidate, self._partition)
+            there, gradients = self._of_group(candidate, rounds), self._gradients_of_group(candidate, rounds)
+        if candidate.offload:
+            there = self._curve(candidate.recompute, group) - self._away(_moving_alike(candidate))
+        return there, gradients
 
     def activation_bytes(self, recompute: tuple[int, ...], group: int = 1) -> int:
-        """Activations at their peak, nothing offloaded."""
+        """Activations at their peak, nothing offloaded. Of a group that waits between any two visits."""
         return int(self._curve(recompute, group).max(initial=0))
 
-    def _curves(
-        self, recompute: tuple[int, ...], residents: tuple[int, ...], group: int, offload: tuple[int, ...], ring: int
-    ) -> tuple[Bytes, Bytes]:
-        there = self._curve(recompute, group)
-        if offload:
-            there = there - self._away(recompute, group, offload, ring)
-        return there, self._gradient_curve(residents, len(residents) + ring > 1)
+    def _activations(self, recompute: tuple[int, ...], group: int = 1) -> Bytes:
+        """Bytes during each visit, forward and backward, and at the end of the pass. [F + B + 1]
 
-    def _bytes_away(self, recompute: tuple[int, ...], group: int, offload: tuple[int, ...], ring: int) -> Bytes:
-        return bytes_away(
-            self._profile, Candidate(k=ring, k_prime=1, recompute=recompute, offload=offload, group=group)
-        )
-
-    def _activations(self, recompute: tuple[int, ...], group: int) -> Bytes:
-        """Bytes during each visit, forward and backward, and at the end of the pass. [F + B + 1]"""
+        Of a group, as if all of it were at the same visit.
+        """
         backward = self._partition.backward
         again = np.isin(self._layers, recompute)
         held = group * np.where(again, self._inputs, self._kept)
@@ -127,6 +115,15 @@ class TrainingMemory:
         np.add.at(anew, self._used_up + 1, -beyond)
         return np.concatenate([curve, during + np.cumsum(anew)[:-1]])
 
+    def _of_group(self, candidate: Candidate, rounds: Rounds) -> Bytes:
+        """Activations of a group, nothing offloaded. [F + B + 1]"""
+        during, before = self._held(_visiting_alike(candidate))
+        there = during + (candidate.group - 1) * rounds.most_held(before)
+        return np.append(rounds.as_curve(there), candidate.group * before[-1])
+
+    def _held_by_one(self, candidate: Candidate) -> tuple[Bytes, Bytes]:
+        return held_by_one(candidate, self._partition, self._inputs, self._kept)
+
     def _first_backward_visits(self) -> npt.NDArray[np.intp]:
         """Forward visit -> the backward visit from which its activations are there again: of a block, its first one."""
         begins = self._used_up.copy()
@@ -140,6 +137,20 @@ class TrainingMemory:
 
         `several`: whether some of it may still be under way when the next visit begins.
         """
+        staying, leaving, under_way = self._made(residents, several)
+        curve: Bytes = np.cumsum(staying) + under_way + leaving
+        return curve
+
+    def _gradients_of_group(self, candidate: Candidate, rounds: Rounds) -> Bytes:
+        """The same where those of a round stay until its last microbatch has added its own. [F + B + 1]"""
+        staying, leaving, under_way = self._made(candidate.residents, candidate.k > 1)
+        made, stays = (rounds.of_entries(one[:-1]) for one in (staying + leaving, staying))
+        earlier = (np.cumsum(stays) - stays)[rounds.first] + under_way[rounds.entry[rounds.first]]
+        curve = rounds.as_curve(earlier[rounds.number] + rounds.total(made) + made)
+        return np.append(curve, np.cumsum(staying)[-1] + under_way[-1] + leaving[-1])
+
+    def _made(self, residents: tuple[int, ...], several: bool) -> tuple[Bytes, Bytes, Bytes]:
+        """What each visit makes that stays, and that leaves; what is under way when it begins. [F + B + 1]"""
         end = len(self._partition.visits) + len(self._partition.backward)
         staying, leaving = np.zeros((2, end + 1), np.int64)
         stays = np.zeros(len(self._gradients), bool)
@@ -154,8 +165,7 @@ class TrainingMemory:
         under_way[end] = min(most, under_way[end] + leaving[end] - last)
         under_way[:end] *= several
         leaving[end] = last
-        curve: Bytes = np.cumsum(staying) + under_way + leaving
-        return curve
+        return staying, leaving, under_way
 
     def _last_backward_visits(self) -> npt.NDArray[np.intp]:
         """Layer -> the visit that makes its gradient whole: its last backward, or the end of the pass."""
@@ -163,6 +173,16 @@ class TrainingMemory:
         last = {layer: visit for visit, layer in enumerate(backward, len(forward))}
         end = len(forward) + len(backward)
         return np.array([last.get(layer.index, end) for layer in self._partition.layers], np.intp)
+
+
+def _moving_alike(candidate: Candidate) -> Candidate:
+    """One whose offloaded activations move as this one's do."""
+    return candidate.model_copy(update={"k": candidate.ring, "k_prime": 1, "residents": ()})
+
+
+def _visiting_alike(candidate: Candidate) -> Candidate:
+    """One whose microbatches each visit the same, and keep the same."""
+    return Candidate(k=1, k_prime=1, recompute=candidate.recompute)
 
 
 Together = tuple[int, ...]

@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from autosp.cost_model.memory import occupancy
-from autosp.cost_model.training_memory import Bytes, TrainingMemory, memory_of
+from autosp.cost_model.rounds import Bytes
+from autosp.cost_model.training_memory import TrainingMemory, memory_of
 from autosp.report.drawing import BLUE, GREEN, ORANGE, PURPLE, SKY, YELLOW, TimeAxis, size_unit
 from autosp.report.units import size
 from autosp.schedule.actions import Kind

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from autosp.devices.heap import free_thread_buffers
+from autosp.devices.heap import free_idle_buffers
 from autosp.runtime.executor import Executor
 from autosp.runtime.relay import Relay
 from autosp.runtime.thread_state import Generators, ThreadState
@@ -82,6 +82,7 @@ class Group:
         self._wanted[number] = visit
         following = self._following()
         if following != number:
+            free_idle_buffers()
             states, owner = self._generators.states(), self._executor.suspend()
             try:
                 self._relay.hand_over(following)
@@ -96,7 +97,7 @@ class Group:
             with self._state.entered():
                 result = call()
         finally:
-            free_thread_buffers()
+            free_idle_buffers()
         self._executor.suspend()
         return result
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from operator import itemgetter
 from typing import NamedTuple
 
 from autosp.cost_model.floor import unknown_disk
@@ -12,7 +13,6 @@ from autosp.cost_model.predict import Predictor, with_rings
 from autosp.cost_model.training_memory import memory_of
 from autosp.errors import BudgetTooSmallError
 from autosp.schedule.streaming import Ring
-from autosp.schedule.training import least_training
 from autosp.search import training_space
 from autosp.search.headroom import budget_for, usable_bytes
 from autosp.search.residents import Filling, Pass
@@ -79,7 +79,7 @@ def front(
     Raises: as `rank`.
     """
     usable = usable_bytes(profile, budget_bytes, group)
-    least = _observed_bytes(profile, group)
+    least = _least_plan(profile, group)[0]
     budgets = {least + (usable - least) * step // FRONT_STEPS for step in range(1, FRONT_STEPS + 1)}
     filled = (candidate for budget in sorted(budgets) for candidate in _filled(profile, budget, group))
     best: list[Prediction] = []
@@ -170,28 +170,37 @@ def all_resident(profile: Profile) -> Candidate:
 
 def least_bytes(profile: Profile, group: int = 1) -> int:
     """The least budget in which what is predicted of the least-memory plan is usable."""
-    return budget_for(profile, _observed_bytes(profile, group), group)
+    return budget_for(profile, _least_plan(profile, group)[0], group)
 
 
-def _observed_bytes(profile: Profile, group: int) -> int:
-    """What the plan that was observed is predicted to take with so many microbatches."""
-    observed = profile.observed.prediction
-    if group == 1:
-        return observed.peak_bytes
-    ((candidate, ring),) = with_rings(profile, _serving([observed.candidate], group))
-    return memory_of(profile).peak_bytes(candidate, ring.arena_bytes)
+def _least_plan(profile: Profile, group: int) -> tuple[int, Candidate, int]:
+    """The bytes that the plan of least memory is predicted to take, the plan, and the bytes of its arena.
+
+    It is the one that was observed; or for a group one that brings more at once, where less waits meanwhile.
+    """
+    plans = [profile.observed.prediction.candidate]
+    if group > 1 and profile.mode == "training":
+        plans += training_space.least_of_group(profile, [*sliding_windows(profile), all_resident(profile)], group)
+    memory = memory_of(profile)
+    pairs = with_rings(profile, _serving(plans, group))
+    found = [(memory.peak_bytes(plan, ring.arena_bytes), plan, ring.arena_bytes) for plan, ring in pairs]
+    return min(found, key=itemgetter(0))
 
 
 def too_small(profile: Profile, budget_bytes: int, group: int = 1) -> BudgetTooSmallError:
     """The error for a budget below the least that works, with the layer that sets it."""
-    layer = max(profile.partition.layers, key=lambda layer: layer.n_bytes)
-    least = least_bytes(profile, group)
-    nothing = least_training(profile.partition).model_copy(update={"k": 0, "group": group})
-    beside = memory_of(profile).peak_bytes(nothing, 0) - profile.partition.resident_bytes
+    partition = profile.partition
+    layer = max(partition.layers, key=lambda layer: layer.n_bytes)
+    needed, plan, arena = _least_plan(profile, group)
+    least = budget_for(profile, needed, group)
+    resident = partition.resident_bytes + sum(partition.layers[index].n_bytes for index in plan.residents)
+    beside = needed - arena - resident
+    what = f"layer {layer.index} ({layer.name}), {layer.n_bytes / 1e9:.4g}"
+    if plan.k_prime > 1:
+        what = f"{plan.k_prime} layers that travel together, {arena / 1e9:.4g}"
     return BudgetTooSmallError(
         f"no setting fits {budget_bytes / 1e9:.4g} GB: the least that works is {least / 1e9:.4g} GB. It is set by "
-        f"layer {layer.index} ({layer.name}), {layer.n_bytes / 1e9:.4g} GB at once, beside "
-        f"{profile.partition.resident_bytes / 1e9:.4g} GB that must be resident and "
+        f"{what} GB at once, beside {resident / 1e9:.4g} GB that must be resident and "
         f"{beside / 1e9:.4g} GB of activations and workspace{_of_group(group)}; "
         f"try max_gpu_gb={suggested_gb(least)}",
         budget_bytes=budget_bytes,

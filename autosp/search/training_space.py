@@ -10,6 +10,7 @@ from typing import NamedTuple
 from autosp.cost_model.placement import evenly_spread
 from autosp.cost_model.training_memory import Together, TrainingMemory, seconds_per_freed_byte
 from autosp.schedule.training import least_training
+from autosp.search.packs import Packs
 from autosp.search.residents import Filling, Pass
 from autosp.spec import Candidate, Profile
 
@@ -79,23 +80,37 @@ def recompute_choices(profile: Profile, budget_bytes: int, group: int = 1) -> li
 
 
 def filled(profile: Profile, budget_bytes: int, group: int = 1) -> Iterator[Candidate]:
-    """For each ring and choice, resident sets that use up the budget. Residents are computed again in blocks only."""
+    """For each ring and choice, resident sets that use up the budget. Residents are computed again in blocks only.
+
+    For a group also rings of whole blocks.
+    """
     memory = TrainingMemory(profile)
+    packs = Packs.of(profile.partition) if group > 1 else None
     of = Pass.of(profile)
     in_blocks = profile.partition.in_blocks
     free = budget_bytes - profile.partition.resident_bytes - profile.planned_workspace_of(group)
     count = len(of.layers)
     for choice in activation_choices(profile, budget_bytes, group):
+        if packs is not None and not choice.offload:
+            yield from packs.filled(group, choice.recompute, lambda plan: memory.may_fit(plan, budget_bytes))
         for k_prime in K_PRIMES:
             for depth in DEPTHS:
                 if depth * k_prime > count:
                     break
-                moving = partial(_moving_bytes, memory, in_blocks, choice, group, depth * k_prime)
+                moving = partial(_moving_bytes, memory, in_blocks, choice, group, k_prime, depth)
                 for residents in dict.fromkeys(Filling(of, k_prime, depth, free, moving).resident_sets()):
                     if count - len(residents) >= depth * k_prime:
                         k = len(residents) + depth * k_prime
                         here = choice.beside(residents, in_blocks)
                         yield Candidate(k=k, k_prime=k_prime, residents=residents, **here._asdict())
+
+
+def least_of_group(profile: Profile, candidates: Sequence[Candidate], group: int) -> list[Candidate]:
+    """These with as few activations as they can have, and the least that moves whole blocks, if there are such."""
+    again, in_blocks = Activations(least_training(profile.partition).recompute), profile.partition.in_blocks
+    packs = Packs.of(profile.partition)
+    plans = [one.model_copy(update=again.beside(one.residents, in_blocks)._asdict()) for one in candidates]
+    return plans if packs is None else [*plans, packs.plan(1, 0, group, again.recompute)]
 
 
 def with_activations(
@@ -120,11 +135,14 @@ def _moving_bytes(
     in_blocks: AbstractSet[int],
     choice: Activations,
     group: int,
-    ring: int,
+    k_prime: int,
+    depth: int,
     residents: AbstractSet[int],
 ) -> int:
     here = choice.beside(residents, in_blocks)
-    return memory.moving_bytes(here.recompute, tuple(sorted(residents)), group, here.offload, ring)
+    stay = tuple(sorted(residents))
+    k = len(stay) + depth * k_prime
+    return memory.moving_bytes(Candidate(k=k, k_prime=k_prime, residents=stay, group=group, **here._asdict()))
 
 
 def _layers_of(chosen: Sequence[Together]) -> tuple[int, ...]:
