@@ -89,7 +89,7 @@ def held_by_one(candidate: Candidate, partition: Partition, inputs: Bytes, kept:
     until = used_up_after(partition.visits, partition.backward)
     backward = [index for index, visit in enumerate(visits) if visit.kind is Kind.BACKWARD]
     computed = {visit.layer: index for index, visit in enumerate(visits) if visit.kind is Kind.RECOMPUTE}
-    change, arrives = np.zeros((2, len(visits) + 1), np.int64)
+    arrives, leaves = np.zeros((2, len(visits)), np.int64)
     for visit, layer in enumerate(partition.visits):
         held = int(inputs[visit] if layer in again else kept[visit])
         arrives[visit] += held
@@ -97,6 +97,6 @@ def held_by_one(candidate: Candidate, partition: Partition, inputs: Bytes, kept:
             gone = backward[until[visit]]
             beyond = max(0, int(kept[visit] - inputs[visit])) if layer in again else 0
             arrives[computed.get(layer, gone)] += beyond
-            change[gone] -= held + beyond
-    before = np.concatenate([[0], np.cumsum(arrives[:-1] + change[:-1])])
-    return before[:-1] + arrives[:-1], before
+            leaves[gone] += held + beyond
+    before = np.concatenate([[0], np.cumsum(arrives - leaves)])
+    return before[:-1] + arrives, before
