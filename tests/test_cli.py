@@ -318,7 +318,7 @@ def test_trace_of_a_plan_that_streams_nothing(study: Path, tmp_path: Path) -> No
 
 
 def test_an_interrupted_study_is_kept_and_resumed(shell: Path, monkeypatch: Environment) -> None:
-    monkeypatch.setenv("INTERRUPT_AT", "36")
+    monkeypatch.setenv("INTERRUPT_AT", "48")
     said = autosp("tune", "tiny_models:make", *ROOM, "--storage", "my.db", "--max-trials", "2", code=130)
     assert "study Tiny-inference keeps what was measured" in said
     assert "`autosp resume Tiny-inference tiny_models:make --storage my.db`" in said
