@@ -80,12 +80,12 @@ class Rounds:
         return totals
 
 
-def held_by_one(candidate: Candidate, partition: Partition, inputs: Bytes, kept: Bytes) -> tuple[Bytes, Bytes]:
+def held_by_one(recompute: tuple[int, ...], partition: Partition, inputs: Bytes, kept: Bytes) -> tuple[Bytes, Bytes]:
     """Activations of one microbatch: during each visit, and before each visit and at the end of the pass. [V], [V + 1]
 
     `inputs`, `kept`: of each visit forward, what is kept of it if it is computed again, and if not. [F]
     """
-    visits, again = visits_of(candidate, partition), frozenset(candidate.recompute)
+    visits, again = visits_of(Candidate(k=1, k_prime=1, recompute=recompute), partition), frozenset(recompute)
     until = used_up_after(partition.visits, partition.backward)
     backward = [index for index, visit in enumerate(visits) if visit.kind is Kind.BACKWARD]
     computed = {visit.layer: index for index, visit in enumerate(visits) if visit.kind is Kind.RECOMPUTE}

@@ -82,15 +82,16 @@ class TrainingMemory:
 
     def curves(self, candidate: Candidate) -> tuple[Bytes, Bytes]:
         """Activations, and gradients, during each visit of a pass, forward and backward, and at its end. [F + B + 1]"""
-        several, group = candidate.k > 1, candidate.group
-        if group == 1 or not len(self._layers):
-            there, gradients = self._curve(candidate.recompute), self._gradient_curve(candidate.residents, several)
-        else:
-            rounds = Rounds.of(candidate, self._partition)
-            there, gradients = self._of_group(candidate, rounds), self._gradients_of_group(candidate, rounds)
+        rounds = Rounds.of(candidate, self._partition) if candidate.group > 1 and len(self._layers) else None
         if candidate.offload:
-            there = self._curve(candidate.recompute, group) - self._away(_moving_alike(candidate))
-        return there, gradients
+            there = self._curve(candidate.recompute, candidate.group) - self._away(_moving_alike(candidate))
+        elif rounds is None:
+            there = self._curve(candidate.recompute)
+        else:
+            there = self._of_group(candidate, rounds)
+        if rounds is None:
+            return there, self._gradient_curve(candidate.residents, candidate.k > 1)
+        return there, self._gradients_of_group(candidate, rounds)
 
     def activation_bytes(self, recompute: tuple[int, ...], group: int = 1) -> int:
         """Activations at their peak, nothing offloaded. Of a group that waits between any two visits."""
@@ -117,12 +118,12 @@ class TrainingMemory:
 
     def _of_group(self, candidate: Candidate, rounds: Rounds) -> Bytes:
         """Activations of a group, nothing offloaded. [F + B + 1]"""
-        during, before = self._held(_visiting_alike(candidate))
+        during, before = self._held(candidate.recompute)
         there = during + (candidate.group - 1) * rounds.most_held(before)
         return np.append(rounds.as_curve(there), candidate.group * before[-1])
 
-    def _held_by_one(self, candidate: Candidate) -> tuple[Bytes, Bytes]:
-        return held_by_one(candidate, self._partition, self._inputs, self._kept)
+    def _held_by_one(self, recompute: tuple[int, ...]) -> tuple[Bytes, Bytes]:
+        return held_by_one(recompute, self._partition, self._inputs, self._kept)
 
     def _first_backward_visits(self) -> npt.NDArray[np.intp]:
         """Forward visit -> the backward visit from which its activations are there again: of a block, its first one."""
@@ -178,11 +179,6 @@ class TrainingMemory:
 def _moving_alike(candidate: Candidate) -> Candidate:
     """One whose offloaded activations move as this one's do."""
     return candidate.model_copy(update={"k": candidate.ring, "k_prime": 1, "residents": ()})
-
-
-def _visiting_alike(candidate: Candidate) -> Candidate:
-    """One whose microbatches each visit the same, and keep the same."""
-    return Candidate(k=1, k_prime=1, recompute=candidate.recompute)
 
 
 Together = tuple[int, ...]

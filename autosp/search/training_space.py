@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Container, Iterator, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from autosp.cost_model.placement import evenly_spread
 from autosp.cost_model.training_memory import Together, TrainingMemory, seconds_per_freed_byte
 from autosp.schedule.training import least_training
-from autosp.search.packs import Packs
 from autosp.search.residents import Filling, Pass
-from autosp.spec import Candidate, Profile
+from autosp.spec import Candidate, Partition, Profile
 
 K_PRIMES = (1, 2, 4, 8)
 DEPTHS = (1, 2, 3)
@@ -35,6 +36,49 @@ class Activations(NamedTuple):
             tuple(layer for layer in self.recompute if layer in in_blocks or layer not in residents),
             tuple(layer for layer in self.offload if layer not in residents),
         )
+
+
+@dataclass(frozen=True)
+class Packs:
+    """Blocks of equally many layers that move as a whole: Harmony's layer packs, for groups of microbatches.
+
+    One of them computes such a block again and goes backward through it in one turn, so that the others hold nothing of
+    it but its inputs: see `cost_model.rounds`.
+    """
+
+    blocks: tuple[tuple[int, ...], ...]
+    between: tuple[int, ...]
+    """Other layers that are visited before the last block: they stay."""
+    in_blocks: frozenset[int]
+
+    @classmethod
+    def of(cls, partition: Partition) -> Self | None:
+        """None where transfers of equally many layers cannot be blocks."""
+        blocks = tuple(block.layers for block in partition.blocks)
+        order = list(dict.fromkeys(partition.visits))
+        position = {layer: place for place, layer in enumerate(order)}
+        in_blocks = partition.in_blocks
+        if len(set(map(len, blocks))) != 1 or not in_blocks <= position.keys():
+            return None
+        blocks = tuple(sorted(blocks, key=lambda layers: position[layers[0]]))
+        between = tuple(layer for layer in order[: position[blocks[-1][0]]] if layer not in in_blocks)
+        return cls(blocks, between, in_blocks)
+
+    def plan(self, depth: int, kept: int, group: int, recompute: tuple[int, ...]) -> Candidate:
+        """A ring of `depth` blocks; `kept` blocks stay. Of layers to `recompute` those that stay in no block do not."""
+        chosen = evenly_spread(self.blocks, kept)
+        residents = tuple(sorted({*self.between, *(layer for layers in chosen for layer in layers)}))
+        size, here = len(self.blocks[0]), Activations(recompute).beside(residents, self.in_blocks)
+        k = len(residents) + depth * size
+        return Candidate(k=k, k_prime=size, residents=residents, group=group, **here._asdict())
+
+    def filled(self, group: int, recompute: tuple[int, ...], fits: Callable[[Candidate], bool]) -> Iterator[Candidate]:
+        """For each depth the plan of most blocks that fits."""
+        for depth in DEPTHS:
+            plans = [partial(self.plan, depth, kept, group, recompute) for kept in range(len(self.blocks) - depth + 1)]
+            fitting = bisect_left(plans, True, key=lambda plan: not fits(plan()))
+            if fitting:
+                yield plans[fitting - 1]()
 
 
 def activation_choices(profile: Profile, budget_bytes: int, group: int = 1) -> list[Activations]:
@@ -167,11 +211,8 @@ def _just_enough(
     memory: TrainingMemory, choice_of: Callable[[int], Activations], most: int, ring: Candidate, budget_bytes: int
 ) -> int:
     """The least number, of `most`, with which a ring fits beside what stays; `most`, if that is not enough."""
-    low, high = 0, most
-    while low < high:
-        middle = (low + high) // 2
-        if memory.may_fit(ring.model_copy(update=choice_of(middle)._asdict()), budget_bytes):
-            high = middle
-        else:
-            low = middle + 1
-    return low
+
+    def fits(count: int) -> bool:
+        return memory.may_fit(ring.model_copy(update=choice_of(count)._asdict()), budget_bytes)
+
+    return bisect_left(range(most), True, key=fits)

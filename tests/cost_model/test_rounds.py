@@ -13,8 +13,8 @@ from autosp.cost_model.training_memory import TrainingMemory
 from autosp.errors import BudgetTooSmallError
 from autosp.schedule.actions import Kind
 from autosp.schedule.visits import Visit, used_up_after, visits_of
-from autosp.search.packs import Packs
 from autosp.search.space import least_bytes, rank
+from autosp.search.training_space import Packs
 from autosp.spec import Block, Candidate, Profile
 from builders import profile, thorough, trained
 
