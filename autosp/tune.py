@@ -29,7 +29,7 @@ from autosp.search.isolated import IsolatedTrials, Isolation
 from autosp.search.lean import checked_slack, least_memory
 from autosp.search.limits import Limits
 from autosp.search.space import Ranking, ranking
-from autosp.search.validate import Reference, timed, validate
+from autosp.search.validate import Reference, Validate, timed, validate
 from autosp.settings import settings
 from autosp.spec import PROFILE_SCHEMA_VERSION, Partition, Plan, Prediction, Profile, StudyKey
 from autosp.store import Repository
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from autosp.search.study import Validate, Verdict
+    from autosp.search.study import Verdict
 
 
 def tune(

@@ -6,6 +6,7 @@ answered with its measurement of a random round. So every sampler sees the same 
 
 from __future__ import annotations
 
+import math
 import random
 import tempfile
 import warnings
@@ -124,7 +125,7 @@ def with_cost_model(table: Table, seed: int, trials: int) -> Tried:
     rng = random.Random(seed)
     tried: Tried = []
 
-    def validate(candidate: Candidate) -> Measurement:
+    def validate(candidate: Candidate, hopeless_s: float = math.inf) -> Measurement:
         tried.append((key_of(candidate), table.answer(key_of(candidate), rng)))
         return tried[-1][1]
 

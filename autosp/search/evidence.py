@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from autosp.errors import StoreError
+from autosp.search.validate import Validate, is_brief
 from autosp.spec import PROFILE_SCHEMA_VERSION, Candidate, Measurement, Outcome, Partition, Profile, StudyKey
 
 if TYPE_CHECKING:
@@ -52,14 +54,17 @@ def known_measurements(
     return found
 
 
-def unless_known(
-    known: dict[Candidate, Measurement], validate: Callable[[Candidate], Measurement]
-) -> Callable[[Candidate], Measurement]:
-    """Answers with what is known of a candidate, once, and in no time: asked again, the device is."""
+def unless_known(known: dict[Candidate, Measurement], validate: Validate) -> Validate:
+    """Answers with what is known of a candidate, once, and in no time: asked again, the device is.
 
-    def answer(candidate: Candidate) -> Measurement:
+    What was hopeless beside another study's best, and was timed briefly, is measured where it is not hopeless.
+    """
+
+    def answer(candidate: Candidate, hopeless_s: float = math.inf) -> Measurement:
         measured = known.pop(candidate, None)
-        return validate(candidate) if measured is None else measured.model_copy(update={"taken_s": 0.0})
+        if measured is None or (is_brief(measured) and measured.latency_s <= hopeless_s):
+            return validate(candidate, hopeless_s)
+        return measured.model_copy(update={"taken_s": 0.0})
 
     return answer
 

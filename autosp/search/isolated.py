@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import warnings
 from collections.abc import Callable, Sequence
@@ -152,14 +153,15 @@ class IsolatedTrials:
     def __exit__(self, *_exception: object) -> None:
         self._closing.close()
 
-    def validate(self, candidate: Candidate) -> Measurement:
+    def validate(self, candidate: Candidate, hopeless_s: float = math.inf) -> Measurement:
         """What the candidate measured, or how its process ended. What the model raises there is raised here.
 
         Raises: IsolationError if the process does not start, NotPicklableError if it cannot take what was sent.
         """
         process = self._process = self._process or self._started()
         try:
-            answer = process.ask(candidate, self._isolation.timeout_s(self._predictions[candidate]), self._progress)
+            timeout_s = self._isolation.timeout_s(self._predictions[candidate])
+            answer = process.ask((candidate, hopeless_s), timeout_s, self._progress)
         except _EndedError as ended:
             self._end()
             warnings.warn(

@@ -20,7 +20,8 @@ from autosp.search.learned import Learned, Lessons
 from autosp.search.limits import Limits
 from autosp.search.sampler import PARAMETERS, CostModelSampler, least_traffic, running_keys
 from autosp.search.space import Key, all_resident, key_of
-from autosp.spec import Candidate, Measurement, Outcome, Prediction, Profile, Trial
+from autosp.search.validate import Validate
+from autosp.spec import Outcome, Prediction, Profile, Trial
 from autosp.store.trials import fail_dead_trials, running_trial
 
 if TYPE_CHECKING:
@@ -30,13 +31,14 @@ if TYPE_CHECKING:
 TOLERANCE = 0.01
 """A candidate that can win by less than this is not worth a validation."""
 
+HOPELESS = 0.1
+"""What is predicted to be slower than the best by more than this, and then is in a pass, is timed no more."""
+
 PROFILE_S = "autosp_profile_s"
 """The study's attribute that says how long it took until its first trial could begin."""
 
 POLL_S = 0.5
 """Between two looks at what other workers have found."""
-
-Validate = Callable[[Candidate], Measurement]
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,8 @@ def run_study(
                         study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
                         continue
                     progress(f"trial {len(trials) + 1}: {prediction.candidate.label()}")
-                    done = Trial(number=trial.number, prediction=prediction, measurement=validate(prediction.candidate))
+                    measured = validate(prediction.candidate, _hopeless_s(prediction, verdict.best))
+                    done = Trial(number=trial.number, prediction=prediction, measurement=measured)
                     repository.add_trial(name, done)
                     _tell(study, trial, done, budget_bytes)
         if upcoming is Next.WAIT:
@@ -181,6 +184,12 @@ def _claimed(trial: optuna.Trial, sampler: CostModelSampler) -> Prediction | Non
     """What a trial is to try. None if it was enqueued by hand, and is no candidate under this budget."""
     key = tuple(trial.suggest_int(name, sampler.space[name].low, sampler.space[name].high) for name in PARAMETERS)
     return next((one for one in sampler.learned.predictions if key_of(one.candidate) == key), None)
+
+
+def _hopeless_s(prediction: Prediction, best: Trial | None) -> float:
+    """A pass that takes longer shows that the candidate is no rival: as predicted."""
+    limit_s = math.inf if best is None else best.measurement.latency_s * (1 + HOPELESS)
+    return limit_s if prediction.latency_s > limit_s else math.inf
 
 
 def judge(trials: Sequence[Trial], learned: Learned, usable_bytes: int, acceptable_bytes: int) -> Verdict:

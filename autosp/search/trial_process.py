@@ -122,7 +122,7 @@ def _serve(pipe: Connection, job: Job) -> None:
         trial = partial(validate, bench, workload, reference, job.budget_bytes, progress=partial(tell, Said.PROGRESS))
         while True:
             try:
-                measured = trial(pipe.recv())
+                measured = trial(*pipe.recv())
             except Exception as error:
                 if not job.device.is_fatal(error):
                     raise

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -25,6 +26,13 @@ LEAST_PASSES = 3
 MOST_PASSES = 15
 ENOUGH_S = 0.5
 """Short passes are repeated until they fill this time: their median needs it."""
+
+
+class Validate(Protocol):
+    """What measures candidates."""
+
+    def __call__(self, candidate: Candidate, hopeless_s: float = math.inf) -> Measurement:
+        """`hopeless_s`: once a pass has taken longer, and none less, the candidate is timed no more."""
 
 
 class Reference:
@@ -80,10 +88,11 @@ def validate(
     reference: Reference,
     budget_bytes: int,
     candidate: Candidate,
+    hopeless_s: float = math.inf,
     *,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Measurement:
-    """Run the candidate: a cold pass, compared with `reference`, then timed ones.
+    """Run the candidate: a cold pass, compared with `reference`, then timed ones. `hopeless_s`: see `Validate`.
 
     Out of memory, the device's or the host's, and a differing output are outcomes, not errors. The model is restored in
     every case; what it raises passes through.
@@ -102,7 +111,7 @@ def validate(
                 same = reference.is_given_by(output)
                 moved_before = streamed.stats().moved_bytes
                 samples: list[float] = []
-                while len(samples) < LEAST_PASSES or (sum(samples) < ENOUGH_S and len(samples) < MOST_PASSES):
+                while not _enough(samples, hopeless_s):
                     progress(f"pass {len(samples) + 1}")
                     # as in a loop, the last output lives meanwhile
                     seconds, output = _timed_pass(bench, workload, streamed)
@@ -130,15 +139,20 @@ def validate(
     )
 
 
-def timed(validated: Callable[[Candidate], Measurement]) -> Callable[[Candidate], Measurement]:
+def timed(validated: Validate) -> Validate:
     """What it measures, with the time that it took by the clock."""
 
-    def measured(candidate: Candidate) -> Measurement:
+    def measured(candidate: Candidate, hopeless_s: float = math.inf) -> Measurement:
         begin = time.perf_counter()
-        found = validated(candidate)
+        found = validated(candidate, hopeless_s)
         return found.model_copy(update={"taken_s": time.perf_counter() - begin})
 
     return measured
+
+
+def is_brief(measured: Measurement) -> bool:
+    """Whether passes were timed, but fewer than usual: it was hopeless."""
+    return 0 < len(measured.samples_s) < LEAST_PASSES
 
 
 def failed(outcome: Outcome, peak_bytes: int) -> Measurement:
@@ -152,6 +166,12 @@ def failed(outcome: Outcome, peak_bytes: int) -> Measurement:
         moved_bytes=0,
         misses=0,
     )
+
+
+def _enough(samples: Sequence[float], hopeless_s: float) -> bool:
+    if samples and min(samples) > hopeless_s:
+        return True
+    return len(samples) >= LEAST_PASSES and (sum(samples) >= ENOUGH_S or len(samples) >= MOST_PASSES)
 
 
 def _timed_pass(bench: Bench, workload: Workload, streamed: StreamedModel[nn.Module]) -> tuple[float, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ class Counted:
     def __init__(self) -> None:
         self.ran: list[Key] = []
 
-    def validate(self, candidate: Candidate) -> Measurement:
+    def validate(self, candidate: Candidate, hopeless_s: float = math.inf) -> Measurement:
         """One trial, in no time."""
         self.ran.append(key_of(candidate))
         return measurement(outcome=Outcome.OUTPUT_DIFFERS)
@@ -49,7 +50,7 @@ class Noisy:
         self._log = log
         self._trial_s = trial_s
 
-    def validate(self, candidate: Candidate) -> Measurement:
+    def validate(self, candidate: Candidate, hopeless_s: float = math.inf) -> Measurement:
         """One trial."""
         if self._log is not None:
             with self._log.open("a") as file:

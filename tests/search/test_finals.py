@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -10,7 +11,7 @@ import pytest
 from autosp.search.finals import fastest, median_error_s, pooled, ties, undecided
 from autosp.search.limits import Limits
 from autosp.search.space import rank
-from autosp.search.study import run_study
+from autosp.search.study import HOPELESS, run_study
 from autosp.spec import Candidate, Measurement, Outcome, Trial
 from autosp.store import Repository
 from builders import measurement, prediction, profile, study_key, trial
@@ -98,11 +99,11 @@ def test_a_study_ends_with_its_finals() -> None:
     asked: list[Candidate] = []
     repeated: list[Candidate] = []
 
-    def validate(candidate: Candidate) -> Measurement:
+    def validate(candidate: Candidate, hopeless_s: float = math.inf) -> Measurement:
         asked.append(candidate)
         return measured([1.0 + 0.01 * (len(asked) - 1)] * 3, rounds=1)
 
-    def repeat(candidate: Candidate) -> Measurement:
+    def repeat(candidate: Candidate, hopeless_s: float = math.inf) -> Measurement:
         repeated.append(candidate)
         return measured([0.99 - 0.02 * asked.index(candidate)] * 9, rounds=1)
 
@@ -141,7 +142,7 @@ def test_the_effort_is_what_a_study_takes_with_its_profile_and_its_finals(
     asked: list[Candidate] = []
     repeated: list[Candidate] = []
 
-    def answer(told: list[Candidate], candidate: Candidate) -> Measurement:
+    def answer(told: list[Candidate], candidate: Candidate, hopeless_s: float = math.inf) -> Measurement:
         told.append(candidate)
         return measured([1.0] * 3, rounds=1).model_copy(update={"taken_s": trial_s})
 
@@ -161,3 +162,24 @@ def test_the_effort_is_what_a_study_takes_with_its_profile_and_its_finals(
         )
     assert not verdict.finished and "was not tried" in verdict.why
     assert (len(asked), len(repeated)) == (trials, finals)
+
+
+def test_what_is_predicted_to_lose_is_hopeless_once_it_does() -> None:
+    """The favourite is timed in full; the plain window, which loads all weights again, for as long as it may win."""
+    known = profile((10,) * 8, forward_s=0.01, bytes_per_s=10.0)
+    ranked = rank(known, 60)
+    limits_s: dict[Candidate, float] = {}
+    expected_s = {one.candidate: one.latency_s for one in ranked}
+
+    def validate(candidate: Candidate, hopeless_s: float = math.inf) -> Measurement:
+        limits_s[candidate] = hopeless_s
+        return measured([expected_s[candidate]] * 3, rounds=1, peak_bytes=10)
+
+    with Repository() as repository:
+        repository.create_study("hopeless", study_key(budget_bytes=60))
+        run_study(repository, "hopeless", known, ranked, 60, validate, limits=Limits(), progress=str)
+    (favourite, first_s), (window, second_s) = list(limits_s.items())[:2]
+    assert favourite.residents and not window.residents
+    assert first_s == math.inf and second_s == pytest.approx(expected_s[favourite] * (1 + HOPELESS))
+    rivals_s = [limit_s for one, limit_s in limits_s.items() if expected_s[one] < second_s]
+    assert set(rivals_s) == {math.inf}

@@ -21,7 +21,7 @@ from autosp.errors import NotPicklableError, SettingError
 from autosp.profiler import measure
 from autosp.runtime.bench import Bench
 from autosp.search.isolated import IsolatedTrials, Isolation
-from autosp.search.validate import Reference, validate
+from autosp.search.validate import LEAST_PASSES, Reference, validate
 from autosp.spec import Candidate, Outcome, Tier, Trial
 from autosp.store import Repository
 from autosp.workload import Workload
@@ -94,6 +94,7 @@ def test_a_process_of_its_own_measures_what_this_one_does(slow_tier: Tier, tmp_p
         reference = Reference(output, lambda: output)
         profile = measure(bench, workload)
         here = [validate(bench, workload, reference, BUDGET_BYTES, candidate) for candidate in candidates]
+        brief = [validate(bench, workload, reference, BUDGET_BYTES, candidates[0], hopeless_s=0.0)]
     steps: list[str] = []
     ranked = [prediction(candidate) for candidate in candidates]
     opened = IsolatedTrials(
@@ -101,12 +102,15 @@ def test_a_process_of_its_own_measures_what_this_one_does(slow_tier: Tier, tmp_p
     )
     with opened as trials:
         there = [trials.validate(candidate) for candidate in candidates]
+        brief.append(trials.validate(candidates[0], hopeless_s=0.0))
     device.close()
     for mine, theirs in zip(here, there, strict=True):
         assert (theirs.outcome, theirs.moved_bytes, theirs.misses) == (Outcome.FITS, mine.moved_bytes, mine.misses)
         assert theirs.peak_bytes == pytest.approx(mine.peak_bytes, abs=3_000_000)  # the heap's noise
     assert steps.count("a process for trials") == 1
-    assert steps.count("cold") == len(candidates)
+    assert steps.count("cold") == len(candidates) + 1
+    assert all(len(one.samples_s) >= LEAST_PASSES for one in (*here, *there))
+    assert [(one.outcome, len(one.samples_s)) for one in brief] == [(Outcome.FITS, 1)] * 2
     assert all(
         (id(tensor), True) == (values[name][0], torch.equal(tensor, values[name][1]))
         for name, tensor in model.named_parameters()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -142,7 +143,7 @@ def test_what_is_known_is_answered_once() -> None:
     first, second = measurement(latency_s=1.0), measurement(latency_s=2.0)
     asked: list[Candidate] = []
 
-    def validate(candidate: Candidate) -> Measurement:
+    def validate(candidate: Candidate, hopeless_s: float = math.inf) -> Measurement:
         asked.append(candidate)
         return second
 
@@ -150,3 +151,19 @@ def test_what_is_known_is_answered_once() -> None:
     answer = unless_known({one: first}, validate)
     assert [answer(one), answer(other), answer(one)] == [first, second, second]
     assert asked == [other, one]
+
+
+def test_what_was_hopeless_elsewhere_is_measured_where_it_may_win() -> None:
+    brief = measurement(latency_s=3.0).model_copy(update={"samples_s": (3.0,)})
+    whole = measurement(latency_s=2.9)
+    plan = Candidate(k=1, k_prime=1)
+    asked: list[float] = []
+
+    def validate(candidate: Candidate, hopeless_s: float = math.inf) -> Measurement:
+        asked.append(hopeless_s)
+        return whole
+
+    assert unless_known({plan: brief}, validate)(plan, 2.0) == brief
+    assert unless_known({plan: brief}, validate)(plan, 4.0) == whole
+    assert unless_known({plan: brief}, validate)(plan) == whole
+    assert asked == [4.0, math.inf]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import optuna
 import pytest
 from optuna import visualization
@@ -23,9 +25,9 @@ class Varied(study_workers.Noisy):
         super().__init__()
         self._left = list(FIRST)
 
-    def validate(self, candidate: Candidate) -> Measurement:
+    def validate(self, candidate: Candidate, hopeless_s: float = math.inf) -> Measurement:
         if not self._left:
-            return super().validate(candidate)
+            return super().validate(candidate, hopeless_s)
         outcome = self._left.pop(0)
         starved = outcome is Outcome.OUT_OF_MEMORY
         return measurement(outcome=outcome, peak_bytes=study_workers.BUDGET_BYTES + 1 if starved else 0)
