@@ -115,9 +115,9 @@ def _streamed(workload: Workload, device: Device, plain: Any) -> tuple[float, bo
 
 def _times_s(workload: Workload, device: Device) -> list[float]:
     workload.run()
+    device.finish_compute()
     samples = []
     for _ in range(PASSES):
-        device.synchronize()
         begin = time.perf_counter()
         workload.run()
         device.finish_compute()

@@ -164,6 +164,8 @@ class AcceleratorDevice:
         """From the device's own clock; where a stamp is a read's, from the host's, on which events are placed."""
         if isinstance(start, float) or isinstance(end, float):
             return self._on_host_clock(end) - self._on_host_clock(start)
+        start.synchronize()
+        end.synchronize()
         return float(start.elapsed_time(end)) / 1e3
 
     def training(self) -> AbstractContextManager[None]:

@@ -163,7 +163,7 @@ class Device(Protocol):
         """A timed point in the compute order."""
 
     def seconds(self, start: Stamp, end: Stamp) -> float:
-        """Time between two stamps, those of copies and reads among them, after `synchronize`."""
+        """Time between two stamps. Blocks until they are over; those of copies and reads are, after `synchronize`."""
 
     def training(self) -> AbstractContextManager[None]:
         """While it is open a model is trained, or microbatches share a pass: large pieces of memory come and go

@@ -160,11 +160,10 @@ def group_peak_bytes(bench: Bench, candidate: Candidate, workload: Workload, pro
 
 
 def timed_pass(device: Device, run: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds and output of one pass."""
+    """Seconds and output of one pass. Loads for the next one go on, as in a loop."""
     start = device.stamp()
     output = run()
     end = device.stamp()
-    device.synchronize()
     return device.seconds(start, end), output
 
 
@@ -205,9 +204,8 @@ class _TimeObserver(Observer):
         self._begin = self._device.stamp()
 
     def end(self) -> None:
-        """The pass is over."""
+        """The pass is over. Loads for the next one go on, as in a loop."""
         self._end = self._device.stamp()
-        self._device.synchronize()
 
     def arrive(self, layer: int, inputs: Any) -> None:
         """Before the weights are waited for."""

@@ -172,16 +172,17 @@ class Recorder:
         if self._now is not None and copies:
             self._now.moved.append(Moved(kind, layer, tuple(copied.times for copied in copies)))
 
-    # -- what is read from it: waits for the device, so not for use within a pass ------------------------------------
+    # -- what is read from it: waits for compute, so not for use within a pass ---------------------------------------
 
     def pass_s(self) -> list[float]:
-        """Seconds of each remembered pass."""
-        self._device.synchronize()
+        """Seconds of each remembered pass. Loads for the next one go on meanwhile."""
         return [self._device.seconds(one.begin, one.end) for one in self._passes]
 
     def stall_s(self) -> dict[int, float]:
-        """Layer -> mean seconds per remembered pass that compute stood still before it, waiting for its weights."""
-        self._device.synchronize()
+        """Layer -> mean seconds per remembered pass that compute stood still before it, waiting for its weights.
+
+        Loads for the next pass go on meanwhile.
+        """
         stalls: dict[int, list[float]] = {}
         for one in self._passes:
             for visit in one.visits:
@@ -190,8 +191,10 @@ class Recorder:
         return {layer: sum(seconds) / count for layer, seconds in sorted(stalls.items())}
 
     def visit_times(self, last: int) -> list[tuple[list[VisitTimes], float]]:
-        """Of each of the last so many of the remembered passes: its visits, and the compute after the last of them."""
-        self._device.synchronize()
+        """Of each of the last so many of the remembered passes: its visits, and the compute after the last of them.
+
+        Loads for the next pass go on meanwhile.
+        """
         seconds = self._device.seconds
         found = []
         for one in list(self._passes)[-last:]:
@@ -216,6 +219,7 @@ class Recorder:
     def usage(self, last: int) -> Usage:
         """What the last so many of the remembered passes spent their time on: the median of each figure.
 
+        Waits for loads of the next pass, too.
         Where nothing moves, the end of a training pass is not seen: none is remembered, and nothing was waited for.
         """
         self._device.synchronize()
@@ -242,7 +246,7 @@ class Recorder:
         )
 
     def timeline(self) -> Timeline:
-        """The remembered passes as spans, in seconds from the first one's beginning."""
+        """The remembered passes as spans, in seconds from the first one's beginning. Waits for loads of the next."""
         self._device.synchronize()
         if not self._passes:
             return Timeline((), ())

@@ -58,7 +58,7 @@ def stats_of(
     floor_s: float | None,
     state_bytes: StateBytes | None = None,
 ) -> Stats:
-    """The counters with what was recorded of the last passes. Waits for the device.
+    """The counters with what was recorded of the last passes. Waits for their compute.
 
     `names`: of layers by their index. `on_disk`: those behind the slow tier. `floor_s`: of a pass, if it is known.
     `state_bytes`: of the optimizer's state, where some of it is on disk.

@@ -203,7 +203,7 @@ class StreamedModel(Generic[M]):
         self._executor.tidy = self._device.keep_within(peak_bytes)
 
     def stats(self) -> Stats:
-        """Counters since the plan was applied, and times of the last passes. Waits for the device."""
+        """Counters since the plan was applied, and times of the last passes. Waits for compute, not for loads."""
         peak_bytes = self._final_peak_bytes if self._removed else self._device.peak_bytes()
         names = {layer.layer.index: layer.layer.name for layer in self._bound.layers}
         slow_tier, executor = self._device.info.slow_tier, self._executor
@@ -221,7 +221,7 @@ class StreamedModel(Generic[M]):
         return self._executor.recorder.usage(last)
 
     def visit_times(self, last: int) -> list[tuple[list[VisitTimes], float]]:
-        """What each visit took in the last so many passes, and the compute after the last. Waits for the device."""
+        """What each visit took in the last so many passes, and the compute after the last. Waits for compute."""
         return self._executor.recorder.visit_times(last)
 
     def timeline(self) -> Timeline:
