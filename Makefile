@@ -29,4 +29,4 @@ test: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy autosp
+	$(BIN)/mypy autosp studies

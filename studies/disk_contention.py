@@ -16,7 +16,8 @@ from typing import Any
 from peer_models import PeerModel
 
 import autosp
-from autosp.devices import Copied, CpuDevice
+from autosp.devices import CpuDevice
+from autosp.devices.worker import CopyEvent
 from autosp.runtime.bench import Bench
 from autosp.spec import Candidate, Reading
 from autosp.workload import Workload
@@ -45,11 +46,11 @@ class Stream:
         self._next = 0
         self._turn = 0
 
-    def start(self, n_bytes: int) -> list[Copied]:
+    def start(self, n_bytes: int) -> list[CopyEvent]:
         """Queue reads of that many bytes, a place's at a time."""
         return [self._start_one() for _ in range(math.ceil(n_bytes / self._place_bytes))]
 
-    def _start_one(self) -> Copied:
+    def _start_one(self) -> CopyEvent:
         if self._next + self._place_bytes > self._store_bytes:
             self._next = 0
         region = self._store.window(self._next, self._place_bytes)
@@ -58,12 +59,12 @@ class Stream:
         self._turn += 1
         return self._device.copy([region], self._ring[begin : begin + self._place_bytes])
 
-    def wait(self, copies: Sequence[Copied]) -> None:
+    def wait(self, copies: Sequence[CopyEvent]) -> None:
         """Until they are over. Raises: ReadError."""
         for copy in copies:
             self._device.wait(copy)
 
-    def bytes_until(self, copies: Sequence[Copied], moment_s: float) -> int:
+    def bytes_until(self, copies: Sequence[CopyEvent], moment_s: float) -> int:
         """What had been read at a moment of `time.perf_counter`."""
         return sum(self._place_bytes for copy in copies if copy.times.ended <= moment_s)
 

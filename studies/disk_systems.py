@@ -37,12 +37,12 @@ def _accelerate_safetensors(model: nn.Module, setting: Setting) -> Iterator[OwnP
 
     if not list(setting.folder.glob("*.safetensors")):
         save_file(model.state_dict(), setting.folder / "model.safetensors")
-    index = {}
+    index: dict[str, dict[str, str]] = {}
     for path in sorted(setting.folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
         index |= {name: {"safetensors_file": str(path), "weight_name": name} for name in names}
-    dispatch_model(model, {"": "disk"}, main_device="cpu", offload_index=index)  # type: ignore[arg-type]
+    dispatch_model(model, {"": "disk"}, main_device="cpu", offload_index=index)
     yield None
 
 

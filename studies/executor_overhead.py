@@ -69,7 +69,9 @@ def overhead_us(tensors: int, candidate: Candidate) -> list[float]:
         plain_s = median(seconds() for _ in range(PASSES))
         schedule = lower(candidate, [layer.n_bytes for layer in parts.layers], parts.visits)
         store = HostStore(bind(model, parts).layers, device)
-        streamed = StreamedModel(bind(model, parts), schedule, device, store, Originals.KEPT, store.close)
+        streamed: StreamedModel[nn.Module] = StreamedModel(
+            bind(model, parts), schedule, device, store, Originals.KEPT, store.close
+        )
         samples = [seconds() for _ in range(PASSES)][PASSES // 4 :]
         assert streamed.stats().misses == 0
         streamed.remove()

@@ -42,7 +42,7 @@ def main() -> None:
         profile = repository.profile(plan.study_name or "")
         trials = repository.trials(plan.study_name or "")
     assert profile is not None, "tune stored it"
-    draw_front(profile, trials, [parse_budget(budget)], RESULTS / f"front_{name}.png", plan)
+    draw_front(profile, trials, [parse_budget(budget)], plan.host_budget_bytes, RESULTS / f"front_{name}.png", plan)
 
     workload = Workload.of(example.model, example.batch, example.step, "inference", device)
     streamed = autosp.apply(example.model, plan)

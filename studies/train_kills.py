@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from multiprocessing.context import BaseContext
 from pathlib import Path
+from typing import Any
 
 import torch
 from record import markdown, save
@@ -52,7 +53,7 @@ def nothing(place: str, step: int) -> None:
     """Nobody is told."""
 
 
-def build() -> nn.Module:
+def build() -> nn.Sequential:
     """The model, the same in every process."""
     torch.manual_seed(0)
     blocks = (nn.Sequential(nn.Linear(128, 128), nn.GELU(), nn.Dropout(0.2), nn.Linear(128, 128)) for _ in range(4))
@@ -80,9 +81,9 @@ def train(folder: Path, streamed: bool, overlap: bool = False, event: Event = no
         _loop(folder, model, optimizer, event)
 
 
-def _loop(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, event: Event) -> None:
+def _loop(folder: Path, model: nn.Sequential, optimizer: torch.optim.Optimizer, event: Event) -> None:
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     path = folder / "checkpoint.pt"
     first = 0
     if path.exists():

@@ -49,7 +49,8 @@ UNTRIED = (
 def table(rows: list[Any]) -> str:
     """For each model, optimizer and cap its systems; then the verdict, and what could not be run."""
     groups = dict.fromkeys(_group(row) for row in rows)
-    parts, verdicts = [], []
+    parts: list[str] = []
+    verdicts: list[bool] = []
     for group in groups:
         mine = [row for row in rows if _group(row) == group]
         lines = [_line(mine, system, verdicts) for system in SYSTEMS if _without_pair(mine, system)]

@@ -115,8 +115,9 @@ def main(arguments: list[str] | None = None, answer: Callable[..., Any] | None =
         scratch.mkdir(parents=True, exist_ok=True)
         made = partial(Results, answer=answer) if answer else Results
         results = made(raw, Row, device, run_job, again=asked.again, timeout_s=asked.timeout_s)
-        chosen = [_chosen(asked.models, MODELS), _chosen(asked.optimizers, OPTIMIZERS), _chosen(asked.systems, SYSTEMS)]
-        run(Run(asked.scale, *chosen, asked.repeats, asked.cap_gb, scratch.resolve(), results))
+        models, optimizers = _chosen(asked.models, MODELS), _chosen(asked.optimizers, OPTIMIZERS)
+        systems = _chosen(asked.systems, SYSTEMS)
+        run(Run(asked.scale, models, optimizers, systems, asked.repeats, asked.cap_gb, scratch.resolve(), results))
     device.close()
     write_report(STUDY, raw, Row)
 

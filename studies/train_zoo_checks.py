@@ -105,6 +105,7 @@ def examine(specimen: Specimen) -> Finding:
     except Exception as error:  # noqa: BLE001 - a failure of one model is a row of the table
         problems.append(f"plan: {where(error)}")
     for setting in settings_for(plan) if plan else ():
+        assert plan is not None, "there are settings"
         try:
             outcome = try_plan(model, batch, plan, setting, optimizer, expected)
         except Exception as error:  # noqa: BLE001 - as above

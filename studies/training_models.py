@@ -38,8 +38,8 @@ def _vit(scale: str) -> PeerModel:
         num_attention_heads=width // 32,
         image_size=pixels,
         patch_size=16,
-        num_labels=1000,
     )
+    config.num_labels = 1000
     batch = {"pixel_values": torch.randn(images, 3, pixels, pixels), "labels": torch.arange(images)}
     model = ViTForImageClassification(config)
     return PeerModel(f"ViT, {_size(model)}, {images}×3×{pixels}×{pixels}", model, batch, loss_of)

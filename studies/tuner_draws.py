@@ -142,7 +142,7 @@ def _vit(drawn: Draw, width: int) -> Made:
     return model, {"pixel_values": torch.randn(drawn.batch, 3, pixels, pixels)}
 
 
-def _shape(drawn: Draw, width: int) -> dict[str, int]:
+def _shape(drawn: Draw, width: int) -> dict[str, Any]:
     return {
         "hidden_size": width,
         "intermediate_size": 4 * width,
