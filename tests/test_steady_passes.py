@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 import autosp
 from autosp.devices.virtual import VirtualDevice
 from autosp.profiler import LEAST_MEMORY, measure
+from autosp.profiler.layers import Repeats, enough
 from autosp.runtime.bench import Bench
 from autosp.search.validate import Reference, validate
 from autosp.spec import Candidate, Mode, Outcome
@@ -78,3 +80,21 @@ def test_asking_for_counters_after_each_pass_waits_for_no_load(tmp_path: Path) -
         streamed.timeline()
         assert device.waits == waits + 1
         streamed.remove()
+
+
+@pytest.mark.parametrize(
+    ("samples", "least", "cold_s", "told"),
+    [
+        ([0.5], 2, 0.5, False),
+        ([0.5, 0.5], 2, 0.5, True),
+        ([2.0], 2, 2.0, True),  # long, and the cold pass says the same
+        ([2.0], 2, math.inf, True),
+        ([2.0], 2, 1.8, False),  # the cold pass was faster: something came between
+        ([2.0, 1.8], 2, 1.8, False),
+        ([2.0, 1.8, 1.8], 2, 1.8, True),
+        ([2.0], 1, 1.8, True),  # seen for its memory
+        ([0.1], 1, 0.1, False),  # too short for any clock
+    ],
+)
+def test_how_many_passes_are_enough(samples: list[float], least: int, cold_s: float, told: bool) -> None:
+    assert enough(samples, Repeats(least, 0.3), cold_s) is told

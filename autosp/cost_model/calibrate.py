@@ -33,6 +33,10 @@ DISTURBED_ERROR = 0.25
 DISTURBED_RATIO = 4
 """A residual above both of these, the second times the median residual, is a disturbed plan's: it teaches nothing."""
 
+MOST_SLOWDOWN = 2.0
+"""Of compute by a link: at worst the thread that copies shares a core with one that computes. What a pass shows beyond
+that was somebody else's work."""
+
 LEAST_SCALE = 0.1
 """Of compute, or of a transfer's time for its bytes: where transfers are tiny, all of it may look like latency."""
 
@@ -98,9 +102,9 @@ def _compute(profile: Profile, used: Used, candidates: Sequence[Candidate]) -> P
     errors = [SCALE_ERROR, SLOWDOWN_ERROR, SLOWDOWN_ERROR, WAKE_ERROR]
     factors = fit(np.array(rows), np.array(found), np.array(prior), np.array(errors))
     scale, by_link, by_disk, wake = factors.tolist()
-    link = link.model_copy(update={"compute_slowdown": 1 + by_link / scale})
+    link = link.model_copy(update={"compute_slowdown": min(MOST_SLOWDOWN, 1 + by_link / scale)})
     if disk is not None:
-        disk = disk.model_copy(update={"compute_slowdown": 1 + by_disk / scale})
+        disk = disk.model_copy(update={"compute_slowdown": min(MOST_SLOWDOWN, 1 + by_disk / scale)})
     return profile.model_copy(
         update={
             "visits": tuple(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -21,7 +22,11 @@ MOST_PASSES = 12
 GROUP_PASSES = 3
 """For a group's memory: the third was seen to take little more than the second."""
 LONG_S = 1.0
-"""No busy moment is all of a pass that is so long: it need not be repeated."""
+WITNESS = 0.05
+"""A pass that is so long need not be repeated, if the cold one before it was no faster than it by more than this share:
+few busy moments last so long, and some do."""
+DISTURBED_PASSES = 3
+"""Of which the median is that of an undisturbed one, where one was not."""
 
 
 class Repeats(NamedTuple):
@@ -124,7 +129,7 @@ def measured_passes(
                 output = run()
             streamed.observe(None)
         moved_before = streamed.stats().moved_bytes
-        while not enough(samples, repeats):
+        while not enough(samples, repeats, cold_s):
             progress(f"timed pass {len(samples) + 1}")
             seconds, output = time_pass(streamed)
             samples.append(seconds)
@@ -167,11 +172,16 @@ def timed_pass(device: Device, run: Callable[[], Any]) -> tuple[float, Any]:
     return device.seconds(start, end), output
 
 
-def enough(samples: Sequence[float], repeats: Repeats) -> bool:
-    """Whether passes of so many seconds tell what one takes."""
+def enough(samples: Sequence[float], repeats: Repeats, cold_s: float = math.inf) -> bool:
+    """Whether passes of so many seconds tell what one takes. `cold_s`: of the cold one before them, if any."""
     if len(samples) >= MOST_PASSES:
         return True
-    return sum(samples) >= repeats.enough_s and (len(samples) >= repeats.least or samples[0] >= LONG_S)
+    if sum(samples) < repeats.enough_s:
+        return False
+    if len(samples) >= repeats.least and samples[0] < LONG_S:
+        return True
+    witnessed = repeats.least == 1 or samples[0] <= cold_s * (1 + WITNESS)
+    return samples[0] >= LONG_S and (witnessed or len(samples) >= DISTURBED_PASSES)
 
 
 @dataclass

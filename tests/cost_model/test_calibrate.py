@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autosp.cost_model.calibrate import LEAST_SCALE, calibrated, fit, observations
+from autosp.cost_model.calibrate import LEAST_SCALE, MOST_SLOWDOWN, calibrated, fit, observations
 from autosp.cost_model.predict import contended_periods, predict, with_rings
 from autosp.cost_model.simulate import costs_of, simulate
 from autosp.schedule.lowering import lower_for
@@ -108,6 +108,14 @@ def test_of_a_slow_machine_everything_is_slower_alike() -> None:
     assert [visit.forward_s for visit in taught.visits] == pytest.approx([2 * scale] * 4)
     assert [visit.before_s for visit in taught.visits] == pytest.approx([scale] * 4)
     assert taught.link.bytes_per_s == believed.link.bytes_per_s  # nothing was moved
+
+
+def test_no_copy_makes_compute_take_more_than_twice_as_long() -> None:
+    """One pass in which somebody else computed, beside one without a plan: the difference is not the link's."""
+    believed = profile(SIZES, bytes_per_s=6.0, latency_s=0.1)
+    known = believed.model_copy(update={"plain_s": believed.compute_s})
+    busy = measured_as(profile(SIZES, bytes_per_s=6.0, latency_s=0.1, compute_slowdown=5.0), TEACHERS[1])
+    assert calibrated(known, [busy, busy]).link.compute_slowdown == MOST_SLOWDOWN
 
 
 def test_what_was_not_recorded_teaches_nothing() -> None:
