@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -200,15 +201,13 @@ def print_traffic(plan: Plan, predicted: Timeline | None, measured: Timeline) ->
 def timed_pass(workload: Workload, device: Device, streamed: StreamedModel[Any]) -> Pass:
     """Run one pass, with all microbatches of its group, in training with its backward, and wait for its end."""
     from autosp.report.run_tables import Pass
+    from autosp.runtime import bench
 
     before = streamed.stats()
-    begin = device.stamp()
-    workload.run_under(streamed)
-    end = device.stamp()
-    device.finish_compute()
+    seconds, _ = bench.timed_pass(device, partial(workload.run_under, streamed))
     after = streamed.stats()
     return Pass(
-        seconds=device.seconds(begin, end),
+        seconds=seconds,
         moved_bytes=after.moved_bytes - before.moved_bytes,
         misses=after.misses - before.misses,
     )

@@ -17,8 +17,7 @@ import autosp
 from autosp.batch import backward, call, equal
 from autosp.cost_model.floor import training_floors
 from autosp.devices import CpuDevice
-from autosp.profiler.layers import timed_pass
-from autosp.runtime.bench import Bench
+from autosp.runtime.bench import Bench, timed_pass
 from autosp.search.lean import study_of
 from autosp.settings import settings
 from autosp.spec import Plan, Tier

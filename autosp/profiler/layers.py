@@ -12,7 +12,7 @@ from torch import nn
 
 from autosp.batch import tensors_in
 from autosp.devices import Device, Stamp
-from autosp.runtime.bench import Bench
+from autosp.runtime.bench import Bench, timed_pass
 from autosp.runtime.executor import Observer
 from autosp.runtime.streamed_model import StreamedModel
 from autosp.spec import BackwardProfile, Candidate, LayerProfile, Measurement, Outcome
@@ -22,9 +22,9 @@ MOST_PASSES = 12
 GROUP_PASSES = 3
 """For a group's memory: the third was seen to take little more than the second."""
 LONG_S = 1.0
+"""Few busy moments are all of a pass that is so long: it need not be repeated, unless the cold one contradicts it."""
 WITNESS = 0.05
-"""A pass that is so long need not be repeated, if the cold one before it was no faster than it by more than this share:
-few busy moments last so long, and some do."""
+"""A cold pass that was faster by more than this share does."""
 DISTURBED_PASSES = 3
 """Of which the median is that of an undisturbed one, where one was not."""
 
@@ -164,24 +164,14 @@ def group_peak_bytes(bench: Bench, candidate: Candidate, workload: Workload, pro
             streamed.remove()
 
 
-def timed_pass(device: Device, run: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds and output of one pass. Loads for the next one go on, as in a loop."""
-    start = device.stamp()
-    output = run()
-    end = device.stamp()
-    return device.seconds(start, end), output
-
-
 def enough(samples: Sequence[float], repeats: Repeats, cold_s: float = math.inf) -> bool:
     """Whether passes of so many seconds tell what one takes. `cold_s`: of the cold one before them, if any."""
     if len(samples) >= MOST_PASSES:
         return True
-    if sum(samples) < repeats.enough_s:
-        return False
-    if len(samples) >= repeats.least and samples[0] < LONG_S:
-        return True
-    witnessed = repeats.least == 1 or samples[0] <= cold_s * (1 + WITNESS)
-    return samples[0] >= LONG_S and (witnessed or len(samples) >= DISTURBED_PASSES)
+    least = repeats.least
+    if least > 1 and samples and samples[0] >= LONG_S:
+        least = 1 if samples[0] <= cold_s * (1 + WITNESS) else DISTURBED_PASSES
+    return len(samples) >= least and sum(samples) >= repeats.enough_s
 
 
 @dataclass

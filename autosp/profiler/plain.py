@@ -7,8 +7,8 @@ from resource import RUSAGE_SELF, getrusage
 from statistics import median
 
 from autosp.devices.memory import anonymous_bytes
-from autosp.profiler.layers import ENOUGH, enough, timed_pass
-from autosp.runtime.bench import Bench
+from autosp.profiler.layers import ENOUGH, enough
+from autosp.runtime.bench import Bench, timed_pass
 from autosp.tiers.host import available_bytes
 from autosp.workload import Workload
 

@@ -22,9 +22,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from autosp.batch import tensors_in
 from autosp.devices import Device
 from autosp.partition import follows
-from autosp.profiler.layers import ENOUGH, LEAST_MEMORY, MemoryObserver, Observation, measured_passes, timed_pass
+from autosp.profiler.layers import ENOUGH, LEAST_MEMORY, MemoryObserver, Observation, measured_passes
 from autosp.profiler.saving import ForwardOrder, Storages, storages_of, watching
-from autosp.runtime.bench import Bench
+from autosp.runtime.bench import Bench, timed_pass
 from autosp.runtime.recorder import VisitTimes
 from autosp.runtime.streamed_model import StreamedModel
 from autosp.schedule.actions import Kind

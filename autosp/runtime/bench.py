@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from torch import nn
 
@@ -82,3 +84,11 @@ class Bench:
 
     def _lower(self, candidate: Candidate) -> Schedule:
         return lower_for(self._mode, candidate, self.partition)
+
+
+def timed_pass(device: Device, run: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds and output of one pass. Loads for the next one go on, as in a loop."""
+    start = device.stamp()
+    output = run()
+    end = device.stamp()
+    return device.seconds(start, end), output

@@ -7,17 +7,16 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from statistics import median
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from autosp.batch import equal
 from autosp.devices import Device
 from autosp.errors import HostMemoryError
-from autosp.runtime.bench import Bench
-from autosp.runtime.streamed_model import StreamedModel
+from autosp.runtime.bench import Bench, timed_pass
 from autosp.schedule.training import least_training
 from autosp.spec import Candidate, Measurement, Outcome
 from autosp.workload import Workload
@@ -114,7 +113,7 @@ def validate(
                 while not _enough(samples, hopeless_s):
                     progress(f"pass {len(samples) + 1}")
                     # as in a loop, the last output lives meanwhile
-                    seconds, output = _timed_pass(bench, workload, streamed)
+                    seconds, output = timed_pass(device, partial(workload.run_under, streamed))
                     samples.append(seconds)
                 stats = streamed.stats()
                 usage = streamed.usage(len(samples))
@@ -172,11 +171,3 @@ def _enough(samples: Sequence[float], hopeless_s: float) -> bool:
     if samples and min(samples) > hopeless_s:
         return True
     return len(samples) >= LEAST_PASSES and (sum(samples) >= ENOUGH_S or len(samples) >= MOST_PASSES)
-
-
-def _timed_pass(bench: Bench, workload: Workload, streamed: StreamedModel[nn.Module]) -> tuple[float, Any]:
-    begin = bench.device.stamp()
-    output = workload.run_under(streamed)
-    end = bench.device.stamp()
-    bench.device.finish_compute()
-    return bench.device.seconds(begin, end), output
