@@ -91,6 +91,8 @@ def test_tune_apply_and_answer_from_the_database(monkeypatch: pytest.MonkeyPatch
     before = snapshot(model)
     plan = autosp.tune(model, batch, BUDGET_GB, device="cpu", progress=False)
     assert untouched(model, before)
+    assert set(kept_within) == {plan.budget_bytes}  # in trials
+    kept_within.clear()
     assert plan.measurement is not None and plan.prediction is not None and plan.floor_s is not None
     assert plan.measurement.outcome is Outcome.FITS
     assert plan.measurement.peak_bytes <= plan.budget_bytes == 30_000_000

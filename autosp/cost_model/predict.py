@@ -16,7 +16,7 @@ from autosp.cost_model.simulate import Costs, costs_of
 from autosp.cost_model.steady import Array, SteadyTraffic
 from autosp.cost_model.training_memory import memory_of
 from autosp.cost_model.training_pass import TrainingTraffic
-from autosp.schedule.lowering import ring_for
+from autosp.schedule.lowering import rings_of
 from autosp.schedule.streaming import Ring
 from autosp.spec import Candidate, Prediction, Profile, Tier
 
@@ -60,12 +60,13 @@ def with_rings(profile: Profile, candidates: Iterable[Candidate]) -> Iterator[Pa
     one ring, which is built once; a block that is computed again is visited, and loaded, once more.
     """
     found: tuple[Candidate, Ring] | None = None
+    ring_of = rings_of(profile.mode, profile.partition)
     in_blocks = profile.partition.in_blocks
     for candidate in candidates:
         again = tuple(in_blocks.intersection(candidate.recompute))
         loads_as = candidate.model_copy(update={"recompute": again, "offload": ()})
         if found is None or found[0] != loads_as:
-            found = loads_as, ring_for(profile.mode, candidate, profile.partition)
+            found = loads_as, ring_of(candidate)
         yield candidate, found[1]
 
 

@@ -31,9 +31,10 @@ def place(sizes: Sequence[int], window: int) -> list[int]:
     sizes; where unlike sizes leave gaps, the smaller of two packings is taken: in the order of the groups, and the
     largest first.
     """
-    in_order = _in_order(sizes, window)
+    least = arena_bytes(sizes, window)
+    in_order = _in_order(sizes, window, least)
     most = _end(in_order, sizes)
-    if most == arena_bytes(sizes, window):
+    if most == least:
         return in_order
     largest_first = _largest_first(sizes, window)
     return largest_first if _end(largest_first, sizes) < most else in_order
@@ -53,9 +54,8 @@ def _end(offsets: Sequence[int], sizes: Sequence[int]) -> int:
     return max(map(add, offsets, sizes), default=0)
 
 
-def _in_order(sizes: Sequence[int], window: int) -> list[int]:
+def _in_order(sizes: Sequence[int], window: int, capacity: int) -> list[int]:
     """The bottom of the arena is tried first, then its top, then the gaps between; without one it grows."""
-    capacity = arena_bytes(sizes, window)
     offsets: list[int] = []
     live: list[tuple[int, int]] = []  # (begin, end) of the groups before this one, sorted
     for index, size in enumerate(sizes):

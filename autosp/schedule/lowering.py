@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from autosp.schedule.actions import Schedule
 from autosp.schedule.streaming import Ring, build_ring, lower
 from autosp.schedule.training import lower_training, training_ring
@@ -23,9 +26,15 @@ def ring_for(mode: Mode, candidate: Candidate, partition: Partition) -> Ring:
 
     Raises: ValueError if only some layers of a group rest on disk.
     """
+    return rings_of(mode, partition)(candidate)
+
+
+def rings_of(mode: Mode, partition: Partition) -> Callable[[Candidate], Ring]:
+    """`ring_for`, for many candidates."""
     if mode == "training":
-        return training_ring(candidate, partition)
-    return build_ring(candidate, *_sizes(partition))
+        return partial(training_ring, partition=partition)
+    layer_bytes, visits, read_bytes = _sizes(partition)
+    return partial(build_ring, layer_bytes=layer_bytes, visits=visits, read_bytes=read_bytes)
 
 
 def _sizes(partition: Partition) -> tuple[list[int], tuple[int, ...], list[int]]:

@@ -7,15 +7,19 @@ without residents.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from operator import itemgetter
+from functools import lru_cache
+from operator import add, itemgetter
 from typing import NamedTuple
 
 from autosp.schedule.actions import Action, Kind, Ref, Schedule
 from autosp.schedule.arena import place
 from autosp.schedule.staging import EMPTY, Staging, build_staging
 from autosp.spec import Candidate
+
+PASSES = 8
+"""Whose first visits are remembered: a ranking asks a thousand times for those of one pass."""
 
 
 class Group(NamedTuple):
@@ -68,7 +72,7 @@ def build_ring(
     Raises: ValueError if only some layers of a group rest on disk.
     """
     groups, arena_bytes = place_groups(candidate, layer_bytes, visits)
-    walks = 1 if len(set(visits)) == len(visits) else 2
+    walks = 1 if len(_first_visits(tuple(visits))) == len(visits) else 2
     ring = Ring(groups, arena_bytes, time_transfers(groups, visits, walks))
     if not candidate.on_disk:
         return ring
@@ -85,9 +89,9 @@ def place_groups(
     members = candidate.groups(visits)
     sizes = [sum(map(layer_bytes.__getitem__, group)) for group in members]
     offsets = placing(sizes, candidate.depth)
-    groups = tuple(Group(*group) for group in zip(members, offsets, sizes, strict=True))
-    unvisited = set(range(len(layer_bytes))).difference(visits, candidate.residents)
-    ends = [*(group.offset + group.n_bytes for group in groups), *(layer_bytes[layer] for layer in unvisited)]
+    groups = tuple(map(Group, members, offsets, sizes))
+    unvisited = set(_never_visited(tuple(visits), len(layer_bytes))).difference(candidate.residents)
+    ends = [*map(add, offsets, sizes), *(layer_bytes[layer] for layer in unvisited)]
     return groups, max(ends, default=0)
 
 
@@ -125,6 +129,8 @@ def time_transfers(groups: Sequence[Group], visits: Sequence[int], walks: int) -
     """
     period = len(visits)
     runs = _runs(groups, visits)
+    begin_of = [group.offset for group in groups]
+    end_of = [group.offset + group.n_bytes for group in groups]
     begins: list[int] = []  # of the groups in the arena, sorted: they do not overlap
     there: list[int] = []
     last_use: dict[int, int] = {}
@@ -132,12 +138,12 @@ def time_transfers(groups: Sequence[Group], visits: Sequence[int], walks: int) -
     steady: list[Transfer] = []
     for walk in range(-walks, 1):
         for index, first, last in runs:
-            _, begin, n_bytes = groups[index]
+            begin, end = begin_of[index], end_of[index]
             low = bisect_right(begins, begin)
             if low == 0 or there[low - 1] != index:
-                if low and begin < begins[low - 1] + groups[there[low - 1]].n_bytes:
+                if low and begin < end_of[there[low - 1]]:
                     low -= 1
-                high = bisect_left(begins, begin + n_bytes, low)
+                high = bisect_left(begins, end, low)
                 evicted = [(other, last_use[other]) for other in there[low:high]]
                 begins[low:high], there[low:high] = [begin], [index]
                 if len(evicted) > 1:
@@ -152,7 +158,7 @@ def time_transfers(groups: Sequence[Group], visits: Sequence[int], walks: int) -
 
 def _runs(groups: Sequence[Group], visits: Sequence[int]) -> list[tuple[int, int, int]]:
     """Neighbouring visits of one group, as (group, first visit, last visit). Residents' visits are left out."""
-    visit_of = {layer: visit for visit, layer in enumerate(visits)}
+    visit_of = _first_visits(tuple(visits))
     if len(visit_of) == len(visits):
         return [(index, visit_of[group.layers[0]], visit_of[group.layers[-1]]) for index, group in enumerate(groups)]
     group_of = {layer: index for index, group in enumerate(groups) for layer in group.layers}
@@ -171,10 +177,22 @@ def _runs(groups: Sequence[Group], visits: Sequence[int]) -> list[tuple[int, int
     return runs
 
 
+@lru_cache(maxsize=PASSES)
+def _first_visits(visits: tuple[int, ...]) -> Mapping[int, int]:
+    """Of each layer that is visited."""
+    return {layer: visit for visit, layer in reversed(list(enumerate(visits)))}
+
+
+@lru_cache(maxsize=PASSES)
+def _never_visited(visits: tuple[int, ...], layers: int) -> tuple[int, ...]:
+    """Of so many layers."""
+    return tuple(layer for layer in range(layers) if layer not in _first_visits(visits))
+
+
 def _cold_groups(ring: Ring, visits: Sequence[int]) -> tuple[int, ...]:
     """The groups that a steady period finds in the arena, left there by the period before."""
     brought = {(transfer.group, transfer.before) for transfer in ring.transfers}
-    first_visit = {layer: visit for visit, layer in reversed(list(enumerate(visits)))}
+    first_visit = _first_visits(tuple(visits))
     return tuple(
         index
         for index, group in enumerate(ring.groups)

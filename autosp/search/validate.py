@@ -101,6 +101,7 @@ def validate(
         with device.limit(max(0, budget_bytes - state_bytes)), workload.trial():
             streamed = bench.apply(candidate)
             try:
+                streamed.keep_within(max(0, budget_bytes - state_bytes))
                 progress("cold")
                 begin = time.perf_counter()
                 with torch.compiler.set_stance("force_eager"):  # as the reference was run
