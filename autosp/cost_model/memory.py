@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 
 from autosp.schedule.actions import Kind
 from autosp.schedule.arena import arena_bytes
@@ -41,22 +42,52 @@ class DeviceMemory:
         return arena_bytes(sizes, candidate.depth)
 
 
-def host_bytes(profile: Profile, candidate: Candidate, staging_bytes: int) -> int:
-    """Host memory of a plan; none where the slow tier is the disk, for there all of a plan's RAM is the device's."""
-    if profile.device.slow_tier is not Tier.HOST:
-        return 0
-    return resting_bytes(profile.partition, candidate) + staging_bytes
+class HostMemory:
+    """Host memory of plans, for many candidates of one profile.
 
-
-def resting_bytes(partition: Partition, candidate: Candidate) -> int:
-    """What rests on the host: lookup tables, and layers that are neither resident nor on disk.
-
-    And resident rows of a weight of which others rest there: a weight rests as a whole.
+    None where the slow tier is the disk, for there all of a plan's RAM is the device's.
     """
-    elsewhere = {*candidate.residents, *candidate.on_disk}
-    tables = partition.lookups.n_bytes if partition.lookups else 0
-    resting = partition.whole([layer.index for layer in partition.layers if layer.index not in elsewhere])
-    return tables + sum(partition.layers[index].n_bytes for index in resting)
+
+    def __init__(self, profile: Profile) -> None:
+        self._counts = profile.device.slow_tier is Tier.HOST
+        self._resting = Resting(profile.partition)
+        self._gradient_bytes = [layer.gradient_bytes for layer in profile.partition.layers]
+
+    def n_bytes(self, candidate: Candidate, staging_bytes: int) -> int:
+        """Of what rests there, of the ring that disk is read into, and of the gradients of what a pass streams."""
+        if not self._counts:
+            return 0
+        stay = sum(map(self._gradient_bytes.__getitem__, candidate.residents))
+        return self._resting.n_bytes(candidate) + staging_bytes + sum(self._gradient_bytes) - stay
+
+
+class Resting:
+    """What rests on the host, for many candidates of one partition."""
+
+    def __init__(self, partition: Partition) -> None:
+        self._layer_bytes = [layer.n_bytes for layer in partition.layers]
+        self._all_bytes = sum(self._layer_bytes) + (partition.lookups.n_bytes if partition.lookups else 0)
+        runs: dict[str, set[int]] = {}
+        for layer in partition.layers:
+            if layer.rows is not None:
+                runs.setdefault(layer.path, set()).add(layer.index)
+        self._runs = list(runs.values())
+        """The layers of each weight that is several."""
+
+    def n_bytes(self, candidate: Candidate) -> int:
+        """Lookup tables, and layers that are neither resident nor on disk.
+
+        And resident rows of a weight of which others rest there: a weight rests as a whole.
+        """
+        elsewhere = {*candidate.residents, *candidate.on_disk}
+        n_bytes = self._all_bytes - self._bytes_of(elsewhere)
+        for runs in self._runs:
+            if not elsewhere.issuperset(runs):
+                n_bytes += self._bytes_of(elsewhere & runs)
+        return n_bytes
+
+    def _bytes_of(self, layers: AbstractSet[int]) -> int:
+        return sum(map(self._layer_bytes.__getitem__, layers))
 
 
 def occupancy(timeline: Timeline, layer_bytes: Sequence[int]) -> list[tuple[float, int]]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from autosp.cost_model.memory import resting_bytes
+from autosp.cost_model.memory import Resting
 from autosp.errors import BudgetTooSmallError
 from autosp.schedule.arena import arena_bytes
 from autosp.schedule.streaming import Ring, build_ring, stage
@@ -22,7 +22,7 @@ def evenly_spread(pool: Sequence[T], count: int) -> tuple[T, ...]:
 
 def exceeds(partition: Partition, host_budget_bytes: int | None) -> bool:
     """Whether the host has no room for all layers and tables, so that plans may need the disk. None: it has."""
-    return host_budget_bytes is not None and resting_bytes(partition, Candidate(k=0, k_prime=1)) > host_budget_bytes
+    return host_budget_bytes is not None and Resting(partition).n_bytes(Candidate(k=0, k_prime=1)) > host_budget_bytes
 
 
 def least_host_bytes(partition: Partition) -> int:
@@ -65,7 +65,7 @@ class Placing:
         self._partition = partition
         self._layer_bytes = [layer.n_bytes for layer in partition.layers]
         self._read_bytes = [layer.read_bytes for layer in partition.layers]
-        self._free_bytes = host_budget_bytes - resting_bytes(partition, candidate)
+        self._free_bytes = host_budget_bytes - Resting(partition).n_bytes(candidate)
         self.ring = build_ring(candidate, self._layer_bytes, partition.visits)
         """Of the candidate with nothing on disk."""
         self._order = {group.layers: position for position, group in enumerate(self.ring.groups)}

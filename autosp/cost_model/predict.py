@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from autosp.cost_model.memory import host_bytes
+from autosp.cost_model.memory import HostMemory
 from autosp.cost_model.offload_memory import offloaded_bytes
 from autosp.cost_model.simulate import Costs, costs_of
 from autosp.cost_model.steady import Array, SteadyTraffic
@@ -18,7 +18,7 @@ from autosp.cost_model.training_memory import memory_of
 from autosp.cost_model.training_pass import TrainingTraffic
 from autosp.schedule.lowering import rings_of
 from autosp.schedule.streaming import Ring
-from autosp.spec import Candidate, Prediction, Profile, Tier
+from autosp.spec import Candidate, Prediction, Profile
 
 CONTENTION_ROUNDS = 4
 """Rounds of the fixed point between overlap and slowdown; it moves less than 0.1 % after three."""
@@ -82,7 +82,7 @@ class Predictor:
     """
 
     def __init__(self, profile: Profile, pairs: Iterable[Pair]) -> None:
-        memory = memory_of(profile)
+        memory, host = memory_of(profile), HostMemory(profile)
         self._figures: list[dict[str, Any]] = []
         self._groups: list[int] = []
 
@@ -91,7 +91,7 @@ class Predictor:
             traffic: dict[str, int] = {}
             for candidate, ring in pairs:
                 if ring is not before:
-                    before, traffic = ring, _bytes_of(profile, candidate, ring)
+                    before, traffic = ring, _bytes_of(candidate, ring, host, profile.partition.repeats)
                 peak_bytes = memory.peak_bytes(candidate, ring.arena_bytes)
                 figures = {"candidate": candidate, "peak_bytes": peak_bytes, **traffic}
                 if candidate.offload:
@@ -118,21 +118,12 @@ class Predictor:
         ]
 
 
-def _bytes_of(profile: Profile, candidate: Candidate, ring: Ring) -> dict[str, int]:
+def _bytes_of(candidate: Candidate, ring: Ring, host: HostMemory, repeats: int) -> dict[str, int]:
     """What a pass moves and reads, and what rests on the host: the same for all candidates of one ring."""
     moved = sum(ring.groups[transfer.group].n_bytes for transfer in ring.transfers)
     read = sum(ring.staging.group_bytes[read.group] for read in ring.staging.reads)
-    host = host_bytes(profile, candidate, ring.staging.n_bytes) + _gradients_at_rest(profile, candidate)
-    repeats = profile.partition.repeats
-    return {"moved_bytes": moved * repeats, "read_bytes": read * repeats, "host_bytes": host}
-
-
-def _gradients_at_rest(profile: Profile, candidate: Candidate) -> int:
-    """Host memory for the gradients of a training pass: those of streamed layers."""
-    if profile.device.slow_tier is not Tier.HOST:
-        return 0
-    residents = frozenset(candidate.residents)
-    return sum(layer.gradient_bytes for layer in profile.partition.layers if layer.index not in residents)
+    host_bytes = host.n_bytes(candidate, ring.staging.n_bytes)
+    return {"moved_bytes": moved * repeats, "read_bytes": read * repeats, "host_bytes": host_bytes}
 
 
 class Periods(NamedTuple):

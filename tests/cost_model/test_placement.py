@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autosp.cost_model.memory import host_bytes, resting_bytes
+from autosp.cost_model.memory import HostMemory, Resting
 from autosp.cost_model.placement import Placing, evenly_spread, exceeds, host_too_small, least_host_bytes
 from autosp.cost_model.predict import predict
 from autosp.schedule.streaming import build_ring, lower
@@ -69,7 +69,7 @@ def test_tables_stay_on_the_host() -> None:
     parts = partition((10,) * 4).model_copy(
         update={"lookups": Layer(index=4, name="lookup tables", tensors=("t",), n_bytes=25)}
     )
-    assert resting_bytes(parts, Candidate(k=1, k_prime=1, on_disk=(1,), read_ahead=1)) == 55
+    assert Resting(parts).n_bytes(Candidate(k=1, k_prime=1, on_disk=(1,), read_ahead=1)) == 55
     assert least_host_bytes(parts) == 35
     assert exceeds(parts, 64) and not exceeds(parts, 65) and not exceeds(parts, None)
     found = Placing(Candidate(k=1, k_prime=1), parts, 35).with_read_ahead(1)
@@ -90,10 +90,10 @@ def test_the_rows_of_a_weight_rest_on_one_tier() -> None:
 def test_resident_rows_rest_with_the_others() -> None:
     parts = partition((10,) * 8, head=range(3, 6))
     one_stays = Candidate(k=2, k_prime=1, residents=(4,))
-    assert resting_bytes(parts, one_stays) == 80
-    assert resting_bytes(parts, one_stays.model_copy(update={"on_disk": (3, 5), "read_ahead": 1})) == 50
-    assert resting_bytes(parts, Candidate(k=4, k_prime=1, residents=(3, 4, 5))) == 50
-    assert resting_bytes(parts, Candidate(k=2, k_prime=1, residents=(2,))) == 70
+    assert Resting(parts).n_bytes(one_stays) == 80
+    assert Resting(parts).n_bytes(one_stays.model_copy(update={"on_disk": (3, 5), "read_ahead": 1})) == 50
+    assert Resting(parts).n_bytes(Candidate(k=4, k_prime=1, residents=(3, 4, 5))) == 50
+    assert Resting(parts).n_bytes(Candidate(k=2, k_prime=1, residents=(2,))) == 70
 
 
 @thorough
@@ -107,9 +107,9 @@ def test_rows_that_are_placed_fit_and_are_together(data: st.DataObject, budget: 
     if found is None:
         return
     chosen, ring = found
-    assert resting_bytes(parts, chosen) + ring.staging.n_bytes <= budget
+    assert Resting(parts).n_bytes(chosen) + ring.staging.n_bytes <= budget
     assert parts.whole(chosen.on_disk) <= {*chosen.on_disk, *chosen.residents}
-    assert bool(chosen.on_disk) == (resting_bytes(parts, candidate) > budget)
+    assert bool(chosen.on_disk) == (Resting(parts).n_bytes(candidate) > budget)
 
 
 def test_what_is_read_beyond_a_layer_is_no_table() -> None:
@@ -153,8 +153,8 @@ def test_what_is_placed_fits_and_is_valid(measured: Profile, data: st.DataObject
         return
     chosen, ring = found
     assert ring == build_ring(chosen, layer_bytes, parts.visits, read_bytes)
-    assert host_bytes(measured, chosen, ring.staging.n_bytes) <= budget
-    assert bool(chosen.on_disk) == (resting_bytes(parts, candidate) > budget)
+    assert HostMemory(measured).n_bytes(chosen, ring.staging.n_bytes) <= budget
+    assert bool(chosen.on_disk) == (Resting(parts).n_bytes(candidate) > budget)
     assert chosen.model_copy(update={"on_disk": (), "read_ahead": 0}) == candidate
     validate(lower(chosen, layer_bytes, parts.visits, read_bytes), layer_bytes, read_bytes)
 
