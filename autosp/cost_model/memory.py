@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
+from itertools import accumulate
 
 from autosp.schedule.actions import Kind
 from autosp.schedule.arena import arena_bytes
@@ -19,6 +20,8 @@ class DeviceMemory:
         self._layer_bytes = [layer.n_bytes for layer in profile.partition.layers]
         self._resident_bytes = profile.partition.resident_bytes
         self._workspace_of = profile.planned_workspace_of
+        self._largest_bytes = [0, *accumulate(sorted(self._layer_bytes, reverse=True))]
+        """Of so many layers, at most."""
 
     def peak_bytes(self, candidate: Candidate, arena_bytes: int) -> int:
         """Resident tensors and layers, the arena, and the workspace.
@@ -32,9 +35,11 @@ class DeviceMemory:
 
     def may_fit(self, candidate: Candidate, usable_bytes: int) -> bool:
         """Whether the candidate fits in the smallest arena that could hold its groups; found without placing them."""
-        if self.peak_bytes(candidate, 0) > usable_bytes:
+        arena_bytes = usable_bytes - self.peak_bytes(candidate, 0)
+        if arena_bytes < 0:
             return False
-        return self.peak_bytes(candidate, self.least_arena_bytes(candidate)) <= usable_bytes
+        most = min(candidate.depth * candidate.k_prime, len(self._layer_bytes))
+        return self._largest_bytes[most] <= arena_bytes or self.least_arena_bytes(candidate) <= arena_bytes
 
     def least_arena_bytes(self, candidate: Candidate) -> int:
         """The smallest arena that could hold the candidate's groups; found without placing them."""
