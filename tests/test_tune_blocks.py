@@ -84,9 +84,7 @@ def test_the_tuner_computes_blocks_again_where_that_fits(profiled: autosp.Profil
     twin = copy.deepcopy(model)
     all_kept = min(one.peak_bytes for one in autosp.estimate(profiled, "1GB") if not one.candidate.recompute)
     budget_bytes = all_kept - 4 * INPUT_BYTES
-    plan = autosp.tune(
-        model, batch, f"{budget_bytes}B", mode="training", step=loss_step, device="cpu", progress=False, max_trials=2
-    )
+    plan = autosp.tune(model, batch, f"{budget_bytes}B", mode="training", step=loss_step, device="cpu", progress=False)
     again = {*plan.candidate.recompute}
     assert again
     assert all(again.issuperset(block.layers) or again.isdisjoint(block.layers) for block in plan.partition.blocks)

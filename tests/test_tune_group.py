@@ -38,6 +38,7 @@ def stack(layers: int = 10) -> tuple[nn.Module, torch.Tensor]:
 
 
 def tune(model: nn.Module, batch: Any, budget: str, **options: Any) -> Plan:
+    """Three trials are few for a budget that is nearly used up: passes of a process of many tests take more by turns."""
     options = {"device": "cpu", "progress": False, "max_trials": 3, "group": GROUP} | options
     return autosp.tune(model, batch, budget, **options)
 
@@ -63,7 +64,7 @@ def assert_within_budget(plan: Plan) -> None:
 def test_outputs_of_a_group_under_its_plan() -> None:
     model, batch = stack()
     budget_bytes = int(2 * least_bytes(profiled(model, batch), GROUP))
-    plan = tune(model, batch, f"{budget_bytes}B")
+    plan = tune(model, batch, f"{budget_bytes}B", max_trials=None)
     assert_within_budget(plan)
     assert plan.candidate.group == GROUP
     with torch.no_grad():
@@ -86,7 +87,7 @@ def test_gradients_of_a_group_under_its_plan() -> None:
     model, batch = stack()
     training: dict[str, Any] = {"mode": "training", "step": loss_step}
     budget_bytes = int(2 * least_bytes(profiled(model.train(), batch, **training), GROUP))
-    plan = tune(model, batch, f"{budget_bytes}B", **training)
+    plan = tune(model, batch, f"{budget_bytes}B", max_trials=None, **training)
     assert_within_budget(plan)
     model, plain = twins(model)
     expected = []

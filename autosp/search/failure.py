@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from autosp.errors import AutospError, BudgetTooSmallError, IsolationError, OutputMismatchError
+from autosp.errors import AutospError, BudgetTooSmallError, HostMemoryError, IsolationError, OutputMismatchError
 from autosp.search.headroom import budget_for
 from autosp.search.space import suggested_gb
 from autosp.spec import Outcome, Profile, Trial
@@ -26,6 +26,11 @@ def no_plan(profile: Profile, budget_bytes: int, trials: Sequence[Trial], *, fin
     measured = [trial for trial in trials if not trial.measurement.outcome.cut_short]
     if not measured:
         ends = Counter(trial.measurement.outcome.value for trial in trials)
+        if {*ends} == {Outcome.HOST_OUT_OF_MEMORY.value}:
+            return HostMemoryError(
+                f"host memory had no room for any of {len(trials)} validated plans: lower max_cpu_gb, or close other "
+                "programs"
+            )
         told = ", ".join(f"{count} {outcome}" for outcome, count in ends.items())
         return IsolationError(
             f"none of {len(trials)} validated plans came to its end ({told}): free host memory, raise "

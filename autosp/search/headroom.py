@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
-from autosp.spec import Profile
+from autosp.spec import Outcome, Profile, Trial
 
 BACKWARD_KERNEL_BYTES = 4_500_000
 """On a CPU: what the kernels of training take once in a process. A study's own passes have taken it before a plan is
@@ -28,6 +29,22 @@ def usable_bytes(profile: Profile, budget_bytes: int, group: int = 1) -> int:
 def acceptable_bytes(profile: Profile, budget_bytes: int, group: int = 1) -> int:
     """What may have been measured to be in use, for a plan to be returned."""
     return budget_bytes - _left_free(profile, budget_bytes, HEAP_GROWTH_OF_WORKSPACE, group)
+
+
+def usable_after(trials: Iterable[Trial], usable_bytes: int, acceptable_bytes: int) -> int:
+    """What may be predicted to be in use, given what plans were measured to take.
+
+    Of a rival of one that took more than is acceptable, as much less as that was. Without this a study would try plans
+    of the same memory until a limit ends it: what is usable may be more than what is acceptable, for predictions have
+    the heap's scatter in them and measurements may have.
+    """
+    corrected = (
+        trial.prediction.peak_bytes - (trial.measurement.peak_bytes - acceptable_bytes)
+        for trial in trials
+        if trial.measurement.outcome in (Outcome.FITS, Outcome.OVER_BUDGET, Outcome.OUT_OF_MEMORY)
+        and trial.measurement.peak_bytes > acceptable_bytes
+    )
+    return min([usable_bytes, *corrected])
 
 
 def budget_for(profile: Profile, peak_bytes: int, group: int = 1) -> int:

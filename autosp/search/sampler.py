@@ -40,10 +40,10 @@ class CostModelSampler(BaseSampler):
     Before these, the candidates `first`, in their order.
     """
 
-    def __init__(self, ranked: Sequence[Prediction], budget_bytes: int, first: Sequence[Key] = ()) -> None:
+    def __init__(self, ranked: Sequence[Prediction], usable_bytes: int, first: Sequence[Key] = ()) -> None:
         """`ranked`: all candidates; `learned` says how they are predicted by now."""
         self._ranked = ranked
-        self._budget_bytes = budget_bytes
+        self.usable_bytes = usable_bytes
         self._first = first
         self.learned = Learned(tuple(ranked), 0.0, 0)
         self.validated: frozenset[Key] = frozenset()
@@ -57,7 +57,7 @@ class CostModelSampler(BaseSampler):
 
     def best_unvalidated(self, tried: Set[Key]) -> Prediction | None:
         """The next candidate; None if all that fit were tried."""
-        rivals = self.learned.rivals(tried, self._budget_bytes)
+        rivals = self.learned.rivals(tried, self.usable_bytes)
         return least_traffic(rivals) if rivals else None
 
     def due(self, study: Study) -> list[Key]:

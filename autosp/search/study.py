@@ -15,7 +15,7 @@ import optuna
 from optuna.trial import TrialState
 
 from autosp.search.finals import fastest, pooled, undecided
-from autosp.search.headroom import acceptable_bytes, usable_bytes
+from autosp.search.headroom import acceptable_bytes, usable_after, usable_bytes
 from autosp.search.learned import Learned, Lessons
 from autosp.search.limits import Limits
 from autosp.search.sampler import PARAMETERS, CostModelSampler, least_traffic, running_keys
@@ -110,9 +110,11 @@ def run_study(
             running = running_keys(study)  # before the trials: one that ends meanwhile is not missed in both
             trials = repository.trials(name)
             learned = sampler.learned = lessons.learned(trials)
+            sampler.usable_bytes = usable_after(trials, usable, acceptable)
             sampler.validated = frozenset(key_of(trial.prediction.candidate) for trial in trials)
-            verdict = judge(trials, learned, usable, acceptable)
-            without_running = judge(trials, learned.without(running), usable, acceptable) if running else verdict
+            judged = partial(judge, trials, usable_bytes=sampler.usable_bytes, acceptable_bytes=acceptable)
+            verdict = judged(learned)
+            without_running = judged(learned.without(running)) if running else verdict
             pass_s = math.inf if verdict.best is None else verdict.best.measurement.latency_s
             finalists = [] if repeat is None else undecided(_acceptable(trials, acceptable))
             trial_s = max((trial.measurement.taken_s for trial in trials), default=0.0)

@@ -120,8 +120,10 @@ def validate(
                 usage = streamed.usage(len(samples))
             finally:
                 streamed.remove()
+    except HostMemoryError:
+        return failed(Outcome.HOST_OUT_OF_MEMORY, 0)
     except BaseException as error:
-        if not device.is_out_of_memory(error) and not isinstance(error, HostMemoryError):
+        if not device.is_out_of_memory(error):
             raise
         return failed(Outcome.OUT_OF_MEMORY, budget_bytes + 1)
     peak_bytes = stats.peak_bytes + state_bytes

@@ -91,6 +91,8 @@ class Outcome(StrEnum):
     FITS = "fits"
     OVER_BUDGET = "over budget"
     OUT_OF_MEMORY = "out of memory"
+    """The device's."""
+    HOST_OUT_OF_MEMORY = "out of host memory"
     OUTPUT_DIFFERS = "output differs"
     KILLED = "killed"
     CRASHED = "crashed"
@@ -99,8 +101,14 @@ class Outcome(StrEnum):
 
     @property
     def cut_short(self) -> bool:
-        """Whether the trial ended with the process of its own that it ran in: nothing was measured."""
-        return self in (Outcome.KILLED, Outcome.CRASHED, Outcome.TIMED_OUT, Outcome.DEVICE_ERROR)
+        """Whether nothing was measured: the trial ended with the process of its own that it ran in, or for the host."""
+        return self in (
+            Outcome.HOST_OUT_OF_MEMORY,
+            Outcome.KILLED,
+            Outcome.CRASHED,
+            Outcome.TIMED_OUT,
+            Outcome.DEVICE_ERROR,
+        )
 
     @property
     def is_timed(self) -> bool:

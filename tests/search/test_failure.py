@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from autosp.errors import BudgetTooSmallError, IsolationError, OutputMismatchError
+from autosp.errors import BudgetTooSmallError, HostMemoryError, IsolationError, OutputMismatchError
 from autosp.search.failure import no_plan
 from autosp.spec import Candidate, Outcome
 from builders import prediction, profile, trial
@@ -31,6 +31,15 @@ def test_all_trials_cut_short() -> None:
     error = no_plan(PROFILE, 1_000, [trial(SOME, outcome=outcome) for outcome in outcomes], finished=True)
     assert isinstance(error, IsolationError)
     assert "none of 3 validated plans came to its end (2 killed, 1 timed out)" in str(error)
+
+
+def test_a_full_host() -> None:
+    full = trial(SOME, outcome=Outcome.HOST_OUT_OF_MEMORY, peak_bytes=0)
+    error = no_plan(PROFILE, 1_000, [full, full], finished=True)
+    assert isinstance(error, HostMemoryError)
+    assert "no room for any of 2 validated plans: lower max_cpu_gb" in str(error)
+    over = trial(SOME, peak_bytes=2_000, outcome=Outcome.OVER_BUDGET)
+    assert isinstance(no_plan(PROFILE, 1_000, [full, over], finished=True), BudgetTooSmallError)
 
 
 def test_another_output_is_named_before_all_else() -> None:

@@ -49,7 +49,7 @@ def test_what_ends_a_process_is_the_outcome_of_its_trial_alone(tmp_path: Path) -
         2: ("kill", Outcome.KILLED, "was killed"),
         4: ("segfault", Outcome.CRASHED, "ended with SIGSEGV"),
         6: ("exit", Outcome.CRASHED, "exited with status 3"),
-        8: ("hang", Outcome.TIMED_OUT, "gave no answer for 15 s"),
+        8: ("hang", Outcome.TIMED_OUT, "gave no answer for 8 s"),
     }
     deeds = {number: deed for number, (deed, _, _) in ends.items()} | {10: "out of memory"}
     counter = tmp_path / "passes"
@@ -57,7 +57,7 @@ def test_what_ends_a_process_is_the_outcome_of_its_trial_alone(tmp_path: Path) -
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         plan = autosp.tune(
-            model, batch, BUDGET_GB, device="cpu", progress=False, isolate=True, trial_timeout_s=15, study_name="frail"
+            model, batch, BUDGET_GB, device="cpu", progress=False, isolate=True, trial_timeout_s=8, study_name="frail"
         )
     outcomes = [trial.measurement.outcome for trial in trials_of("frail")]
     assert outcomes[:5] == [*(outcome for _, outcome, _ in ends.values()), Outcome.OUT_OF_MEMORY]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import optuna
@@ -15,20 +16,21 @@ from builders import measurement
 
 pytest.importorskip("plotly")
 
-FIRST = (Outcome.OUT_OF_MEMORY, Outcome.CRASHED)
+ENDS = {1: Outcome.CRASHED, 5: Outcome.OUT_OF_MEMORY}
+"""By the number of the trial. All candidates are predicted to take the same memory: none is tried after the last."""
 
 
 class Varied(study_workers.Noisy):
-    """A device on which the first trials end in different ways."""
+    """A device on which some trials end in different ways."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._left = list(FIRST)
+        self._numbers = itertools.count()
 
     def validate(self, candidate: Candidate, hopeless_s: float = math.inf) -> Measurement:
-        if not self._left:
+        outcome = ENDS.get(next(self._numbers))
+        if outcome is None:
             return super().validate(candidate, hopeless_s)
-        outcome = self._left.pop(0)
         starved = outcome is Outcome.OUT_OF_MEMORY
         return measurement(outcome=outcome, peak_bytes=study_workers.BUDGET_BYTES + 1 if starved else 0)
 
@@ -48,9 +50,9 @@ def test_attributes_and_constraints(study: optuna.Study) -> None:
     assert all(set(trial.user_attrs) == names for trial in study.trials)
     assert {trial.user_attrs["worker"] for trial in study.trials} == {this_process()}
     outcomes = [trial.user_attrs["outcome"] for trial in study.trials]
-    assert outcomes[:2] == [outcome.value for outcome in FIRST]
+    assert outcomes == [ENDS.get(number, Outcome.FITS).value for number in range(max(ENDS) + 1)]
     infeasible = [any(value > 0 for value in trial.constraints.values()) for trial in study.trials]
-    assert infeasible == [True, True, *[False] * (len(infeasible) - 2)]
+    assert infeasible == [number in ENDS for number in range(len(infeasible))]
     fits = [trial for trial in study.trials if trial.user_attrs["outcome"] == Outcome.FITS.value]
     assert study.best_trial.number == min(fits, key=lambda trial: trial.value or 0.0).number
 
