@@ -113,6 +113,6 @@ def apply(
     applied: StreamedModel[M] = StreamedModel(
         bound, schedule, device, store, Originals.FREED, close, pass_floor_s, plan.mode, optimizer, most, disk_state
     )
-    if plan.measurement is not None:
-        applied.keep_within(plan.measurement.peak_bytes + plan.partition.bookkeeping_bytes)
+    if plan.usual_bytes is not None:
+        applied.keep_within(plan.usual_bytes)
     return applied

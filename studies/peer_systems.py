@@ -92,6 +92,8 @@ def _planned(model: nn.Module, setting: Setting) -> Iterator[OwnPeak]:
         with Bench(model, setting.plan.partition, setting.device, setting.folder) as bench:
             streamed = bench.apply(setting.plan.candidate)
             try:
+                if setting.plan.usual_bytes is not None:  # as `autosp.apply` does
+                    streamed.keep_within(setting.plan.usual_bytes)
                 yield lambda: streamed.stats().peak_bytes
             finally:
                 streamed.remove()

@@ -100,7 +100,7 @@ def test_tune_apply_and_answer_from_the_database(monkeypatch: pytest.MonkeyPatch
     assert plan.why
     with autosp.apply(model, plan) as streamed:
         assert streamed is model
-        assert kept_within == [plan.measurement.peak_bytes + plan.partition.bookkeeping_bytes]
+        assert kept_within == [plan.usual_bytes] == [plan.measurement.peak_bytes + plan.partition.bookkeeping_bytes]
         for _ in range(3):
             assert equal(model(batch), expected)
     assert equal(model(batch).detach(), expected)

@@ -68,6 +68,13 @@ class Plan(Record):
             raise ValueError("some rows of a weight rest on disk, and others do not")
         return self
 
+    @property
+    def usual_bytes(self) -> int | None:
+        """What its passes were seen to take, and the objects that run it. None if it was not measured."""
+        if self.measurement is None:
+            return None
+        return self.measurement.peak_bytes + self.partition.bookkeeping_bytes
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, atomically: the file is either the old one or the whole new one."""
         write_atomically(path, self.model_dump_json(indent=2) + "\n")
