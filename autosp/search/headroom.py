@@ -31,15 +31,15 @@ def acceptable_bytes(profile: Profile, budget_bytes: int, group: int = 1) -> int
     return budget_bytes - _left_free(profile, budget_bytes, HEAP_GROWTH_OF_WORKSPACE, group)
 
 
-def usable_after(trials: Iterable[Trial], usable_bytes: int, acceptable_bytes: int) -> int:
+def usable_after(trials: Iterable[Trial], extra_bytes: int, usable_bytes: int, acceptable_bytes: int) -> int:
     """What may be predicted to be in use, given what plans were measured to take.
 
     Of a rival of one that took more than is acceptable, as much less as that was. Without this a study would try plans
     of the same memory until a limit ends it: what is usable may be more than what is acceptable, for predictions have
-    the heap's scatter in them and measurements may have.
+    the heap's scatter in them and measurements may have. `extra_bytes`: by which all predictions are corrected.
     """
     corrected = (
-        trial.prediction.peak_bytes - (trial.measurement.peak_bytes - acceptable_bytes)
+        trial.prediction.peak_bytes + extra_bytes - (trial.measurement.peak_bytes - acceptable_bytes)
         for trial in trials
         if trial.measurement.outcome in (Outcome.FITS, Outcome.OVER_BUDGET, Outcome.OUT_OF_MEMORY)
         and trial.measurement.peak_bytes > acceptable_bytes

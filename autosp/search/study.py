@@ -110,7 +110,7 @@ def run_study(
             running = running_keys(study)  # before the trials: one that ends meanwhile is not missed in both
             trials = repository.trials(name)
             learned = sampler.learned = lessons.learned(trials)
-            sampler.usable_bytes = usable_after(trials, usable, acceptable)
+            sampler.usable_bytes = usable_after(trials, learned.extra_bytes, usable, acceptable)
             sampler.validated = frozenset(key_of(trial.prediction.candidate) for trial in trials)
             judged = partial(judge, trials, usable_bytes=sampler.usable_bytes, acceptable_bytes=acceptable)
             verdict = judged(learned)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from autosp.search.headroom import acceptable_bytes, usable_after, usable_bytes
+from autosp.search.learned import Learned
 from autosp.search.limits import Limits
 from autosp.search.space import rank
 from autosp.search.study import run_study
@@ -29,19 +30,26 @@ def taking(peak_bytes: int) -> Prediction:
 @pytest.mark.parametrize("outcome", [Outcome.FITS, Outcome.OVER_BUDGET, Outcome.OUT_OF_MEMORY])
 def test_what_took_too_much_bounds_its_rivals(outcome: Outcome) -> None:
     over = trial(taking(950), peak_bytes=930, outcome=outcome)
-    assert usable_after([over], 1000, 900) == 920  # a rival would take 900, if it is off by as much
-    assert usable_after([over], 910, 900) == 910
-    assert usable_after([over, trial(taking(800), peak_bytes=980, outcome=outcome)], 1000, 900) == 720
+    assert usable_after([over], 0, 1000, 900) == 920  # a rival would take 900, if it is off by as much
+    assert usable_after([over], 0, 910, 900) == 910
+    assert usable_after([over, trial(taking(800), peak_bytes=980, outcome=outcome)], 0, 1000, 900) == 720
+
+
+def test_what_predictions_are_corrected_by_counts_once() -> None:
+    over = trial(taking(850), peak_bytes=930)
+    usable = usable_after([over], 80, 1000, 900)
+    rivals = Learned((taking(820), taking(821)), 0.0, extra_bytes=80).rivals(set(), usable)
+    assert rivals == [taking(820)]  # which would take 900, if it is off by 80 as well
 
 
 @pytest.mark.parametrize("outcome", [Outcome.OUTPUT_DIFFERS, Outcome.HOST_OUT_OF_MEMORY, Outcome.KILLED])
 def test_what_says_nothing_of_memory_bounds_nothing(outcome: Outcome) -> None:
-    assert usable_after([trial(taking(950), peak_bytes=930, outcome=outcome)], 1000, 900) == 1000
+    assert usable_after([trial(taking(950), peak_bytes=930, outcome=outcome)], 0, 1000, 900) == 1000
 
 
 def test_what_was_acceptable_bounds_nothing() -> None:
-    assert usable_after([trial(taking(700), peak_bytes=900)], 1000, 900) == 1000
-    assert usable_after([], 1000, 900) == 1000
+    assert usable_after([trial(taking(700), peak_bytes=900)], 0, 1000, 900) == 1000
+    assert usable_after([], 0, 1000, 900) == 1000
 
 
 def test_a_study_turns_to_less_memory_where_plans_take_all_that_was_predicted(tmp_path: Path) -> None:
