@@ -82,7 +82,7 @@ def tune(
         storage: database, a path or a SQLAlchemy URL; default `AUTOSP_STORAGE`, else the user's data directory.
         study_name: default: made from the model's name. An unfinished study of that name is continued.
         max_trials, timeout_s: limits on validation; the stop rule usually ends it earlier. Default: those of `Limits`,
-            8 validations, or 3 and what fits, with the profile, the time of 25 passes of the best plan and 5 s.
+            8 validations, or 2 and what fits, with the profile, the time of 25 passes of the best plan and 5 s.
         seed: of the pass whose outputs are compared.
         isolate: validate in a process of its own: if it crashes, hangs, is killed, or loses the device, that is the
             trial's outcome, and the next one gets a new process. Model, batch and step must be picklable.

@@ -14,8 +14,8 @@ MAX_TRIALS = 8
 EFFORT_PASSES, EFFORT_S = 25, 5.0
 """What a study may take without a limit of the user's: so many passes of the best plan, and so many seconds."""
 
-LEAST_TRIALS = 3
-"""The favourite and both baselines are validated, whatever that takes."""
+LEAST_TRIALS = 2
+"""Whatever they take: one alone may have been disturbed."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,16 @@ class Limits:
         """Whether the user set none."""
         return self.max_trials is None and self.timeout_s is None
 
-    def reached(self, trials: int, spent_s: float = 0.0, pass_s: float = math.inf) -> bool:
+    def reached(self, trials: int, spent_s: float = 0.0, pass_s: float = math.inf, due: int = 0) -> bool:
         """Whether a study with that many trials must stop.
 
         `spent_s`: what it took so far, its profile included, and one more trial would. `pass_s`: of its best plan.
+        `due`: how many candidates are to be tried whatever that takes, and were not yet.
         """
         if trials >= (MAX_TRIALS if self.max_trials is None else self.max_trials):
             return True
         if self.by_default:
-            return trials >= LEAST_TRIALS and self.beyond_effort(spent_s, pass_s)
+            return not due and trials >= LEAST_TRIALS and self.beyond_effort(spent_s, pass_s)
         return bool(trials) and self.timeout_s is not None and time.monotonic() - self._started > self.timeout_s
 
     def beyond_effort(self, spent_s: float, pass_s: float) -> bool:

@@ -121,7 +121,8 @@ def run_study(
             spent_s = _spent_s(study, trials)
             if limits.beyond_effort(spent_s + trial_s * len(finalists), pass_s):
                 finalists = []  # what is too short for them is long enough for another trial
-            reached = partial(limits.reached, spent_s=spent_s + trial_s * (len(finalists) + 1), pass_s=pass_s)
+            would_s = spent_s + trial_s * (len(finalists) + 1)
+            reached = partial(limits.reached, spent_s=would_s, pass_s=pass_s, due=len(sampler.due(study)))
             upcoming = _what_next(study, sampler, reached, len(trials), len(running), verdict, without_running)
             if upcoming is Next.END:
                 if repeat is None or not finalists or not (verdict.finished or limits.by_default):

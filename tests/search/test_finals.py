@@ -129,7 +129,8 @@ def test_a_study_ends_with_its_finals() -> None:
         (Limits(), 0.0, 4.0, 4, 3),  # with a fifth one the finals of three would end at 32 s
         (Limits(), 4.0, 4.0, 3, 3),  # the profile took some of it
         (Limits(), 0.0, 5.9, 5, 0),  # the finals of three would end at 35 s, two more trials at 30 s
-        (Limits(), 0.0, 11.0, 3, 0),  # three are made in any case
+        (Limits(), 0.0, 11.0, 2, 0),  # a third one would end at 33 s
+        (Limits(), 40.0, 1.0, 2, 0),  # everything resident and the plain window are tried in any case
         (Limits(max_trials=3), 0.0, 1.0, 3, 0),  # nothing is decided where a user's limit cuts a study short
     ],
 )

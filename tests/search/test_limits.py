@@ -65,7 +65,9 @@ def test_effort_counts_in_passes_of_the_best_plan() -> None:
     most_s = EFFORT_PASSES * 2.0 + EFFORT_S
     assert not Limits().reached(LEAST_TRIALS, most_s, 2.0)
     assert Limits().reached(LEAST_TRIALS, most_s + 0.1, 2.0)
-    assert not Limits().reached(LEAST_TRIALS - 1, most_s + 0.1, 2.0)  # the favourite and the baselines are tried
+    assert not Limits().reached(LEAST_TRIALS - 1, most_s + 0.1, 2.0)
+    assert not Limits().reached(LEAST_TRIALS, most_s + 0.1, 2.0, due=1)  # the favourite and the baselines are tried
+    assert Limits().reached(MAX_TRIALS, due=1)
 
 
 def test_seconds_beyond_the_effort() -> None:
