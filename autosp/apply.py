@@ -5,10 +5,11 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import TypeVar
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from autosp.devices import device_for
+from autosp.devices import Device, device_for
 from autosp.errors import PlanMismatchError, SettingError
 from autosp.intercept import check_plain
 from autosp.partition import bind, model_fingerprint
@@ -27,7 +28,12 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def apply(
-    model: M, plan: Plan, *, optimizer: Optimizer | None = None, max_cpu_gb: float | str | None = None
+    model: M,
+    plan: Plan,
+    *,
+    device: torch.device | str | Device | None = None,
+    optimizer: Optimizer | None = None,
+    max_cpu_gb: float | str | None = None,
 ) -> StreamedModel[M]:
     """Make `model` run under `plan`: inside its budget, with unchanged output.
 
@@ -43,6 +49,8 @@ def apply(
     Passes run without autograd, and calls from other threads wait for the running pass. Under a plan of mode
     "training" a pass may go on with `backward()`: gradients are in host memory when that returns (a resident's: on the
     device), and clipping, optimizers and schedulers work on parameters and gradients as they are. One thread trains.
+
+    `device`: which of several of the plan's kind, "cuda:1" say. Default: the current one.
 
     With `optimizer`, the one that updates the model's weights, its `step()` returns early: streamed layers are updated
     beside the next forward, each before it is needed, and whatever uses a parameter, its gradient or its state before
@@ -86,8 +94,8 @@ def apply(
             "give it to autosp.tune or autosp.plan"
         )
     host_bytes = None if max_cpu_gb is None else parse_budget(max_cpu_gb, "max_cpu_gb")
-    device = device_for(plan.device)
-    bound = bind(model, plan.partition, device.info.slow_tier)
+    chosen = device_for(plan.device, device)
+    bound = bind(model, plan.partition, chosen.info.slow_tier)
     schedule = lower_for(plan.mode, plan.candidate, bound.partition)
     if optimizer is not None:
         schedule = with_updates(schedule)
@@ -95,7 +103,8 @@ def apply(
     with ExitStack() as opened:
         readers = Readers(plan.reading)
         opened.callback(readers.close)
-        opened.callback(device.close)
+        if chosen is not device:
+            opened.callback(chosen.close)
         disk_state = None
         if optimizer is not None and host_bytes is not None:
             streamed = [one for one in bound.layers if one.layer.index not in plan.candidate.residents]
@@ -104,14 +113,14 @@ def apply(
             disk_state = open_disk_state(optimizer, streamed, schedule.steps, fixed_bytes, host_bytes, folder)
             if disk_state is not None:
                 opened.callback(disk_state.close)
-        store = open_store(device, stored, settings().cache_dir, Originals.FREED, plan.candidate.on_disk, readers)
+        store = open_store(chosen, stored, settings().cache_dir, Originals.FREED, plan.candidate.on_disk, readers)
         opened.callback(store.close)
         close = opened.pop_all().close
     group = plan.candidate.group
     pass_floor_s = plan.floor_s / plan.partition.repeats if plan.floor_s else None
     most = group if plan.budget_bytes is not None or group > 1 else None
     applied: StreamedModel[M] = StreamedModel(
-        bound, schedule, device, store, Originals.FREED, close, pass_floor_s, plan.mode, optimizer, most, disk_state
+        bound, schedule, chosen, store, Originals.FREED, close, pass_floor_s, plan.mode, optimizer, most, disk_state
     )
     if plan.usual_bytes is not None:
         applied.keep_within(plan.usual_bytes)

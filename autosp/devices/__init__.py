@@ -64,14 +64,22 @@ def choose_device(device: torch.device | str | Device | None, mode: str = "infer
     return AcceleratorDevice(wanted)
 
 
-def device_for(planned: DeviceInfo) -> Device:
+def device_for(planned: DeviceInfo, wanted: torch.device | str | Device | None = None) -> Device:
     """A device such as a plan was made on: of that kind, with what streams at rest on that tier.
 
-    Raises: SettingError if there is none here.
+    `wanted`: which one, where there are several.
+
+    Raises: SettingError if there is none here, or the wanted one is of another kind.
     """
-    if planned.kind == "cpu":
+    if planned.kind == "cpu" and (wanted is None or str(wanted) == "cpu"):
         return CpuDevice(slow_tier=planned.slow_tier)
-    return choose_device(planned.kind)
+    chosen = choose_device(planned.kind if wanted is None else wanted)
+    if (chosen.info.kind, chosen.info.slow_tier) != (planned.kind, planned.slow_tier):
+        raise SettingError(
+            f"device {wanted}: weights would stream from {chosen.info.slow_tier.value} to a {chosen.info.kind} device; "
+            f"the plan is for {planned.kind} ({planned.name}) and weights that rest on {planned.slow_tier.value}"
+        )
+    return chosen
 
 
 def _accelerator() -> str | None:

@@ -19,6 +19,12 @@ from autosp.devices.worker import CopyEvent, Worker
 from autosp.errors import TierError
 from autosp.spec import DeviceInfo, Tier
 
+ALLOCATION_FAILED = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "unable to find an engine to execute")
+"""What libraries of the accelerator say where an allocation of their own fails. The last is cuDNN's, through torch."""
+
+LIBRARIES = ("CUDA error: CUBLAS_", "CUDA error: CUDNN_", "CUDA error: CUSPARSE_", "CUDA error: CUSOLVER_")
+"""What their errors begin with. These are of one call, not of the device."""
+
 
 class _HostBytes:
     """Pinned host memory in the form in which torch takes device memory from others; it keeps the memory alive."""
@@ -77,8 +83,13 @@ class AcceleratorDevice:
             pages.pin(memory, self.torch_device)
 
     def host_view(self, memory: torch.Tensor) -> torch.Tensor:
-        """A device tensor over pinned host memory: what kernels read of it crosses the link, row by row."""
+        """A device tensor over pinned host memory: what kernels read of it crosses the link, row by row.
+
+        Raises: TierError if the memory is not pinned: the first kernel to read it would end the device's context.
+        """
         try:
+            if memory.numel() and not pages.is_pinned(memory):
+                raise RuntimeError("it is not pinned")
             return torch.as_tensor(_HostBytes(memory), device=self.torch_device)
         except (RuntimeError, TypeError, AssertionError) as error:
             raise TierError(
@@ -174,8 +185,7 @@ class AcceleratorDevice:
 
     def start_measuring(self) -> None:
         """Empty the allocator's cache and begin a new peak of reserved bytes."""
-        self.synchronize()
-        self._module.empty_cache()
+        self._free_cached()
         self._module.reset_peak_memory_stats(self.torch_device)
         self._baseline = self._module.memory_reserved(self.torch_device)
 
@@ -196,24 +206,31 @@ class AcceleratorDevice:
 
     @contextmanager
     def limit(self, budget_bytes: int | None) -> Iterator[None]:
-        """The allocator refuses to reserve more than what it holds now plus the budget."""
+        """The allocator refuses to reserve more than what is in use now plus the budget; or a lower limit of others."""
         setter = getattr(self._module, "set_per_process_memory_fraction", None)
         if budget_bytes is None or setter is None:
             yield
             return
+        getter = getattr(self._module, "get_per_process_memory_fraction", None)
+        before = 1.0 if getter is None else float(getter(self.torch_device))
+        self._free_cached()  # what earlier work left cached would be budget else
         held = self._module.memory_reserved(self.torch_device)
-        setter(min(1.0, (held + budget_bytes) / self.info.memory_bytes), self.torch_device)
+        setter(min(before, (held + budget_bytes) / self.info.memory_bytes), self.torch_device)
         try:
             yield
         finally:
-            setter(1.0, self.torch_device)
+            setter(before, self.torch_device)
 
     def is_out_of_memory(self, error: BaseException) -> bool:
-        """torch's own exception for it."""
-        return isinstance(error, torch.OutOfMemoryError)
+        """torch's own exception for it, or what the accelerator's libraries say."""
+        if isinstance(error, torch.OutOfMemoryError):
+            return True
+        return isinstance(error, RuntimeError) and any(said in str(error) for said in ALLOCATION_FAILED)
 
     def is_fatal(self, error: BaseException) -> bool:
         """An error of the runtime itself, which it reports to every later call too."""
+        if self.is_out_of_memory(error) or str(error).startswith(LIBRARIES):
+            return False
         runtime = getattr(torch, "AcceleratorError", ())
         return isinstance(error, runtime) or (
             type(error) is RuntimeError and str(error).startswith(("CUDA error", "HIP error", "XPU error"))
@@ -224,6 +241,18 @@ class AcceleratorDevice:
         self._host.close()
         self._reader.close()
         self.synchronize()
+
+    def _free_cached(self) -> None:
+        """Once nothing is under way: what torch's allocator keeps, and cuBLAS's workspaces, which it holds.
+
+        These are per thread and stream, come with the first product, and stay. Whoever measures takes them anew, as the
+        first pass of another process does: 32 MiB and more each on a recent GPU.
+        """
+        self.synchronize()
+        clear_workspaces = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+        if clear_workspaces is not None and self.torch_device.type == "cuda":
+            clear_workspaces()
+        self._module.empty_cache()
 
     def _issue(self, asked: AskedCopy) -> None:
         """Put a copy on the copy stream once its source is there."""

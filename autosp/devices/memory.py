@@ -121,6 +121,12 @@ def pin(memory: torch.Tensor, device: torch.device) -> bool:
     return True
 
 
+def is_pinned(memory: torch.Tensor) -> bool:
+    """Whether `pin` has pinned it, and nothing undone that."""
+    pages = _PAGES.get(memory.data_ptr())
+    return pages is not None and pages.unpin is not None
+
+
 def unpin(memory: torch.Tensor) -> None:
     """Undo `pin`, so that parts of it can go. Harmless on memory that is not pinned."""
     pages = _PAGES.get(memory.data_ptr())

@@ -14,9 +14,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from autosp.batch import call_on, equal, tensors_in
+from autosp.batch import call_on, tensors_in
 from autosp.intercept import Intercepted
 from autosp.partition.blocks import Inputs
+from autosp.partition.lender import Lender, copying_to
 from autosp.partition.rows import Runs, input_key, same_in_runs, the_input
 from autosp.partition.tensors import Extent, ModelTensors, held_by
 
@@ -69,8 +70,8 @@ def trace(
 
     `runs`: linear modules to try by runs of rows, see [Note: runs of rows].
 
-    On an accelerator every operation gets device copies of the weights it touches, so that memory is taken for one
-    operation's weights at a time. Whatever the model raises passes through, with the model as it was.
+    On an accelerator a module, or an operation, is lent device copies of the weights it touches, so that memory is
+    taken for few of them at a time. Whatever the model raises passes through, with the model as it was.
     """
     watcher = _Watcher(tensors, device)
     attributes = attributes_of(model)
@@ -134,7 +135,7 @@ def _replaced(model: nn.Module, tensors: ModelTensors) -> set[Extent]:
 
 
 class _Watcher(TorchDispatchMode):
-    """Sees every operation's arguments; lends it device copies of weights that are not there."""
+    """Sees every operation's arguments, and has the weights among them lent."""
 
     def __init__(self, tensors: ModelTensors, device: torch.device) -> None:
         super().__init__()
@@ -155,8 +156,7 @@ class _Watcher(TorchDispatchMode):
         self._device = device
         self._extents = sorted(tensors.extents, key=_address)
         self._addresses = [_address(extent) for extent in self._extents]
-        self._opaque = {id(item.tensor) for item in tensors.opaque}
-        self._lent: dict[int, tuple[list[Extent], torch.Tensor, torch.Tensor]] = {}
+        self._lender = Lender(copying_to(device), tensors.opaque, self._extents_of)
 
     def around(self, index: int, module: nn.Module, runs: Runs | None) -> Callable[..., Any]:
         """What stands around the forward of the module at `index`: it is on the stack while it runs."""
@@ -170,12 +170,13 @@ class _Watcher(TorchDispatchMode):
             for storage in _storages((args, kwargs)):
                 self._given.setdefault(storage, set()).add(index)
             try:
-                if len(self._stack) == 1 and self._device.type != "cpu":
-                    output = call_on(self._device, forward, args, kwargs)
-                else:
-                    output = forward(*args, **kwargs)
-                if runs is not None:
-                    self._try(index, module, runs, the_input(args, kwargs), output)
+                with self._lender.lent_to(module, self.overwritten):
+                    if len(self._stack) == 1 and self._device.type != "cpu":
+                        output = call_on(self._device, forward, args, kwargs)
+                    else:
+                        output = forward(*args, **kwargs)
+                    if runs is not None:
+                        self._try(index, module, runs, the_input(args, kwargs), output)
             finally:
                 self._stack.pop()
             if not inputs.plain or not inputs.untouched():
@@ -195,24 +196,14 @@ class _Watcher(TorchDispatchMode):
         def see(tensor: torch.Tensor) -> torch.Tensor:
             extents = self._extents_of(tensor)
             self._use(extents)
-            if self._device.type == "cpu" or tensor.device == self._device:
-                return tensor
-            if not extents and id(tensor) not in self._opaque:
-                return tensor
-            if id(tensor) in self._lent:
-                return self._lent[id(tensor)][2]
-            copy = tensor.to(self._device)
-            if any(extent in written or any(item.is_buffer for item in extent.tensors) for extent in extents):
-                self._lent[id(tensor)] = extents, tensor, copy  # what a pass writes, it reads again
-            return copy
+            return self._lender.lend(tensor, extents, written)
 
         args, kwargs = tree_map_only(torch.Tensor, see, (args, kwargs))
         return func(*args, **kwargs)
 
     def written(self) -> set[Extent]:
         """Extents of lent tensors whose device copy the pass changed."""
-        changed = [extents for extents, tensor, copy in self._lent.values() if not _same(tensor, copy)]
-        return {extent for extents in changed for extent in extents}
+        return self._lender.changed()
 
     def looked_up(self) -> dict[Extent, int]:
         """Bytes of the rows that were looked up, of the extents that nothing else read than a product."""
@@ -269,7 +260,11 @@ class _Watcher(TorchDispatchMode):
         """The extents that a tensor's first byte is in: one, or for a wrapper those of all tensors that it holds."""
         found = []
         for _, held in held_by(tensor):
-            if held.device.type != "cpu" or held.layout is not torch.strided or not held.numel():
+            if held.layout is not torch.strided or not held.numel():
+                continue
+            copied = self._lender.extents_in(held)
+            if copied or held.device.type != "cpu":
+                found += copied
                 continue
             address = held.data_ptr()
             index = bisect.bisect_right(self._addresses, address) - 1
@@ -292,7 +287,3 @@ def _storages(value: Any) -> list[StorageWeakRef]:
     """Of all tensors in it. A weak reference keeps the identity from being used twice, and no memory."""
     held = (held for tensor in tensors_in(value) for _, held in held_by(tensor) if held.layout is torch.strided)
     return [StorageWeakRef(one.untyped_storage()) for one in held]
-
-
-def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
-    return all(equal(mine, yours) for (_, mine), (_, yours) in zip(held_by(left), held_by(right), strict=True))

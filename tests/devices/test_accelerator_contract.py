@@ -207,7 +207,9 @@ class FakeModule:
     def __init__(self) -> None:
         self.log: list[tuple[str, str, Any]] = []
         self.fractions: list[float] = []
+        self.users_fraction = 1.0
         self.reserved_bytes = 2**30
+        self.cached_bytes = 0
         self._compute = FakeStream(self, "compute")
         self._streams = iter(["copies", "sends"])
         self._current = [self._compute]
@@ -238,6 +240,13 @@ class FakeModule:
 
     def set_per_process_memory_fraction(self, fraction: float, _device: Any = None) -> None:
         self.fractions.append(fraction)
+
+    def get_per_process_memory_fraction(self, _device: Any = None) -> float:
+        return self.fractions[-1] if self.fractions else self.users_fraction
+
+    def empty_cache(self) -> None:
+        self.reserved_bytes -= self.cached_bytes
+        self.cached_bytes = 0
 
 
 class Copies(TorchFunctionMode):
@@ -462,6 +471,22 @@ def test_the_limit_is_what_is_held_and_the_budget_and_ends_with_an_error(fake: F
     assert module.fractions[1:] == [1.0]
 
 
+def test_what_is_only_cached_is_no_part_of_the_limit(fake: Fake) -> None:
+    device, module = fake
+    module.reserved_bytes += 5 * 2**30
+    module.cached_bytes = 5 * 2**30
+    with device.limit(3 * 2**30):
+        assert module.fractions == [4 * 2**30 / TOTAL_BYTES]
+
+
+def test_a_limit_of_the_user_s_holds_and_stays(fake: Fake) -> None:
+    device, module = fake
+    module.users_fraction = 0.125
+    with device.limit(3 * 2**30):
+        assert module.fractions == [0.125]
+    assert module.fractions[1:] == [0.125]
+
+
 def test_no_limit_beyond_the_device_and_none_without_a_budget(fake: Fake) -> None:
     device, module = fake
     with device.limit(2 * TOTAL_BYTES):
@@ -472,7 +497,25 @@ def test_no_limit_beyond_the_device_and_none_without_a_budget(fake: Fake) -> Non
     assert not module.fractions
 
 
-def test_out_of_memory_is_torch_s_own_exception(fake: Fake) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("FIND was unable to find an engine to execute this computation"),
+    ],
+)
+def test_out_of_memory_has_many_names(fake: Fake, error: RuntimeError) -> None:
     device, _ = fake
-    assert device.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
-    assert not device.is_out_of_memory(RuntimeError("CUDA error"))
+    assert device.is_out_of_memory(error)
+    assert not device.is_fatal(error)
+
+
+def test_what_ends_the_device_and_what_a_call(fake: Fake) -> None:
+    device, _ = fake
+    fatal = RuntimeError("CUDA error: an illegal memory access was encountered")
+    refused = RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasGemmEx(...)`")
+    assert device.is_fatal(fatal) and not device.is_out_of_memory(fatal)
+    assert not device.is_fatal(refused) and not device.is_out_of_memory(refused)
+    assert not device.is_fatal(ValueError("CUDA error")) and not device.is_out_of_memory(ValueError("out of memory"))

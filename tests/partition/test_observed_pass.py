@@ -120,3 +120,71 @@ def test_parameters_made_under_inference_mode_are_named() -> None:
         model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     with pytest.raises(ModelError, match=r"0\.weight was made under torch\.inference_mode"):
         collect(model)
+
+
+class AsksWhere(nn.Module):
+    """Looks rows up, and notes where its weight was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(40, 64))
+        self.register_buffer("calls", torch.zeros(2))
+        self.seen: list[int] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        self.seen.append(self.weight.data_ptr())
+        return x + nn.functional.embedding(torch.arange(len(x), device=self.weight.device), self.weight) * self.calls[0]
+
+
+class Shares(nn.Module):
+    """Multiplies with the weight of a module that it does not call, and calls another one twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(64))
+        self.positions = AsksWhere()
+        self.other = nn.Linear(64, 64, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.positions(self.positions(x)) @ self.other.weight + self.bias
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_running_module_s_weights_are_lent(inference: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies stand in for a device's: what is seen and what comes out is the same, and all is where it was."""
+    model = nn.Sequential(Shares(), nn.LayerNorm(64), Shares())
+    own = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def seen() -> tuple[Any, ...]:
+        outputs = []
+
+        def run() -> None:
+            with torch.inference_mode(inference):
+                outputs.append(model(torch.ones(8, 64)))
+
+        found = trace(model, collect(model), run, CPU)
+        holders = {extent.name: modules for extent, modules in found.holders.items()}
+        names = {extent.name for extent in found.mutated}, {extent.name: n for extent, n in found.looked_up.items()}
+        return holders, names, outputs[0].tolist()
+
+    expected = seen()
+    assert expected[1][0] == {"0.positions.calls", "2.positions.calls"}
+    monkeypatch.setitem(trace.__globals__, "copying_to", lambda device: torch.clone)
+    assert seen() == expected
+    for index in (0, 2):
+        addresses = model[index].positions.seen
+        assert [address == own[f"{index}.positions.weight"] for address in addresses] == [True, True, False, False]
+    assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == own
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_model_that_raises_has_its_weights_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(AsksWhere(), nn.Linear(63, 64))
+    own = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    monkeypatch.setitem(trace.__globals__, "copying_to", lambda device: torch.clone)
+    with pytest.raises(RuntimeError):
+        trace(model, collect(model), lambda: model(torch.zeros(8, 64)), CPU)
+    assert model[0].seen != [own["0.weight"]]
+    assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == own
