@@ -31,6 +31,7 @@ from autosp.runtime.recorder import VisitTimes
 from autosp.runtime.residents import Residents
 from autosp.runtime.stats import Stats, stats_of
 from autosp.runtime.streamed_layer import StreamedLayer
+from autosp.runtime.surroundings import surrounded
 from autosp.runtime.training import TrainingExecutor
 from autosp.schedule.actions import Schedule
 from autosp.schedule.timeline import Timeline
@@ -78,7 +79,7 @@ class StreamedModel(Generic[M]):
         self._guests: Guests | None = None
         self._lookups: Lookups | None = None
         self._removed = False
-        self._trained = ExitStack()
+        self._applied = ExitStack()
         self._cut: list[CutLeaf] = []
         residents = set(schedule.residents)
         blocks = bound.partition.recomputed_blocks(schedule.recomputed)
@@ -106,7 +107,7 @@ class StreamedModel(Generic[M]):
             gradients = Gradients(trained, device, schedule.waits_for_gradients)
             hide_from_compiler()
             if mode == "training":
-                self._trained.enter_context(device.training())
+                self._applied.enter_context(device.training())
             if originals is Originals.KEPT or not device.is_host:  # else it begins once they are freed
                 device.start_measuring()
             self._residents = Residents([*staying, *copied], device)
@@ -135,6 +136,7 @@ class StreamedModel(Generic[M]):
             if device.torch_device.type != "cpu":
                 known = [named.tensor for named in _all_tensors(bound)]
                 self._guests = Guests(bound.model, known, lambda data: data.to(device.torch_device))
+                self._applied.enter_context(surrounded(bound.model, device.torch_device, mode))
         except BaseException:
             self.remove()
             raise
@@ -267,7 +269,7 @@ class StreamedModel(Generic[M]):
             self._residents.forget()
         self._layers, self._runs, self._cut = [], [], []
         self._wrappers = []
-        self._trained.close()
+        self._applied.close()
         self._on_close()
         follow(self.model.parameters())
 
