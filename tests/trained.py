@@ -74,3 +74,27 @@ def backward_both(model: nn.Module, plain: nn.Module, batch: Any, step: int) -> 
         if step % 3 == 1:
             backward(one, batch, 100 + step)
     assert_same_gradients(model, plain)
+
+
+class LaidOtherwise(nn.Module):
+    """Autograd gives each of its parameters a gradient with other strides, or one that others have, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Conv2d(4, 4, 3, padding=1)
+        self.product = nn.Parameter(torch.randn(4, 16, 4))
+        self.position = nn.Parameter(torch.randn(1, 4, 4, 4))
+        self.scale = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        images = x.reshape(-1, 4, 4, 4).contiguous(memory_format=torch.channels_last)
+        images = self.kernel(images) + self.position + self.position
+        rows = images.flatten(2).transpose(1, 2)
+        rows = torch.einsum("btc,ctd->btd", rows, self.product).reshape(-1, 4) @ self.scale.t()
+        return rows.reshape(x.shape) + x
+
+
+def laid_otherwise() -> tuple[nn.Module, torch.Tensor]:
+    """A model of such layers, and its batch."""
+    torch.manual_seed(0)
+    return nn.Sequential(*(LaidOtherwise() for _ in range(5))), torch.randn(8, 64)

