@@ -60,6 +60,7 @@ class AcceleratorDevice:
         self._queue = CopyQueue(self._issue)
         self._reader = Worker("autosp-reader", self._queue.issue)
         self._host = Worker("autosp-host", self._queue.issue)
+        self._joined: Any = None
         self._anchor: tuple[Any, float] | None = None
         self._baseline = 0
         self.is_host = False
@@ -138,6 +139,13 @@ class AcceleratorDevice:
         if copied is not None:
             copied.wait_issued()
             copied.times.ended.synchronize()
+
+    def join(self) -> None:
+        """The user's current stream waits for the one that was current then: passes may come on different streams."""
+        stream = self._module.current_stream(self.torch_device)
+        if self._joined is not None and stream != self._joined:
+            stream.wait_stream(self._joined)
+        self._joined = stream
 
     def record(self) -> Any:
         """On the user's current stream."""

@@ -141,6 +141,9 @@ class Device(Protocol):
     def settle(self, copied: Any) -> None:
         """Block the host until one of its own copies is over. Raises what that raised."""
 
+    def join(self) -> None:
+        """Order further compute after what was launched by those who called this before, wherever they launched it."""
+
     def record(self) -> Event:
         """A point in the compute order: over when everything launched so far is."""
 

@@ -95,6 +95,9 @@ class CpuDevice:
         """As `wait`: compute is synchronous with the host."""
         self.wait(copied)
 
+    def join(self) -> None:
+        """All compute is over when its call returns."""
+
     def record(self) -> None:
         """Nothing to mark: the host has waited for all compute."""
 

@@ -152,6 +152,9 @@ class VirtualDevice:
         """As `wait`: the clock of the host is the clock of compute."""
         self.wait(copied)
 
+    def join(self) -> None:
+        """There is one order of compute."""
+
     def record(self) -> float:
         """Now."""
         return self.now_s

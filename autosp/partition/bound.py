@@ -10,7 +10,7 @@ from torch import nn
 
 from autosp.errors import PlanMismatchError
 from autosp.partition.mapped import locate
-from autosp.partition.placed import Layout, Placed, lay_out, lay_out_packed, pack, packed_bytes
+from autosp.partition.placed import Layout, Placed, lay_out, lay_out_packed, pack, packed_bytes, tensors_of
 from autosp.partition.rows import is_cut, is_linear
 from autosp.partition.tensors import Extent, ModelTensors, NamedTensor, collect
 from autosp.spec import Layer, Leaf, Partition, Tier
@@ -65,6 +65,14 @@ class BoundModel:
         resting = self.partition.whole([one.layer.index for one in self.layers if one.layer.index not in elsewhere])
         stored = [bound for bound in self.layers if bound.layer.index in resting]
         return [*stored, self.lookups] if self.lookups else stored
+
+    def placed(self) -> list[Placed]:
+        """Every extent that a plan places."""
+        return [*(place for layer in self.stored() for place in layer.placed), *self.residents]
+
+    def tensors(self) -> list[NamedTensor]:
+        """Everything that a plan places."""
+        return [*tensors_of(self.placed()), *self.opaque]
 
 
 @dataclass(frozen=True, eq=False)

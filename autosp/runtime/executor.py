@@ -144,11 +144,13 @@ class Executor:
 
     def close(self) -> None:
         """Bring every layer to rest and let go of the arena, so that its memory is free when this returns."""
-        self.device.synchronize()
-        self.abort()
-        self.loader.close()
-        self._start = ()
-        self.cursor = Cursor((), (), self.issue)
+        try:
+            self.device.synchronize()
+            self.abort()
+        finally:
+            self.loader.close()
+            self._start = ()
+            self.cursor = Cursor((), (), self.issue)
 
     # -- what a pass consists of; training does more at each of these -----------------------------------------------
 
@@ -161,6 +163,7 @@ class Executor:
 
     def begin_pass(self) -> None:
         """Prepare for the first visit."""
+        self.device.join()
         self.before_pass()
         self.tidy()
         self.counters.passes += 1

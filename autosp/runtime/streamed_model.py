@@ -17,8 +17,8 @@ from autosp.devices import Device
 from autosp.devices.memory import anonymous
 from autosp.errors import SettingError
 from autosp.intercept import Around, Intercepted, hide_from_compiler
-from autosp.partition import BoundModel, NamedTensor, Resting, at_rest
-from autosp.partition.placed import Placed, tensors_of
+from autosp.partition import BoundModel, Resting, at_rest
+from autosp.partition.placed import tensors_of
 from autosp.runtime.cut_leaf import CutLeaf, ResidentRun, StreamedRun
 from autosp.runtime.disk_state import DiskState
 from autosp.runtime.executor import Executor, Observer
@@ -99,7 +99,7 @@ class StreamedModel(Generic[M]):
         self._layers: list[StreamedLayer] = []
         self._runs: list[StreamedRun] = []
         try:
-            forget_pages(source for place in _all_placed(bound) if (source := place.extent.source) is not None)
+            forget_pages(source for place in bound.placed() if (source := place.extent.source) is not None)
             staging = anonymous(schedule.staging_bytes)
             staging.zero_()  # its pages are taken before anything is measured, and before a pass
             device.pin(staging)
@@ -111,6 +111,7 @@ class StreamedModel(Generic[M]):
             if originals is Originals.KEPT or not device.is_host:  # else it begins once they are freed
                 device.start_measuring()
             self._residents = Residents([*staying, *copied], device)
+            device.join()
             self._residents.move_in()
             self._move_opaque()
             if originals is Originals.FREED:
@@ -134,7 +135,7 @@ class StreamedModel(Generic[M]):
                 layers = [one for one, _ in streamed]
                 loader.updates.watch(optimizer, self.model, layers, schedule.steps, disk_state)
             if device.torch_device.type != "cpu":
-                known = [named.tensor for named in _all_tensors(bound)]
+                known = [named.tensor for named in bound.tensors()]
                 self._guests = Guests(bound.model, known, lambda data: data.to(device.torch_device))
                 self._applied.enter_context(surrounded(bound.model, device.torch_device, mode))
         except BaseException:
@@ -249,16 +250,25 @@ class StreamedModel(Generic[M]):
     def _remove(self) -> None:
         self._final_peak_bytes = self._device.peak_bytes()
         self._removed = True
-        for wrapper in reversed(self._wrappers):
-            wrapper.remove()
-        if hasattr(self, "_executor"):
-            self._executor.close()
-        if self._guests is not None:
-            self._guests.close()
-        if self._lookups is not None:
-            self._lookups.forget()
-        for leaf in self._cut:
-            leaf.forget()
+        with ExitStack() as ending:  # from the last to the first, whatever one raises: a lost device lets most of them
+            ending.callback(lambda: follow(self.model.parameters()))
+            ending.callback(self._on_close)
+            ending.callback(self._applied.close)
+            ending.callback(self._restore)
+            for leaf in self._cut:
+                ending.callback(leaf.forget)
+            if self._lookups is not None:
+                ending.callback(self._lookups.forget)
+            if self._guests is not None:
+                ending.callback(self._guests.close)
+            if hasattr(self, "_executor"):
+                ending.callback(self._executor.close)
+            for wrapper in self._wrappers:
+                ending.callback(wrapper.remove)
+        self._layers, self._runs, self._cut, self._wrappers = [], [], [], []
+
+    def _restore(self) -> None:
+        """What was moved, and not streamed, to where it was."""
         for (named, data), address in zip(self._kept, self._addresses or [None] * len(self._kept), strict=True):
             if address is None or _address(named.tensor) == address:  # else somebody replaced it: theirs stays
                 named.tensor.data = data
@@ -267,11 +277,6 @@ class StreamedModel(Generic[M]):
             if self._originals is Originals.FREED:
                 self._residents.give_back()
             self._residents.forget()
-        self._layers, self._runs, self._cut = [], [], []
-        self._wrappers = []
-        self._applied.close()
-        self._on_close()
-        follow(self.model.parameters())
 
     def _move_opaque(self) -> None:
         """What cannot be packed goes to the device as it is."""
@@ -334,16 +339,6 @@ class StreamedModel(Generic[M]):
             return self._around_pass(run, args, kwargs)
 
         return around
-
-
-def _all_placed(bound: BoundModel) -> list[Placed]:
-    """Every extent that the plan places."""
-    return [*(place for layer in bound.stored() for place in layer.placed), *bound.residents]
-
-
-def _all_tensors(bound: BoundModel) -> list[NamedTensor]:
-    """Everything that the plan places."""
-    return [*tensors_of(_all_placed(bound)), *bound.opaque]
 
 
 def _address(tensor: torch.Tensor) -> int | None:

@@ -15,13 +15,12 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-import torch
-
 from autosp.batch import map_tensors
 from autosp.cost_model.reading import measured_reading
 from autosp.devices import Device
 from autosp.errors import IsolationError, SettingError
 from autosp.parcel import Parcel
+from autosp.search.numerics import numerics
 from autosp.search.trial_process import Answer, Job, Said, serve
 from autosp.search.validate import ENOUGH_S, LEAST_PASSES, failed
 from autosp.spec import Candidate, Measurement, Outcome, Prediction, Profile, Tier
@@ -119,6 +118,7 @@ class IsolatedTrials:
         self._isolation = isolation
         self._progress = progress
         self._predictions = {prediction.candidate: prediction for prediction in ranked}
+        device.start_measuring()  # what this process keeps of the device and does not use is the trials'
         self._start_timeout_s = START_TIMEOUT_S + profile.partition.total_bytes / SLOWEST_BYTES_PER_S
         self._process: _TrialProcess | None = None
         job = Job(
@@ -134,10 +134,7 @@ class IsolatedTrials:
             cache_dir=cache_dir,
             budget_bytes=budgets_bytes[0],
             host_budget_bytes=budgets_bytes[1],
-            threads=torch.get_num_threads(),
-            default_dtype=torch.get_default_dtype(),
-            matmul_precision=torch.get_float32_matmul_precision(),
-            deterministic=torch.are_deterministic_algorithms_enabled(),
+            numerics=numerics(),
         )
         with ExitStack() as opening:
             self._parcel = Parcel(job, cache_dir)

@@ -18,7 +18,6 @@ from multiprocessing.reduction import recv_handle
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from autosp.batch import Step
@@ -26,6 +25,7 @@ from autosp.devices import Device
 from autosp.errors import IsolationError, NotPicklableError
 from autosp.parcel import open_parcel
 from autosp.runtime.bench import Bench
+from autosp.search.numerics import use_numerics
 from autosp.search.validate import Reference, validate
 from autosp.spec import Partition, Reading
 from autosp.workload import Workload
@@ -50,10 +50,7 @@ class Job:
     cache_dir: Path
     budget_bytes: int
     host_budget_bytes: int | None
-    threads: int
-    default_dtype: torch.dtype
-    matmul_precision: str
-    deterministic: bool
+    numerics: dict[str, Any]
 
 
 class Said(Enum):
@@ -104,10 +101,7 @@ def _received(pipe: Connection) -> Job:
 
 
 def _serve(pipe: Connection, job: Job) -> None:
-    torch.set_num_threads(job.threads)
-    torch.set_default_dtype(job.default_dtype)
-    torch.set_float32_matmul_precision(job.matmul_precision)
-    torch.use_deterministic_algorithms(job.deterministic)
+    use_numerics(job.numerics)
 
     def tell(said: Said, content: Any = None) -> None:
         pipe.send(Answer(said, content))

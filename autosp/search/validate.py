@@ -70,7 +70,7 @@ class Reference:
 
     def repeats(self) -> bool:
         """Whether a model without a plan gives it again; one that differs from itself can be compared with nothing."""
-        if self._deterministic is None:
+        if self._deterministic is not False:  # some differ from themselves only now and then: asked at each difference
             self._deterministic = equal(self._plain_pass(), self._output)
             if not self._deterministic:
                 warnings.warn(

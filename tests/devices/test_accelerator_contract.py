@@ -115,6 +115,7 @@ def test_every_call_is_one_that_torch_takes(backend: ModuleType, monkeypatch: py
     device.restart_peak()
     device.finish_compute()
     device.synchronize()
+    device.join()
     with device.limit(2**20):
         pass
     device.close()
@@ -191,6 +192,9 @@ class FakeStream:
 
     def wait_event(self, event: FakeEvent) -> None:
         self._module.log.append(("wait", self.name, event))
+
+    def wait_stream(self, stream: FakeStream) -> None:
+        self._module.log.append(("wait for", self.name, stream.name))
 
     def record_event(self, event: FakeEvent | None = None) -> FakeEvent:
         event = event or FakeEvent(self._module)
@@ -495,6 +499,19 @@ def test_no_limit_beyond_the_device_and_none_without_a_budget(fake: Fake) -> Non
     with device.limit(None):
         pass
     assert not module.fractions
+
+
+def test_passes_on_other_streams_come_after_those_before(fake: Fake) -> None:
+    device, module = fake
+    for _ in range(2):
+        device.join()
+    assert not module.log
+    module._current.append(FakeStream(module, "theirs"))
+    for _ in range(2):
+        device.join()
+    module._current.pop()
+    device.join()
+    assert module.log == [("wait for", "theirs", "compute"), ("wait for", "compute", "theirs")]
 
 
 @pytest.mark.parametrize(
