@@ -13,6 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from autosp.intercept import Uncompiled
 from autosp.runtime.executor import Observer
 from autosp.runtime.offload import can_be_offloaded
+from autosp.runtime.thread_state import backward_task
 
 Storages = dict[StorageWeakRef, int]
 """Bytes of each. A weak reference keeps the identity from being used twice, and no memory."""
@@ -29,7 +30,7 @@ def watching(saw: Callable[[torch.Tensor], object]) -> saved_tensors_hooks:
     around = hooks_around(True)
 
     def pack(tensor: torch.Tensor) -> Any:
-        if torch._C._current_graph_task_id() == -1:
+        if backward_task() is None:
             saw(tensor)
         return tensor if around is None else around[0](tensor)
 
@@ -60,7 +61,7 @@ class ForwardOrder(Observer):
 
     def arrive(self, layer: int, inputs: Any) -> None:
         """A visit begins, unless a checkpoint computes again for a backward that is under way."""
-        if layer not in self._open and torch._C._current_graph_task_id() == -1:
+        if layer not in self._open and backward_task() is None:
             self.visits.append(layer)
             self.saved_bytes.append(0)
         self._open.append(layer)

@@ -25,6 +25,7 @@ from autosp.partition import follows
 from autosp.profiler.layers import ENOUGH, LEAST_MEMORY, MemoryObserver, Observation, measured_passes
 from autosp.profiler.saving import ForwardOrder, Storages, storages_of, watching
 from autosp.runtime.bench import Bench, timed_pass
+from autosp.runtime.parts import parts_of
 from autosp.runtime.recorder import VisitTimes
 from autosp.runtime.streamed_model import StreamedModel
 from autosp.schedule.actions import Kind
@@ -51,7 +52,10 @@ def training_partition(workload: Workload, device: Device, cache_dir: Path) -> P
     with workload.leaving_no_trace():
         parts = workload.layers(device)
         visits = parts.visits * parts.repeats
-        expected = parts.model_copy(update={"visits": visits, "repeats": 1, "backward": tuple(reversed(visits))})
+        inside = parts_of(model, dict.fromkeys(layer.path for layer in parts.layers))
+        expected = parts.model_copy(
+            update={"visits": visits, "repeats": 1, "backward": tuple(reversed(visits)), "called_again": inside}
+        )
         with Bench(model, expected, device, cache_dir, mode="training") as bench:
             streamed = bench.apply(LEAST_MEMORY)
             there = [*model.parameters(), *model.buffers(), *tensors_in(workload.batch)]
@@ -60,7 +64,7 @@ def training_partition(workload: Workload, device: Device, cache_dir: Path) -> P
             try:
                 with save_on_cpu(), forward.watching():
                     workload.run()
-                backward = streamed.backward_visits
+                backward, called_again = streamed.backward_visits, streamed.called_again
             finally:
                 streamed.remove()
         gradients = {
@@ -82,6 +86,7 @@ def training_partition(workload: Workload, device: Device, cache_dir: Path) -> P
             "visits": visits,
             "backward": backward,
             "blocks": blocks,
+            "called_again": called_again,
             "activation_bytes": tuple(forward.saved_bytes),
         }
     )

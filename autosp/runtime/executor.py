@@ -71,6 +71,8 @@ class Executor:
         self.tidy: Callable[[], None] = nothing_to_do
         self.backward_visits: list[int] = []
         """Layers whose weights the last backward pass needed, in the order of need."""
+        self.called_again: set[str] = set()
+        """Modules inside layers that backward passes called: see [Note: checkpoints inside layers]."""
         visits, self._start, after = issue(schedule, loader.groups)
         self.cursor = Cursor(visits, after, self.issue)
         self._lock = threading.RLock()

@@ -27,6 +27,7 @@ from autosp.runtime.grouping import Group, gradients_kept
 from autosp.runtime.guests import Guests
 from autosp.runtime.loader import Loader
 from autosp.runtime.lookups import Lookups
+from autosp.runtime.parts import around_parts
 from autosp.runtime.recorder import VisitTimes
 from autosp.runtime.residents import Residents
 from autosp.runtime.stats import Stats, stats_of
@@ -219,6 +220,11 @@ class StreamedModel(Generic[M]):
         """Layers whose weights the last backward pass needed, in the order of need."""
         return tuple(self._executor.backward_visits)
 
+    @property
+    def called_again(self) -> tuple[str, ...]:
+        """Paths of modules inside layers that backward passes called, of those that the partition names."""
+        return tuple(sorted(self._executor.called_again))
+
     def usage(self, last: int) -> Usage:
         """What the last so many passes (of those that are remembered) spent their time on. Waits for the device."""
         return self._executor.recorder.usage(last)
@@ -259,10 +265,8 @@ class StreamedModel(Generic[M]):
                 ending.callback(leaf.forget)
             if self._lookups is not None:
                 ending.callback(self._lookups.forget)
-            if self._guests is not None:
-                ending.callback(self._guests.close)
-            if hasattr(self, "_executor"):
-                ending.callback(self._executor.close)
+            for part in filter(None, [self._guests, getattr(self, "_executor", None)]):
+                ending.callback(part.close)
             for wrapper in self._wrappers:
                 ending.callback(wrapper.remove)
         self._layers, self._runs, self._cut, self._wrappers = [], [], [], []
@@ -295,7 +299,8 @@ class StreamedModel(Generic[M]):
         """Streamed layers load themselves; whatever contains one begins a pass when it is called from outside."""
         layers = {layer.index: layer for layer in self._layers}
         runs = {run.index: run for run in self._runs}
-        around: dict[nn.Module, Around] = {}
+        again = self._bound.partition.called_again
+        around: dict[nn.Module, Around] = dict(around_parts(self.model, again, self._layers, self._executor))
         for piece in moving:
             module = piece.layers[0].module
             if piece.leaf is None:

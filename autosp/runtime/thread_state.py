@@ -12,6 +12,12 @@ from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_m
 from torch.utils import _python_dispatch as dispatch
 
 
+def backward_task() -> int | None:
+    """The backward pass that this thread is in."""
+    task: int = torch._C._current_graph_task_id()
+    return None if task == -1 else task
+
+
 class ThreadState:
     """The modes of the thread that makes this: gradients, inference, autocast, devices and streams, user's modes."""
 

@@ -34,6 +34,7 @@ from autosp.runtime.offload import Offload, Visit
 from autosp.runtime.recompute import Recomputed
 from autosp.runtime.saved import SavedTensors
 from autosp.runtime.streamed_layer import StreamedLayer
+from autosp.runtime.thread_state import backward_task
 from autosp.runtime.transfers import ComingBack, Issued, prefetches_of_one_pass
 from autosp.schedule.actions import Kind, Schedule
 from autosp.spec import Block
@@ -74,7 +75,7 @@ class TrainingExecutor(Executor):
 
     def running_here(self) -> bool:
         """Whether this thread is inside a pass, or in a backward pass that computes activations again."""
-        return super().running_here() or (_task() is not None and not self._updated)
+        return super().running_here() or (backward_task() is not None and not self._updated)
 
     def close(self) -> None:
         """As for inference. A backward pass of what ran before is refused from now on."""
@@ -167,11 +168,11 @@ class TrainingExecutor(Executor):
     ) -> Any:
         """One call of a layer: in a forward, or where a checkpoint around it computes its activations again."""
         index = layer.index
-        if _task() is None:
+        if backward_task() is None:
             self._leave()  # of a group's microbatch that went backward before
         if not torch.is_grad_enabled():
             return super().visit(layer, forward, args, kwargs)
-        if _task() is None:
+        if backward_task() is None:
             self._gradients.called(index)
             self._watch_inputs(index, (args, kwargs))
         if index not in self._recomputed:
@@ -188,7 +189,7 @@ class TrainingExecutor(Executor):
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         self._offload.stays(tensors_in((args, kwargs)))
-        observer = self.observer if _task() is None else None
+        observer = self.observer if backward_task() is None else None
         return self._again.block(module, block.path, block.layers[-1], forward, args, kwargs, observer)
 
     def _visit(
@@ -196,7 +197,7 @@ class TrainingExecutor(Executor):
     ) -> Any:
         """A call with autograd."""
         index = layer.index
-        leaving = Visit() if _task() is None and index in self._offload.layers else None
+        leaving = Visit() if backward_task() is None and index in self._offload.layers else None
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             with self._saved.hooks(index, leaving):
@@ -205,16 +206,23 @@ class TrainingExecutor(Executor):
                 self._offload.send(index, leaving)
             return output
 
-        if _task() is None:
+        if backward_task() is None:
             return super().visit(layer, watched, args, kwargs)
         if self._again.before_last(index):
             return self._recompute(layer, watched, args, kwargs)
+        return self.compute_again(layer, watched, args, kwargs)
+
+    def compute_again(
+        self, layer: StreamedLayer, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """What a checkpoint calls in the backward pass, within the layer's visit."""
+        index = layer.index
         begins = self._arrive(index)
         group = self.loader.acquire(layer)
         try:
             if begins:
                 self.recorder.start()
-            return self.loader.own(watched(*args, **kwargs))
+            return self.loader.own(forward(*args, **kwargs))
         finally:  # a checkpoint stops its forward by an exception once it has what it needs
             if index in self._recomputed or self._again.at_last(index):
                 self.recorder.recomputed()
@@ -301,7 +309,7 @@ class TrainingExecutor(Executor):
 
     def _enter_backward(self) -> None:
         """Have its end told. Engines run inside each other where a checkpoint is reentrant."""
-        task = _task()
+        task = backward_task()
         if task is None or task in self._tasks:
             return
         if not self._tasks:
@@ -338,9 +346,3 @@ class TrainingExecutor(Executor):
         self._visiting = self._due = None
         self._updated = True
         self._offload.settle()
-
-
-def _task() -> int | None:
-    """The backward pass that this thread is in."""
-    task: int = torch._C._current_graph_task_id()
-    return None if task == -1 else task

@@ -81,6 +81,9 @@ class Partition(Record):
     )
     leaves: tuple[Leaf, ...] = Field(default=(), description="modules that are several layers")
     blocks: tuple[Block, ...] = Field(default=(), description="of which a training pass may keep the inputs only")
+    called_again: tuple[str, ...] = Field(
+        default=(), description="modules inside layers that a checkpoint of the model's own calls in the backward"
+    )
 
     def whole(self, layers: Collection[int]) -> frozenset[int]:
         """These layers, and all other runs of the leaves that they are runs of: together those rest as one tensor."""

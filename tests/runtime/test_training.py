@@ -390,6 +390,21 @@ class Checkpointed(nn.Module):
         return x
 
 
+class CheckpointsInside(nn.Module):
+    """A layer, small enough to stay whole, that computes a part of itself again, and notes where its weights are."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(64)
+        self.mlp = nn.Sequential(nn.Linear(64, 16), nn.GELU(), nn.Sequential(nn.Linear(16, 64), nn.Dropout(0.2)))
+        self.reentrant = reentrant
+        self.seen: list[int] = []
+        self.mlp[1].register_forward_pre_hook(lambda *_: self.seen.append(self.mlp[0].weight.data_ptr()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + checkpoint(self.mlp, self.norm(x), use_reentrant=self.reentrant)
+
+
 class Sparse(Stack):
     """Its embedding has sparse gradients."""
 
@@ -402,6 +417,8 @@ UNUSUAL: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "outputs of all kinds": lambda: (Unusual(), vectors()),
     "checkpoints": lambda: (Checkpointed(reentrant=False), vectors()),
     "reentrant checkpoints": lambda: (Checkpointed(reentrant=True), vectors()),
+    "checkpoints inside": lambda: (nn.Sequential(*(CheckpointsInside(False) for _ in range(40))), vectors()),
+    "reentrant checkpoints inside": lambda: (nn.Sequential(*(CheckpointsInside(True) for _ in range(40))), vectors()),
     "sparse gradients": lambda: (Sparse(), tokens(3, 11)),
     "bfloat16": lambda: make("bfloat16"),
     "doubles": lambda: (dropping().double(), vectors().double()),
@@ -424,6 +441,20 @@ def test_unusual_models(name: str, plan: str, apply: Apply) -> None:
         for seed in range(3):
             backward(one, batch, seed, step)
     assert_same_gradients(model, plain)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_part_of_a_layer_computes_again_with_the_layer_s_weights(reentrant: bool, apply: Apply) -> None:
+    model = nn.Sequential(*(CheckpointsInside(reentrant) for _ in range(40)))
+    at_rest = {block.mlp[0].weight.data_ptr() for block in model}
+    apply(model, vectors(), PLANS["k=3 k'=1"], device=VirtualDevice(bytes_per_s=1e6))
+    for block in model:
+        block.seen.clear()
+    backward(model, vectors())
+    at_rest |= {block.mlp[0].weight.data_ptr() for block in model}
+    for block in model[1:]:  # the first gets no input with a gradient, so a reentrant checkpoint computes it once
+        first, again = block.seen
+        assert first not in at_rest and again not in at_rest
 
 
 @pytest.mark.parametrize("plan", SOME)
