@@ -200,6 +200,13 @@ class AcceleratorDevice:
     def originals_freed(self, n_bytes: int) -> None:
         """Host memory is not counted: the peak goes on."""
 
+    def free_bytes(self) -> int | None:
+        """What the driver says is free, and what torch's allocator has already."""
+        ask = getattr(self._module, "mem_get_info", None)
+        if ask is None:
+            return None
+        return int(ask(self.torch_device)[0]) + int(self._module.memory_reserved(self.torch_device))
+
     def peak_bytes(self) -> int:
         """Bytes that torch's allocator reserved at most, less those reserved at the start."""
         return max(0, int(self._module.max_memory_reserved(self.torch_device)) - self._baseline)

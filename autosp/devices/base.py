@@ -181,6 +181,9 @@ class Device(Protocol):
         Called when weights that were in host memory have been freed, after device memory replaced them.
         """
 
+    def free_bytes(self) -> int | None:
+        """What of its memory nothing else has now. None where it is the host's, or nothing says it."""
+
     def peak_bytes(self) -> int:
         """Most memory in use since `start_measuring`, beyond what was in use then."""
 

@@ -194,6 +194,9 @@ class VirtualDevice:
     def originals_freed(self, n_bytes: int) -> None:
         """Host memory is not counted."""
 
+    def free_bytes(self) -> None:
+        """Nothing is ever used up."""
+
     def peak_bytes(self) -> int:
         """Memory is not simulated."""
         return 0

@@ -11,6 +11,7 @@ from autosp.spec import Mode, Partition, Tier
 from autosp.tiers.host import available_bytes
 
 RAM_STEPS = 8
+DEVICE_STEPS = 64
 
 
 def binding_host_budget(
@@ -36,14 +37,17 @@ def binding_host_budget(
 def whole_device(device: Device) -> str:
     """All memory of a device, as a budget.
 
-    Where that is RAM, other programs have some of it: what is free, in steps of an eighth of the machine's, so that the
-    same question gets the same answer.
+    Other programs have some of it, and a driver: what is free, in steps of an eighth of a machine's RAM or of a 64th of
+    an accelerator's memory, so that the same question gets the same answer.
     """
-    total = device.info.memory_bytes
-    if device.info.kind != "cpu":
+    total, free = device.info.memory_bytes, device.free_bytes()
+    if device.info.kind == "cpu":
+        step, free = total // RAM_STEPS, available_bytes()
+    elif free is not None:
+        step = total // DEVICE_STEPS
+    else:
         return f"{total}B"
-    step = max(1, total // RAM_STEPS)
-    return f"{max(1, available_bytes() // step) * step}B"
+    return f"{max(1, free // max(1, step)) * max(1, step)}B"
 
 
 def host_room_bytes(partition: Partition) -> int:

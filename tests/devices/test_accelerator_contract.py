@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 import autosp
 from autosp.devices import AcceleratorDevice, Piece, accelerator
 from autosp.errors import ReadError
+from autosp.profiler.host import whole_device
 
 BACKENDS = [pytest.param(torch.cuda, id="cuda"), pytest.param(torch.xpu, id="xpu")]
 TOTAL_BYTES = 16 * 2**30
@@ -82,6 +83,7 @@ def strict(backend: ModuleType) -> Any:
     module.memory_reserved.return_value = 2**20
     module.max_memory_reserved.return_value = 3 * 2**20
     module.get_device_properties.return_value = SimpleNamespace(name="a device", total_memory=TOTAL_BYTES)
+    module.mem_get_info.return_value = (TOTAL_BYTES // 2 + 5, TOTAL_BYTES)
     module.stream.return_value = MagicMock()
     return module
 
@@ -115,6 +117,8 @@ def test_every_call_is_one_that_torch_takes(backend: ModuleType, monkeypatch: py
     device.restart_peak()
     device.finish_compute()
     device.synchronize()
+    assert device.free_bytes() == TOTAL_BYTES // 2 + 5 + 2**20
+    assert whole_device(device) == f"{TOTAL_BYTES // 2}B"
     device.join()
     with device.limit(2**20):
         pass
