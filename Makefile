@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: install demo test lint
+.PHONY: install demo test test-simulated lint
 
 install: $(VENV)/.installed
 
@@ -25,6 +25,10 @@ demo: install
 # A worker per core of a small machine, each with one thread: tests have tiny tensors, and threads that wait for cores.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(TESTS)
+
+# The tests that need an accelerator, on one that a CPU simulates and that finds races. Needs g++; compiled once, a minute.
+test-simulated: install
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p simulated.plugin -m gpu -n $(WORKERS) $(TESTS)
 
 lint: install
 	$(BIN)/ruff check .

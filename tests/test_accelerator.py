@@ -1,0 +1,163 @@
+"""What only an accelerator shows: two kinds of memory, streams, and what other libraries do with a model there.
+
+`make test-simulated` runs these, and all others that need an accelerator, where there is none.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import autosp
+from autosp.batch import call, call_on, equal
+from autosp.devices import AcceleratorDevice
+from models import make, vectors
+from trained import laid_otherwise, loss_step
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.accelerator.is_available(), reason="torch sees no accelerator here"),
+]
+
+
+@pytest.fixture
+def device() -> Iterator[AcceleratorDevice]:
+    made = AcceleratorDevice()
+    yield made
+    made.close()
+
+
+def twin_on(device: AcceleratorDevice, model: nn.Module) -> nn.Module:
+    """The model on the accelerator, taking its batch from the host as a streamed one does."""
+    twin = copy.deepcopy(model).to(device.torch_device)
+    forward = twin.forward
+    twin.forward = lambda *args, **kwargs: call_on(device.torch_device, forward, args, kwargs)
+    return twin
+
+
+def assert_same_gradients(model: nn.Module, twin: nn.Module) -> None:
+    for (name, one), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert (one.grad is None) == (other.grad is None), name
+        assert one.grad is None or torch.equal(one.grad.cpu(), other.grad.cpu()), name
+
+
+class Positioned(nn.Embedding):
+    """Makes its positions where its weight is, as BART does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + super().forward(torch.arange(len(x), device=self.weight.device))
+
+
+def mixed() -> nn.Module:
+    torch.manual_seed(0)
+    blocks = (nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64), nn.LayerNorm(64)) for _ in range(4))
+    return nn.Sequential(Positioned(64, 64), *blocks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_tuned_under_autocast(dtype: torch.dtype, device: AcceleratorDevice) -> None:
+    """What autocast converts depends on where a weight is: from the first look at the model on."""
+    model = mixed()
+    twin = twin_on(device, model)
+
+    def step(model: nn.Module, batch: torch.Tensor) -> Any:
+        with torch.no_grad(), torch.autocast(device.torch_device.type, dtype):
+            return call(model, batch)
+
+    plan = autosp.tune(model, vectors(), "4GB", step=step, device=device, max_trials=2, progress=False)
+    with autosp.apply(model, plan, device=device):
+        assert equal(step(model, vectors()), step(twin, vectors()))
+
+
+def test_passes_on_streams_of_the_user_s(device: AcceleratorDevice) -> None:
+    """Nobody waits between them: not the host, nor one stream for another."""
+    model = mixed()
+    twin = twin_on(device, model)
+    module = torch.get_device_module(device.torch_device)
+    streams = [module.Stream(device.torch_device) for _ in range(2)]
+    batch = vectors().to(device.torch_device)
+    with torch.no_grad():
+        expected = twin(batch)
+    module.synchronize(device.torch_device)
+    outputs = []
+    with autosp.apply(model, autosp.plan(model, vectors(), k=3, k_prime=1, residents=1, device=device), device=device):
+        for stream in (None, streams[0], streams[1], streams[0], None):
+            with module.stream(stream):
+                outputs.append(model(batch))
+        module.synchronize(device.torch_device)
+    assert all(equal(output, expected) for output in outputs)
+
+
+class CheckpointsInside(nn.Module):
+    """A layer that computes a part of itself again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(64)
+        self.mlp = nn.Sequential(nn.Linear(64, 16), nn.GELU(), nn.Linear(16, 64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + checkpoint(self.mlp, self.norm(x), use_reentrant=False)
+
+
+MODELS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
+    "stack": lambda: make("stack"),
+    "tied": lambda: make("tied"),
+    "laid otherwise": laid_otherwise,
+    "checkpoints inside": lambda: (nn.Sequential(*(CheckpointsInside() for _ in range(40))), vectors()),
+}
+
+
+@pytest.mark.parametrize("residents", [0, 1])
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients(name: str, residents: int, device: AcceleratorDevice) -> None:
+    """Of single passes, added up, and of a group."""
+    model, batch = MODELS[name]()
+    twin = twin_on(device, model.train())
+    options: dict[str, Any] = {"mode": "training", "step": loss_step, "device": device, "group": 3}
+    plan = autosp.plan(model, batch, k=3 + residents, k_prime=1, residents=residents, **options)
+    with autosp.apply(model, plan, device=device) as streamed:
+        assert streamed is model
+        for _ in range(2):
+            for one in (model, twin):
+                loss_step(one, batch).backward()
+            assert_same_gradients(model, twin)
+        for one in (model, twin):
+            one.zero_grad()
+    streamed = autosp.apply(model, plan, device=device)
+    try:
+        streamed.backward_group([batch] * 3, loss_step)
+        for _ in range(3):
+            loss_step(twin, batch).backward()
+        assert_same_gradients(model, twin)
+    finally:
+        streamed.remove()
+
+
+def test_an_optimizer_goes_on_before_under_and_after_a_plan(device: AcceleratorDevice) -> None:
+    """Its state is where its parameters are; and a move of the model to the accelerator, as a trainer makes it, is none."""
+    model, batch = make("stack")
+    optimizer = torch.optim.Adam(model.parameters())
+    options: dict[str, Any] = {"mode": "training", "step": loss_step, "device": device}
+    plan = autosp.plan(model, batch, k=4, k_prime=1, residents=2, **options)
+
+    def step() -> None:
+        loss_step(model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    for _ in range(2):
+        with autosp.apply(model, plan, device=device):
+            assert model.to(device.torch_device) is model
+            assert {parameter.device.type for parameter in model.parameters()} == {"cpu", device.torch_device.type}
+            step()
+            step()
+        step()
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
