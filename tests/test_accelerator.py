@@ -75,7 +75,8 @@ def test_tuned_under_autocast(dtype: torch.dtype, device: AcceleratorDevice) -> 
         assert equal(step(model, vectors()), step(twin, vectors()))
 
 
-def test_passes_on_streams_of_the_user_s(device: AcceleratorDevice) -> None:
+@pytest.mark.parametrize("ring", [{"k": 3, "k_prime": 1, "residents": 1}, {"k": 12, "k_prime": 1}])
+def test_passes_on_streams_of_the_user_s(ring: dict[str, int], device: AcceleratorDevice) -> None:
     """Nobody waits between them: not the host, nor one stream for another."""
     model = mixed()
     twin = twin_on(device, model)
@@ -86,7 +87,7 @@ def test_passes_on_streams_of_the_user_s(device: AcceleratorDevice) -> None:
         expected = twin(batch)
     module.synchronize(device.torch_device)
     outputs = []
-    with autosp.apply(model, autosp.plan(model, vectors(), k=3, k_prime=1, residents=1, device=device), device=device):
+    with autosp.apply(model, autosp.plan(model, vectors(), device=device, **ring), device=device):
         for stream in (None, streams[0], streams[1], streams[0], None):
             with module.stream(stream):
                 outputs.append(model(batch))
@@ -138,6 +139,42 @@ def test_gradients(name: str, residents: int, device: AcceleratorDevice) -> None
         assert_same_gradients(model, twin)
     finally:
         streamed.remove()
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+def test_a_layer_that_is_called_by_itself_takes_its_batch_from_the_host(mode: str, device: AcceleratorDevice) -> None:
+    model = mixed().eval()
+    twin = twin_on(device, model)
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        expected = [call_on(device.torch_device, one, (x,), {}) for one in (twin[1][0], twin[2])]
+    options: dict[str, Any] = {"mode": "training", "step": loss_step} if mode == "training" else {}
+    plan = autosp.plan(model, vectors(), k=3, k_prime=1, residents=1, device=device, **options)
+    with autosp.apply(model, plan, device=device), torch.no_grad():
+        assert equal([model[1][0](x), model[2](x)], expected)
+        one_layer = nn.Sequential(nn.Linear(64, 64))
+    plan = autosp.plan(one_layer, x, k=1, k_prime=1, device=device)
+    twin = twin_on(device, one_layer)
+    with autosp.apply(one_layer, plan, device=device), torch.no_grad():
+        assert equal(one_layer(x), twin(x))
+
+
+def test_evaluation_under_a_plan_for_training(device: AcceleratorDevice) -> None:
+    """torch's fast path would take weights of layers that it does not call."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).train()
+    batch = torch.randn(2, 5, 64)
+    twin = twin_on(device, model)
+    plan = autosp.plan(model, batch, k=3, k_prime=1, mode="training", step=loss_step, device=device)
+    with autosp.apply(model, plan, device=device):
+        for one in (model, twin):
+            loss_step(one, batch).backward()
+        assert_same_gradients(model, twin)
+        with torch.no_grad():
+            found, expected = (one.eval()(batch) for one in (model, twin))
+    assert torch.backends.mha.get_fastpath_enabled()
+    torch.testing.assert_close(found, expected)
 
 
 def test_an_optimizer_goes_on_before_under_and_after_a_plan(device: AcceleratorDevice) -> None:

@@ -85,13 +85,14 @@ class LaidOtherwise(nn.Module):
         self.product = nn.Parameter(torch.randn(4, 16, 4))
         self.position = nn.Parameter(torch.randn(1, 4, 4, 4))
         self.scale = nn.Parameter(torch.randn(4, 4))
+        self.offset = nn.Parameter(torch.randn(8, 64))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         images = x.reshape(-1, 4, 4, 4).contiguous(memory_format=torch.channels_last)
         images = self.kernel(images) + self.position + self.position
         rows = images.flatten(2).transpose(1, 2)
         rows = torch.einsum("btc,ctd->btd", rows, self.product).reshape(-1, 4) @ self.scale.t()
-        return rows.reshape(x.shape) + x
+        return rows.reshape(x.shape) + x + self.offset
 
 
 def laid_otherwise() -> tuple[nn.Module, torch.Tensor]:

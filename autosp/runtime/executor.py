@@ -68,6 +68,8 @@ class Executor:
         self.recorder = loader.recorder
         self.observer: Observer | None = None
         self.before_pass: Callable[[], None] = nothing_to_do
+        self.enter: Callable[..., Any] = self.run_pass
+        """What a layer that is called from outside the model goes through: a pass, wherever its inputs are."""
         self.tidy: Callable[[], None] = nothing_to_do
         self.backward_visits: list[int] = []
         """Layers whose weights the last backward pass needed, in the order of need."""
@@ -114,7 +116,7 @@ class Executor:
     ) -> Any:
         """Run one layer's forward with its weights on the device."""
         if not self.running_here():
-            return self.run_pass(lambda *a, **k: self.run_layer(layer, forward, a, k), args, kwargs)
+            return self.enter(lambda *a, **k: self.run_layer(layer, forward, a, k), args, kwargs)
         return self.visit(layer, forward, args, kwargs)
 
     def running_here(self) -> bool:
@@ -251,6 +253,20 @@ class Executor:
         self.loader.reset()
         self.cursor.restart()
         self.recorder.drop_pass()
+
+
+@contextmanager
+def without_fast_path() -> Iterator[None]:
+    """Without autograd `nn.TransformerEncoderLayer` takes its children's weights and does not call them.
+
+    Where training showed that these are the layers, their weights are at rest then, and on an accelerator of no use.
+    """
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 @contextmanager

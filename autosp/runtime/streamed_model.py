@@ -128,7 +128,7 @@ class StreamedModel(Generic[M]):
                 self._executor: Executor = TrainingExecutor(schedule, loader, gradients, bound.model, blocks)
             else:
                 self._executor = Executor(schedule, loader)
-            self._executor.before_pass = self._before_pass
+            self._executor.before_pass, self._executor.enter = self._before_pass, self._around_pass
             self._intercept(moving, blocks)
             if mode == "training":
                 follow(self.model.parameters())

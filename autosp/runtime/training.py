@@ -27,7 +27,7 @@ from torch.autograd import Variable
 
 from autosp.batch import tensors_in
 from autosp.errors import ModelChangedError
-from autosp.runtime.executor import Executor, uncached_autocast
+from autosp.runtime.executor import Executor, uncached_autocast, without_fast_path
 from autosp.runtime.gradients import Gradients
 from autosp.runtime.loader import Loader
 from autosp.runtime.offload import Offload, Visit
@@ -90,6 +90,8 @@ class TrainingExecutor(Executor):
         """Autograd as the caller has it."""
         modes = ExitStack()
         modes.enter_context(uncached_autocast(self.device.torch_device.type))
+        if self.device.torch_device.type != "cpu" and not torch.is_grad_enabled():
+            modes.enter_context(without_fast_path())
         return modes
 
     def run_pass(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
