@@ -177,6 +177,23 @@ def test_evaluation_under_a_plan_for_training(device: AcceleratorDevice) -> None
     torch.testing.assert_close(found, expected)
 
 
+def test_a_scaler_on_the_accelerator(device: AcceleratorDevice) -> None:
+    """Its figures go to the host for the gradients there, and are waited for."""
+    model, batch = make("stack")
+    twin = twin_on(device, model.train())
+    plan = autosp.plan(model, batch, k=3, k_prime=1, mode="training", step=loss_step, device=device)
+    with autosp.apply(model, plan, device=device):
+        for one in (model, twin):
+            scaler = torch.amp.GradScaler(device.torch_device.type, init_scale=2.0**8)
+            optimizer = torch.optim.SGD(one.parameters(), lr=0.1)
+            for _ in range(3):
+                optimizer.zero_grad()
+                scaler.scale(loss_step(one, batch).to(device.torch_device)).backward()
+                scaler.unscale_(optimizer)
+                scaler.update()
+        assert_same_gradients(model, twin)
+
+
 def test_an_optimizer_goes_on_before_under_and_after_a_plan(device: AcceleratorDevice) -> None:
     """Its state is where its parameters are; and a move of the model to the accelerator, as a trainer makes it, is none."""
     model, batch = make("stack")

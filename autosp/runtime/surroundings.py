@@ -37,11 +37,12 @@ class Settled:
         vars(module)["_apply"] = self
 
     def __call__(self, change: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-        """The change, unless all it does is to move to the device of the plan. An empty tensor shows what it does."""
+        """The change, unless all it does is to move to the device of the plan. Empty tensors show what it does."""
         if vars(self._module).get("_apply") is self:
+            tensors = (*self._module.parameters(), *self._module.buffers())
             with torch.no_grad():
-                changed = change(torch.empty(0))
-            if changed.device == self._device and changed.dtype == torch.get_default_dtype():
+                changed = [(kind, change(torch.empty(0, dtype=kind))) for kind in {one.dtype for one in tensors}]
+            if all(one.device == self._device and one.dtype == kind for kind, one in changed):
                 return self._module
         return type(self._module)._apply(self._module, change, recurse)
 

@@ -33,6 +33,8 @@ def test_a_move_to_the_plan_s_device_leaves_a_model_where_it_is() -> None:
         assert model[0].weight.dtype == torch.float64
         model.half()
         assert model[0].weight.dtype == torch.float16
+        assert model.to(META, torch.float16) is model
+        assert devices(model) == {"cpu"}
     assert "_apply" not in vars(model)
     assert devices(model.to(META)) == {"meta"}
 
