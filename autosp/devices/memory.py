@@ -122,9 +122,13 @@ def pin(memory: torch.Tensor, device: torch.device) -> bool:
 
 
 def is_pinned(memory: torch.Tensor) -> bool:
-    """Whether `pin` has pinned it, and nothing undone that."""
-    pages = _PAGES.get(memory.data_ptr())
-    return pages is not None and pages.unpin is not None
+    """Whether `pin` has pinned it, or what it is a run of, and nothing undone that."""
+    begin = memory.data_ptr()
+    end = begin + memory.numel()
+    return any(
+        pages.unpin is not None and address <= begin and end <= address + len(pages)
+        for address, pages in _PAGES.items()
+    )
 
 
 def unpin(memory: torch.Tensor) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from autosp.devices import memory as pages
-from autosp.devices.memory import anonymous, anonymous_bytes, part, pin, unpin
+from autosp.devices.memory import anonymous, anonymous_bytes, is_pinned, part, pin, unpin
 
 MIB = 2**20
 
@@ -93,6 +93,17 @@ def test_pinned_pages_are_unpinned_once_and_before_they_go(runtime: Runtime) -> 
     del memory
     gc.collect()
     assert runtime.calls[3:] == [("unregister", address)]
+
+
+def test_runs_of_pinned_pages_are_pinned(runtime: Runtime) -> None:
+    memory, other = anonymous(2 * MIB), anonymous(MIB)
+    assert not is_pinned(memory)
+    assert pin(memory, torch.device("cuda"))
+    for run in (memory, memory[4096:8192], part(memory, MIB, MIB)):
+        assert is_pinned(run)
+    assert not is_pinned(other) and not is_pinned(torch.empty(100))
+    unpin(memory)
+    assert not is_pinned(memory[4096:])
 
 
 def test_pinning_that_fails_is_announced_and_memory_stays_usable(

@@ -120,9 +120,15 @@ def _pin(pages: torch.Tensor, device: torch.device) -> bool:
     return True
 
 
+def _host_view(_: AcceleratorDevice, pages: torch.Tensor) -> torch.Tensor:
+    assert memory.is_pinned(pages), "lookup tables need pinned memory"
+    viewed: torch.Tensor = backend.host_view(pages)
+    return viewed
+
+
 def stand_in() -> None:
     """Have autosp stream to it: its type is known, and what CUDA's runtime does with host memory is done by it."""
     autosp.devices.STREAMING_TYPES = (*autosp.devices.STREAMING_TYPES, KIND)
     memory.pin = _pin
     AcceleratorDevice._can_read_host = lambda self: True
-    AcceleratorDevice.host_view = lambda self, pages: backend.host_view(pages)
+    AcceleratorDevice.host_view = _host_view
