@@ -30,11 +30,10 @@ def copying_to(device: torch.device) -> Copying | None:
 class Lender:
     """Copies of a model's tensors."""
 
-    def __init__(self, copying: Copying | None, opaque: Collection[NamedTensor], extents_of: Extents) -> None:
-        """`extents_of`: those that a tensor of the model is in. `opaque`: what is in none, and is lent as well."""
+    def __init__(self, copying: Copying | None, opaque: Collection[NamedTensor]) -> None:
+        """`opaque`: what is in no extent, and is lent as well."""
         self._copying = copying
         self._opaque = {id(item.tensor) for item in opaque}
-        self._extents_of = extents_of
         self._kept: dict[int, tuple[list[Extent], torch.Tensor, torch.Tensor]] = {}
         """What the pass may write to: its extents, the tensor itself, and its copy, the same all along."""
         self._away: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -43,13 +42,17 @@ class Lender:
         """What copies are of."""
 
     @contextmanager
-    def lent_to(self, module: nn.Module, written: Collection[Extent]) -> Iterator[None]:
-        """See [Note: whose weights are lent]. `written`: what the pass has written to, once the module has run."""
+    def lent_to(self, module: nn.Module, extents_of: Extents, written: Collection[Extent]) -> Iterator[None]:
+        """See [Note: whose weights are lent].
+
+        `extents_of`: those that a tensor of the model is in. It is not kept: a cycle would hold the model's memory.
+        `written`: what the pass has written to, once the module has run.
+        """
         brought: list[torch.Tensor] = []
         try:
             if self._copying is not None:
                 for tensor in [*module._parameters.values(), *module._buffers.values()]:
-                    if tensor is not None and self._bring(tensor, self._copying):
+                    if tensor is not None and self._bring(tensor, extents_of, self._copying):
                         brought.append(tensor)
             yield
         finally:
@@ -78,11 +81,11 @@ class Lender:
         changed = [extents for extents, tensor, copy in self._kept.values() if not _same(tensor, copy)]
         return {extent for extents in changed for extent in extents}
 
-    def _bring(self, tensor: torch.Tensor, copying: Copying) -> bool:
+    def _bring(self, tensor: torch.Tensor, extents_of: Extents, copying: Copying) -> bool:
         """Whether a tensor was brought: it is in one extent, and is not there already for a call around this one."""
         if id(tensor) in self._away or any(held is not tensor for _, held in held_by(tensor)):
             return False
-        extents = self._extents_of(tensor)
+        extents = extents_of(tensor)
         if not extents:
             return False
         with torch.inference_mode(False), torch.no_grad(), _disable_current_modes():

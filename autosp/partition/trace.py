@@ -156,7 +156,7 @@ class _Watcher(TorchDispatchMode):
         self._device = device
         self._extents = sorted(tensors.extents, key=_address)
         self._addresses = [_address(extent) for extent in self._extents]
-        self._lender = Lender(copying_to(device), tensors.opaque, self._extents_of)
+        self._lender = Lender(copying_to(device), tensors.opaque)
 
     def around(self, index: int, module: nn.Module, runs: Runs | None) -> Callable[..., Any]:
         """What stands around the forward of the module at `index`: it is on the stack while it runs."""
@@ -170,7 +170,7 @@ class _Watcher(TorchDispatchMode):
             for storage in _storages((args, kwargs)):
                 self._given.setdefault(storage, set()).add(index)
             try:
-                with self._lender.lent_to(module, self.overwritten):
+                with self._lender.lent_to(module, self._extents_of, self.overwritten):
                     if len(self._stack) == 1 and self._device.type != "cpu":
                         output = call_on(self._device, forward, args, kwargs)
                     else:

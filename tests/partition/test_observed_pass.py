@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -188,3 +190,17 @@ def test_a_model_that_raises_has_its_weights_back(monkeypatch: pytest.MonkeyPatc
         trace(model, collect(model), lambda: model(torch.zeros(8, 64)), CPU)
     assert model[0].seen != [own["0.weight"]]
     assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == own
+
+
+def test_what_was_observed_is_let_go_of_at_once() -> None:
+    """Weights that rest elsewhere by then would stay in memory, or files mapped, until somebody collects garbage."""
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)))
+    tensors = collect(model)
+    gc.disable()
+    try:
+        trace(model, tensors, lambda: model(vectors()), CPU)
+        kept = [weakref.ref(extent) for extent in tensors.extents]
+        del tensors
+        assert not any(extent() for extent in kept)
+    finally:
+        gc.enable()
