@@ -37,12 +37,11 @@ def around_parts(
     model: nn.Module, paths: Sequence[str], layers: Iterable[StreamedLayer], executor: Executor
 ) -> Iterator[tuple[nn.Module, Around]]:
     """What stands around the forwards of those of the parts that are in these layers."""
-    for layer in layers if paths else ():
-        inside = {id(module) for module in layer.module.modules() if module is not layer.module}
-        for path in paths:
-            module = model.get_submodule(path)
-            if id(module) in inside:
-                yield module, partial(_run_part, executor, layer, path)
+    parts = {model.get_submodule(path): path for path in paths}
+    for layer in layers if parts else ():
+        for module in layer.module.modules():
+            if module in parts and module is not layer.module:
+                yield module, partial(_run_part, executor, layer, parts[module])
 
 
 def _run_part(

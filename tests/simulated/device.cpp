@@ -91,7 +91,6 @@ std::vector<Clock> stream_clock;
 Clock host_clock;
 std::vector<std::string> races;
 std::set<std::string> race_keys;
-uint64_t n_accesses = 0;
 struct Access {
   int stream = -1;
   uint64_t at = 0;
@@ -128,7 +127,6 @@ void touch(int s, const void* begin, size_t n, bool write, const char* what) {
   std::string found;
   {
     std::lock_guard<std::recursive_mutex> l(san_mutex);
-    n_accesses++;
     char* b = (char*)begin;
     char* e = b + n;
     Access me{s, stream_clock[s][s], what};
@@ -755,7 +753,6 @@ at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool non_bloc
                  source.is_non_overlapping_and_dense() && to.is_non_overlapping_and_dense();
     auto [s, n] = bytes(source);
     auto [t, n2] = bytes(to);
-    const at::Tensor& host = to_host ? to : source;
     bool host_pinned = is_pinned(to_host ? t : s, to_host ? n2 : n);
     // The host's bytes count where a copy reads or writes them without the host waiting for it.
     touch(from, false, what);
@@ -772,7 +769,6 @@ at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool non_bloc
       if (!(non_blocking && host_pinned)) sync_stream(current);
       return to;
     }
-    (void)host;
     sync_stream(current);
   } else {
     touch(from, false, what);
@@ -804,14 +800,11 @@ at::Scalar local_scalar_dense(const at::Tensor& t) {
 std::set<std::string> cpu_may_mix{
     "aten::index",         "aten::index_put_",        "aten::_index_put_impl_", "aten::index_put",
     "aten::_unsafe_index", "aten::_unsafe_index_put", "aten::index.Tensor_out", "aten::set_data"};
-std::map<std::string, uint64_t> op_counts;
-std::mutex counts_mutex;
+std::mutex names_mutex;
 std::mutex random_mutex;
 void run(const c10::OperatorHandle& op, torch::jit::Stack* stack, const c10::OperatorHandle& target, const char* what) {
-  const auto& schema = op.schema();
   const auto& target_schema = target.schema();
   size_t n_args = target_schema.arguments().size();
-  (void)schema;
   auto args = torch::jit::last(*stack, n_args);
   const size_t begin = stack->size() - n_args;
   Aliases aliases;
@@ -948,10 +941,8 @@ void run(const c10::OperatorHandle& op, torch::jit::Stack* stack, const c10::Ope
 void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const char* what;
   {
-    std::lock_guard<std::mutex> l(counts_mutex);
-    auto name = toString(op.operator_name());
-    what = intern(name);
-    op_counts[name]++;
+    std::lock_guard<std::mutex> l(names_mutex);
+    what = intern(toString(op.operator_name()));
   }
   run(op, stack, op, what);
 }
@@ -1075,20 +1066,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     std::lock_guard<std::recursive_mutex> l(san_mutex);
     return races;
   });
-  m.def("clear_races", [] {
-    std::lock_guard<std::recursive_mutex> l(san_mutex);
-    races.clear();
-    race_keys.clear();
-    accessed.clear();
-  });
-  m.def("set_sanitize", [](int level) { sanitize = level; });
-  m.def("n_accesses", [] { return n_accesses; });
   m.def("set_link", [](double gbps, double us) {
     copy_gbps = gbps;
     copy_us = us;
-  });
-  m.def("op_counts", [] {
-    std::lock_guard<std::mutex> l(counts_mutex);
-    return op_counts;
   });
 }
