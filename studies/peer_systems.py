@@ -16,7 +16,6 @@ from torch import nn
 
 import autosp
 from autosp.devices import Device
-from autosp.runtime.bench import Bench
 from autosp.spec import Plan
 
 
@@ -31,7 +30,7 @@ class Setting:
     plan: Plan | None = None
     """For autosp and its own baselines."""
     paced: bool = False
-    """Whether the device is a stand-in that `autosp.apply` would not choose."""
+    """Whether the device is a stand-in: its slow tier is memory of this process, too."""
 
 
 OwnPeak = Callable[[], int] | None
@@ -88,21 +87,9 @@ def _plain(model: nn.Module, setting: Setting) -> Iterator[OwnPeak]:
 @contextmanager
 def _planned(model: nn.Module, setting: Setting) -> Iterator[OwnPeak]:
     assert setting.plan is not None
-    if setting.paced:
-        with Bench(model, setting.plan.partition, setting.device, setting.folder) as bench:
-            streamed = bench.apply(setting.plan.candidate)
-            try:
-                if setting.plan.usual_bytes is not None:  # as `autosp.apply` does
-                    streamed.keep_within(setting.plan.usual_bytes)
-                yield lambda: streamed.stats().peak_bytes
-            finally:
-                streamed.remove()
-    else:
-        handle = autosp.apply(model, setting.plan)
-        try:
-            yield None
-        finally:
-            handle.remove()
+    streamed = autosp.apply(model, setting.plan, device=setting.device)
+    with streamed:
+        yield (lambda: streamed.stats().peak_bytes) if setting.paced else None
 
 
 @contextmanager
