@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: install demo test test-simulated lint
+.PHONY: install demo test test-simulated simulated lint
 
 install: $(VENV)/.installed
 
@@ -29,6 +29,10 @@ test: install
 # The tests that need an accelerator, on one that a CPU simulates and that finds races. Needs g++; compiled once, a minute.
 test-simulated: install
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p simulated.plugin -m gpu -n $(WORKERS) $(TESTS)
+
+# A study on that accelerator: make simulated RUN="studies/zoo.py --types bert". An access that nothing orders raises.
+simulated: install
+	PYTHONPATH=tests:tests/simulated/site SIMULATED_SANITIZE=2 $(BIN)/python $(RUN)
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,10 +1,13 @@
 """Architectures of the installed transformers, trained under autosp, bit for bit.
 
-python studies/train_zoo.py [--types bert,llama,…] [--minutes 9] [--jobs 2] [--limit-s 120]
+python studies/train_zoo.py [--types bert,llama,…] [--device cpu] [--minutes 9] [--jobs 2] [--limit-s 120]
 
 Three steps in training mode (with dropout) of SGD or Adam, by turns, under five plans. Every model type runs in a
 process of its own: a crash or a hang of one is a row of the table. A run of all types can be made in pieces: each adds
 to the results what is not in them yet, and with `--minutes` it begins nothing more after so long.
+
+Streamed layers are updated on the host: where an accelerator's own update rounds otherwise than the host's, weights and
+the gradients of later steps are not those of training that is all on it.
 """
 
 from __future__ import annotations
@@ -14,24 +17,25 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+import torch
 from record import RESULTS, markdown, save
 
+from autosp.devices import choose_device
 from train_zoo_checks import STEPS, examine
 from zoo import kind_of, run_all
 from zoo_models import MODEL_TYPES
 
 SETTINGS = ("window of one", "half, a quarter at a time", "residents", "all recomputed", "updates beside")
-NAME = "train_zoo_cpu"
-
 Record = dict[str, Any]
 """A row, as in the results."""
 
 
-def known() -> list[Record]:
+def known(name: str) -> list[Record]:
     """What was run before and came to an end: a crash, or a process that took too long, is tried again."""
-    path = RESULTS / f"{NAME}.json"
+    path = RESULTS / f"{name}.json"
     records: list[Record] = json.loads(path.read_text())["figures"] if path.exists() else []
     return [one for one in records if not one["crashed"]]
 
@@ -95,22 +99,25 @@ def main() -> None:
     """Run the types, say how it goes, add them to the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--types", help="comma-separated model types; default: all")
+    parser.add_argument("--device", help="default: an accelerator, if there is one")
     parser.add_argument("--minutes", type=float, default=None, help="begin no type after so long; default: all of them")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--limit-s", type=float, default=120.0, help="per model type")
     arguments = parser.parse_args()
-    records = known()
+    device = arguments.device or str(choose_device(None, "training").torch_device)
+    name = f"train_zoo_{torch.device(device).type}"
+    records = known(name)
     chosen = arguments.types.split(",") if arguments.types else list(MODEL_TYPES)
     done = {one["model_type"] for one in records}
     left = [one for one in chosen if one not in done]
     end = time.monotonic() + 60 * (arguments.minutes or float("inf"))
     todo = (one for one in left if time.monotonic() < end)
-    for number, row in enumerate(run_all(todo, arguments.jobs, arguments.limit_s, examine), 1):
+    for number, row in enumerate(run_all(todo, arguments.jobs, arguments.limit_s, partial(examine, device=device)), 1):
         records.append({**row.record(), "why": row.why})
         verdict = "FAILED " + row.why if row.failed else "passed" if row.finding else f"not trained: {row.not_built}"
         print(f"{number}/{len(left)} {row.model_type} {row.seconds:.1f} s {verdict}", file=sys.stderr)
     records.sort(key=lambda one: one["model_type"])
-    save(NAME, records, report(records))
+    save(name, records, report(records))
     sys.exit(any(one["failed"] for one in records))
 
 

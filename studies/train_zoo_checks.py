@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import autosp
-from autosp.batch import equal, tensors_in
+from autosp.batch import equal, map_tensors, tensors_in
 from autosp.cost_model.placement import evenly_spread
 from autosp.spec import Candidate, Plan
 from zoo_checks import where
@@ -88,20 +88,20 @@ def settings_for(plan: Plan) -> list[Setting]:
     ]
 
 
-def examine(specimen: Specimen) -> Finding:
+def examine(specimen: Specimen, device: str = "cpu") -> Finding:
     """Train under every setting. What autosp raises is a problem, not an exception.
 
     Raises: NotBuiltError if there is nothing to train.
     """
     model, batch = specimen.model.train(), specimen.batch
     optimizer = "Adam" if sum(map(ord, specimen.model_type)) % 2 else "SGD"  # as many of either
-    expected, remarks = _expected(model, batch, optimizer)
+    expected, remarks = _expected(model, batch, optimizer, torch.device(device))
     problems: list[str] = []
     outcomes: list[Outcome] = []
     plan: Plan | None = None
     try:
         seed(0)
-        plan = autosp.plan(model, batch, k=1, k_prime=1, mode="training", step=loss_step, device="cpu")
+        plan = autosp.plan(model, batch, k=1, k_prime=1, mode="training", step=loss_step, device=device)
     except Exception as error:  # noqa: BLE001 - a failure of one model is a row of the table
         problems.append(f"plan: {where(error)}")
     for setting in settings_for(plan) if plan else ():
@@ -128,10 +128,11 @@ def examine(specimen: Specimen) -> Finding:
     )
 
 
-def _expected(model: nn.Module, batch: Batch, optimizer: str) -> tuple[Training, list[str]]:
-    """Plain training, and why its bits do not bind: it does not repeat itself."""
+def _expected(model: nn.Module, batch: Batch, optimizer: str, device: torch.device) -> tuple[Training, list[str]]:
+    """Plain training on the device, and why its bits do not bind: it does not repeat itself."""
+    there = map_tensors(lambda tensor: tensor.to(device), batch)
     try:
-        expected, again = (trained(copy.deepcopy(model), batch, optimizer) for _ in range(2))
+        expected, again = (trained(copy.deepcopy(model).to(device), there, optimizer) for _ in range(2))
     except Exception as error:
         raise NotBuiltError(f"plain training: {type(error).__name__}: {' '.join(str(error).split())[:160]}") from error
     finite = (torch.isfinite(one).all() for step in expected.gradients for one in step.values() if one is not None)

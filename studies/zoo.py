@@ -1,6 +1,6 @@
 """Every architecture of the installed transformers under autosp, bit for bit.
 
-python studies/zoo.py [--types bert,llama,…] [--jobs 2] [--limit-s 90]
+python studies/zoo.py [--types bert,llama,…] [--device cpu] [--jobs 2] [--limit-s 90]
 
 Every model type runs in a process of its own: a crash, a hang or an abort of one is a row of the table.
 """
@@ -19,6 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -27,6 +28,7 @@ from typing import Any, Protocol
 import torch
 from record import RESULTS, markdown, save
 
+from autosp.devices import choose_device
 from zoo_checks import Finding, examine
 from zoo_models import MODEL_TYPES, NotBuiltError, Specimen, build
 
@@ -202,21 +204,24 @@ def main() -> None:
     """Run the types, say how it goes, keep the table if all were run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--types", help="comma-separated model types; default: all")
+    parser.add_argument("--device", help="default: an accelerator, if there is one")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--limit-s", type=float, default=90.0, help="per model type")
     arguments = parser.parse_args()
     chosen = arguments.types.split(",") if arguments.types else MODEL_TYPES
+    device = arguments.device or str(choose_device(None).torch_device)
     rows = []
-    for row in run_all(chosen, arguments.jobs, arguments.limit_s):
+    for row in run_all(chosen, arguments.jobs, arguments.limit_s, partial(examine, device=device)):
         rows.append(row)
-        verdict = "FAILED" if row.failed else "passed" if row.finding else f"not run: {row.not_built}"
+        verdict = f"FAILED {row.why}" if row.failed else "passed" if row.finding else f"not run: {row.not_built}"
         print(f"{len(rows)}/{len(chosen)} {row.model_type} {row.seconds:.1f} s {verdict}", file=sys.stderr)
     rows.sort(key=lambda row: row.model_type)
     if arguments.types:
         print(report(rows))
     else:
-        save("zoo_cpu", [row.record() for row in rows], report(rows))
-        print(Path(RESULTS) / "zoo_cpu.md")
+        name = f"zoo_{torch.device(device).type}"
+        save(name, [row.record() for row in rows], report(rows))
+        print(Path(RESULTS) / f"{name}.md")
     sys.exit(any(row.failed for row in rows))
 
 

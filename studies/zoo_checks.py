@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -12,13 +13,14 @@ import torch
 from torch import nn
 
 import autosp
-from autosp.batch import equal, tensors_in
+from autosp.batch import equal, map_tensors, tensors_in
 from autosp.intercept import is_intercepted
 from autosp.partition.tensors import EXTENT_ALIGNMENT, LAYER_ALIGNMENT, collect
 from autosp.spec import Partition
 from zoo_inputs import Batch
-from zoo_models import Specimen
+from zoo_models import NotBuiltError, Specimen
 
+CPU = torch.device("cpu")
 SEED = 0
 PASSES = 2
 
@@ -87,9 +89,12 @@ def settings_for(layers: int) -> list[Setting]:
     return chosen
 
 
-def examine(specimen: Specimen) -> Finding:
-    """Try every setting on one model. What autosp raises is a problem, not an exception."""
-    examination = _Examination(specimen)
+def examine(specimen: Specimen, device: str = "cpu") -> Finding:
+    """Try every setting on one model. What autosp raises is a problem, not an exception.
+
+    Raises: NotBuiltError if the plain model does not run on the device.
+    """
+    examination = _Examination(specimen, torch.device(device))
     examination.run()
     return examination.finding()
 
@@ -97,15 +102,20 @@ def examine(specimen: Specimen) -> Finding:
 class _Examination:
     """One model, its reference output, and what was found so far."""
 
-    def __init__(self, specimen: Specimen) -> None:
+    def __init__(self, specimen: Specimen, device: torch.device) -> None:
         self._specimen = specimen
+        self._device = device
         before = _Snapshot(specimen.model)
-        self._reference = run(specimen.model, specimen.batch)
-        self._deterministic = equal(run(specimen.model, specimen.batch), self._reference)
+        run(specimen.model, specimen.batch)
+        self._changes_itself = bool(before.differences(specimen.model))
+        try:
+            self._reference = run_plainly(specimen.model, specimen.batch, device)
+        except Exception as error:
+            raise NotBuiltError(f"plain pass on {device}: {' '.join(str(error).split())[:160]}") from error
+        self._deterministic = equal(run_plainly(specimen.model, specimen.batch, device), self._reference)
         self._remarks = remarks_on(self._reference)
         if not self._deterministic:
             self._remarks.append("not deterministic by itself")
-        self._changes_itself = bool(before.differences(specimen.model))
         if self._changes_itself:
             self._remarks.append("changes its own tensors in a pass")
         self._before = _Snapshot(specimen.model)
@@ -155,12 +165,12 @@ class _Examination:
             self._problems.append(f"{what}: {where(error)}")
 
     def _learn(self) -> None:
-        plan = autosp.plan(self._specimen.model, self._specimen.batch, k=1, k_prime=1, device="cpu")
+        plan = autosp.plan(self._specimen.model, self._specimen.batch, k=1, k_prime=1, device=self._device)
         self._partition = plan.partition
 
     def _try(self, setting: Setting) -> None:
         with_other = not self._outcomes and self._specimen.other is not None
-        outcome, other = try_plan(self._specimen, setting, self._reference, with_other=with_other)
+        outcome, other = try_plan(self._specimen, setting, self._reference, self._device, with_other=with_other)
         self._outcomes.append(outcome)
         if self._deterministic and not outcome.equal:
             self._problems.append(f"{setting.name}: output differs")
@@ -171,7 +181,8 @@ class _Examination:
                 self._problems.append(f"{setting.name}: output differs on a batch of another size")
 
     def _run_plainly(self) -> None:
-        if not equal(run(self._specimen.model, self._specimen.batch), self._reference) and self._deterministic:
+        output = run_plainly(self._specimen.model, self._specimen.batch, self._device)
+        if not equal(output, self._reference) and self._deterministic:
             self._problems.append("after the last remove(): output differs")
 
 
@@ -182,14 +193,23 @@ def run(model: nn.Module, batch: Batch) -> Any:
         return model(**batch)
 
 
+def run_plainly(model: nn.Module, batch: Batch, device: torch.device) -> Any:
+    """One seeded pass without a plan: on an accelerator, of a copy that is there with all its weights."""
+    if device.type == "cpu":
+        return run(model, batch)
+    return run(copy.deepcopy(model).to(device), map_tensors(lambda tensor: tensor.to(device), batch))
+
+
 def try_plan(
-    specimen: Specimen, setting: Setting, reference: Any, *, with_other: bool = False
+    specimen: Specimen, setting: Setting, reference: Any, device: torch.device = CPU, *, with_other: bool = False
 ) -> tuple[Outcome, Outcome | None]:
     """`PASSES` passes under a plan; if asked, then one over the batch of another size."""
     model = specimen.model
     k, k_prime, residents = setting.k, setting.k_prime, setting.residents
-    plan = autosp.plan(model, specimen.batch, k=k, k_prime=k_prime, residents=residents, device="cpu")
-    other_reference = run(model, specimen.other) if with_other and specimen.other is not None else None
+    plan = autosp.plan(model, specimen.batch, k=k, k_prime=k_prime, residents=residents, device=device)
+    other_reference = None
+    if with_other and specimen.other is not None:
+        other_reference = run_plainly(model, specimen.other, device)
     other = None
     streamed = autosp.apply(model, plan)
     try:

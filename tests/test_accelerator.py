@@ -60,6 +60,48 @@ def mixed() -> nn.Module:
     return nn.Sequential(Positioned(64, 64), *blocks)
 
 
+class Asks(nn.Module):
+    """Makes tensors where its first parameter is, and where other modules' weights are, as models of transformers do.
+
+    `shift` is used from here alone; `first`, `table` and `norm` are called.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(64, 64)
+        self.table = nn.Embedding(64, 64)
+        self.shift = nn.Embedding(64, 64)
+        self.blocks = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
+        self.norm = nn.LayerNorm(64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = torch.arange(len(x), device=next(self.parameters()).device)
+        rows += (x > 9).sum()  # what is written to must be in the right place from the start
+        x = self.first(x.to(self.first.weight.device)) + self.table(rows)
+        x = x + self.shift.weight[: len(x)] * torch.ones(1, 64, device=self.shift.weight.device)
+        return self.norm(self.blocks(x).to(self.norm.weight.device))
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+@pytest.mark.parametrize("ring", [{"k": 1, "k_prime": 1}, {"k": 3, "k_prime": 1, "residents": 1}])
+def test_a_model_that_asks_where_its_weights_are(mode: Any, ring: dict[str, int], device: AcceleratorDevice) -> None:
+    torch.manual_seed(0)
+    model, batch = nn.Sequential(Asks(), nn.Linear(64, 64)), vectors()
+    twin = twin_on(device, model)
+    plan = autosp.plan(model, batch, device=device, mode=mode, step=loss_step if mode == "training" else None, **ring)
+    assert {"0.first", "0.norm"} <= {layer.name for layer in plan.partition.layers}
+    with autosp.apply(model, plan, device=device):
+        for _ in range(2):
+            if mode == "training":
+                loss_step(model, batch).backward()
+                loss_step(twin, batch).backward()
+            else:
+                with torch.no_grad():
+                    assert equal(model(batch), twin(batch))
+    assert_same_gradients(model, twin)
+    assert not any("parameters" in vars(module) for module in model.modules())
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_tuned_under_autocast(dtype: torch.dtype, device: AcceleratorDevice) -> None:
     """What autocast converts depends on where a weight is: from the first look at the model on."""

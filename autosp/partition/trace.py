@@ -18,6 +18,7 @@ from autosp.batch import call_on, tensors_in
 from autosp.intercept import Intercepted
 from autosp.partition.blocks import Inputs
 from autosp.partition.lender import Lender, copying_to
+from autosp.partition.located import located
 from autosp.partition.rows import Runs, input_key, same_in_runs, the_input
 from autosp.partition.tensors import Extent, ModelTensors, held_by
 
@@ -84,6 +85,8 @@ def trace(
     try:
         for index, module in enumerate(model.modules()):
             wrappers.append(Intercepted(module, watcher.around(index, module, (runs or {}).get(module))))
+        if device.type != "cpu":
+            located(model, device, in_pass=lambda: True)
         with torch.compiler.set_stance("force_eager"), torch.no_grad(), watcher:
             run()
     finally:
@@ -135,7 +138,12 @@ def _replaced(model: nn.Module, tensors: ModelTensors) -> set[Extent]:
 
 
 class _Watcher(TorchDispatchMode):
-    """Sees every operation's arguments, and has the weights among them lent."""
+    """Sees every operation's arguments, and has the weights among them lent.
+
+    [Note: made where a weight is] A module may make tensors where a weight of another module is. Under a plan that is
+    on the accelerator, for weights that others use stay there; here it is on the host. So what an operation takes from
+    the host beside tensors of the accelerator is moved there.
+    """
 
     def __init__(self, tensors: ModelTensors, device: torch.device) -> None:
         super().__init__()
@@ -199,6 +207,8 @@ class _Watcher(TorchDispatchMode):
             return self._lender.lend(tensor, extents, written)
 
         args, kwargs = tree_map_only(torch.Tensor, see, (args, kwargs))
+        if self._device.type != "cpu" and not func._schema.is_mutable:
+            args, kwargs = self._brought_together(args, kwargs)
         return func(*args, **kwargs)
 
     def written(self) -> set[Extent]:
@@ -219,6 +229,15 @@ class _Watcher(TorchDispatchMode):
         tried, key = self._tried.setdefault(index, {}), input_key(x)
         if key not in tried:
             tried[key] = x.device.type == self._device.type and same_in_runs(module, runs, x, output)
+
+    def _brought_together(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """See [Note: made where a weight is]."""
+        tensors = tensors_in((args, kwargs))
+        if not any(tensor.device == self._device for tensor in tensors):
+            return args, kwargs
+        return tree_map_only(
+            torch.Tensor, lambda tensor: tensor.to(self._device) if tensor.dim() else tensor, (args, kwargs)
+        )
 
     def _note_reads(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Tell looking up rows of a table (its first argument; the indices are the second) from reading all of it.

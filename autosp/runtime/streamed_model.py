@@ -25,6 +25,7 @@ from autosp.runtime.executor import Executor, Observer
 from autosp.runtime.gradients import Gradients, follow
 from autosp.runtime.grouping import Group, gradients_kept
 from autosp.runtime.guests import Guests
+from autosp.runtime.inputs import taking_from_host
 from autosp.runtime.loader import Loader
 from autosp.runtime.lookups import Lookups
 from autosp.runtime.parts import around_parts
@@ -136,9 +137,9 @@ class StreamedModel(Generic[M]):
                 layers = [one for one, _ in streamed]
                 loader.updates.watch(optimizer, self.model, layers, schedule.steps, disk_state)
             if device.torch_device.type != "cpu":
-                known = [named.tensor for named in bound.tensors()]
+                in_pass, known = self._executor.running_here, [named.tensor for named in bound.tensors()]
                 self._guests = Guests(bound.model, known, lambda data: data.to(device.torch_device))
-                self._applied.enter_context(surrounded(bound.model, device.torch_device, mode))
+                self._applied.enter_context(surrounded(bound.model, device.torch_device, mode, in_pass))
         except BaseException:
             self.remove()
             raise
@@ -315,17 +316,14 @@ class StreamedModel(Generic[M]):
             holders.update(self.model.get_submodule(".".join(parts[:length])) for length in range(1, len(parts)))
         blocks = {self.model.get_submodule(block.path): self._around_block(block) for block in recomputed}
         around = dict.fromkeys(holders, self._around_pass) | blocks | around
-        self._wrappers += (Intercepted(one, around[one]) for one in self.model.modules() if one in around)
+        for one in (one for one in self.model.modules() if one in around):
+            self._wrappers.append(Intercepted(one, taking_from_host(one, self._device.torch_device, around[one])))
 
     def _around_pass(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         device = self._device.torch_device
         if device.type == "cpu" or self._executor.running_here():
             return self._executor.run_pass(forward, args, kwargs)
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            return self._executor.run_pass(forward, args, kwargs)
-
-        return call_on(device, run, args, kwargs)
+        return call_on(device, lambda *args, **kwargs: self._executor.run_pass(forward, args, kwargs), args, kwargs)
 
     def _around_leaf(self, leaf: CutLeaf) -> Around:
         def around(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -25,6 +25,7 @@ from torch.amp import grad_scaler
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from autosp.partition.located import located
 from autosp.spec import Mode
 
 
@@ -57,8 +58,11 @@ class Settled:
 
 
 @contextmanager
-def surrounded(model: nn.Module, device: torch.device, mode: Mode) -> Iterator[None]:
-    """While it is open a model stays where it is; in training scalers wait, and state follows, at the end too."""
+def surrounded(model: nn.Module, device: torch.device, mode: Mode, in_pass: Callable[[], bool]) -> Iterator[None]:
+    """While it is open a model stays where it is, and `in_pass` its parameters say that this is the device.
+
+    In training scalers wait, and state follows, at the end too.
+    """
     seen: WeakSet[Optimizer] = WeakSet()
 
     def follow(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
@@ -67,6 +71,8 @@ def surrounded(model: nn.Module, device: torch.device, mode: Mode) -> Iterator[N
 
     with ExitStack() as opened:
         opened.callback(Settled(model, device).remove)
+        for one in located(model, device, in_pass):
+            opened.callback(one.remove)
         if mode == "training":
             opened.enter_context(_scalers_wait())
             opened.callback(register_optimizer_step_pre_hook(follow).remove)

@@ -122,8 +122,9 @@ def run_study(
             if limits.beyond_effort(spent_s + trial_s * len(finalists), pass_s):
                 finalists = []  # what is too short for them is long enough for another trial
             would_s = spent_s + trial_s * (len(finalists) + 1)
-            reached = partial(limits.reached, spent_s=would_s, pass_s=pass_s, due=len(sampler.due(study)))
-            upcoming = _what_next(study, sampler, reached, len(trials), len(running), verdict, without_running)
+            due = len(sampler.due(study))
+            reached = partial(limits.reached, spent_s=would_s, pass_s=pass_s, due=due)
+            upcoming = _what_next(study, sampler, reached, due, len(trials), len(running), verdict, without_running)
             if upcoming is Next.END:
                 if repeat is None or not finalists or not (verdict.finished or limits.by_default):
                     return verdict
@@ -152,18 +153,19 @@ def _what_next(
     study: optuna.Study,
     sampler: CostModelSampler,
     reached: Callable[[int], bool],
+    due: int,
     done: int,
     running: int,
     verdict: Verdict,
     without_running: Verdict,
 ) -> Next:
-    """`reached`: whether so many trials are the most. `without_running`: the verdict if what other workers are
-    validating could not win.
+    """`reached`: whether so many trials are the most. `due`: how many are to be tried in any case, and were not yet.
+    `without_running`: the verdict if what other workers are validating could not win.
     """
     if reached(done):
         return Next.END
     nothing_else = Next.WAIT if running else Next.END
-    must_run = sampler.due(study) or study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+    must_run = due or study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
     if verdict.finished and not must_run:
         return nothing_else
     if reached(done + running):

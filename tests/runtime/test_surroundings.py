@@ -16,6 +16,11 @@ from autosp.runtime.surroundings import bring_state, surrounded
 META = torch.device("meta")
 
 
+def outside() -> bool:
+    """No pass runs."""
+    return False
+
+
 def devices(model: nn.Module) -> set[str]:
     return {tensor.device.type for tensor in model.state_dict().values()}
 
@@ -23,7 +28,7 @@ def devices(model: nn.Module) -> set[str]:
 def test_a_move_to_the_plan_s_device_leaves_a_model_where_it_is() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     around = nn.Sequential(model)
-    with surrounded(model, META, "inference"):
+    with surrounded(model, META, "inference", outside):
         assert model.to(META) is model
         around.to("meta")  # as an adapter's wrapper is moved
         assert devices(model) == {"cpu"}
@@ -41,7 +46,7 @@ def test_a_move_to_the_plan_s_device_leaves_a_model_where_it_is() -> None:
 
 def test_a_move_elsewhere_is_a_move() -> None:
     model = nn.Linear(3, 3)
-    with surrounded(model, torch.device("cuda:7"), "inference"):
+    with surrounded(model, torch.device("cuda:7"), "inference", outside):
         assert devices(model.to(META)) == {"meta"}
 
 
@@ -69,7 +74,7 @@ def test_state_is_brought_at_a_step_and_at_the_end(monkeypatch: pytest.MonkeyPat
         brought.append((optimizer, [parameter.numel() for parameter in parameters]))
 
     monkeypatch.setattr(surroundings, "bring_state", note)
-    with surrounded(model, META, "training"):
+    with surrounded(model, META, "training", outside):
         assert not brought
         optimizer.step()
         assert brought == [(optimizer, [9, 3])]
@@ -82,8 +87,8 @@ def test_state_is_brought_at_a_step_and_at_the_end(monkeypatch: pytest.MonkeyPat
 def test_scalers_wait_as_long_as_there_is_a_plan() -> None:
     own = grad_scaler._MultiDeviceReplicator.get
     one, other = nn.Linear(3, 3), nn.Linear(3, 3)
-    with surrounded(one, META, "training"):
-        with surrounded(other, META, "training"):
+    with surrounded(one, META, "training", outside):
+        with surrounded(other, META, "training", outside):
             assert grad_scaler._MultiDeviceReplicator.get is not own
         assert grad_scaler._MultiDeviceReplicator.get is not own
         master = torch.ones(1)
@@ -91,5 +96,5 @@ def test_scalers_wait_as_long_as_there_is_a_plan() -> None:
         assert replicator.get(torch.device("cpu")).item() == 1
         assert replicator.get(torch.device("cpu")) is replicator.get(torch.device("cpu"))
     assert grad_scaler._MultiDeviceReplicator.get is own
-    with surrounded(one, META, "inference"):
+    with surrounded(one, META, "inference", outside):
         assert grad_scaler._MultiDeviceReplicator.get is own

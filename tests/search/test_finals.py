@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
@@ -135,9 +136,10 @@ def test_a_study_ends_with_its_finals() -> None:
     ],
 )
 def test_the_effort_is_what_a_study_takes_with_its_profile_and_its_finals(
-    limits: Limits, profile_s: float, trial_s: float, trials: int, finals: int
+    monkeypatch: pytest.MonkeyPatch, limits: Limits, profile_s: float, trial_s: float, trials: int, finals: int
 ) -> None:
     """30 s by the clock, for the best plan's pass takes 1 s, while others may still be faster."""
+    monkeypatch.setattr("autosp.search.study.time", SimpleNamespace(perf_counter=lambda: 0.0))
     known = profile((10,) * 4, forward_s=0.1, bytes_per_s=1000.0)
     ranked = rank(known, 10**6)
     asked: list[Candidate] = []

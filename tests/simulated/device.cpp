@@ -894,6 +894,7 @@ void run(const c10::OperatorHandle& op, torch::jit::Stack* stack, const c10::Ope
                                                                 one.cpu.storage_offset());
   }
   std::vector<std::pair<c10::TensorImpl*, at::Tensor>> fresh;
+  const c10::DispatchKeySet lazy({c10::DispatchKey::Conjugate, c10::DispatchKey::Negative});
   auto back = [&](const at::Tensor& t) -> at::Tensor {
     if (!t.defined() || !t.is_cpu()) return t;
     for (auto& one : aliases.made)
@@ -902,10 +903,11 @@ void run(const c10::OperatorHandle& op, torch::jit::Stack* stack, const c10::Ope
       if (impl == t.unsafeGetTensorImpl()) return made;
     for (auto& one : aliases.made)
       if (one.cpu.storage().unsafeGetStorageImpl() == t.storage().unsafeGetStorageImpl()) {
-        at::Tensor view =
-            at::detail::make_tensor<c10::TensorImpl>(c10::TensorImpl::VIEW, c10::Storage(one.original.storage()),
-                                                     c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), t.dtype());
+        at::Tensor view = at::detail::make_tensor<c10::TensorImpl>(
+            c10::TensorImpl::VIEW, c10::Storage(one.original.storage()), one.original.key_set() - lazy, t.dtype());
         view.unsafeGetTensorImpl()->set_sizes_and_strides(t.sizes(), t.strides(), t.storage_offset());
+        if (t.is_conj()) view.unsafeGetTensorImpl()->_set_conj(true);
+        if (t.is_neg()) view.unsafeGetTensorImpl()->_set_neg(true);
         return view;
       }
     at::Tensor made = t.layout() != at::kStrided ? t
@@ -961,6 +963,56 @@ void convolution_backward(const c10::OperatorHandle& op, torch::jit::Stack* stac
   for (int i = 3; i < 10; i++) stack->push_back(args[i]);
   run(op, stack, target, "convolution_backward");
 }
+
+// What accelerators have and the CPU has not: counts of integers, and cells of recurrent layers as one operation.
+at::Tensor histc(const at::Tensor& self, int64_t bins, const at::Scalar& least, const at::Scalar& most) {
+  static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("aten::histc", "");
+  bool whole = c10::isIntegralType(self.scalar_type(), false);
+  torch::jit::Stack stack{whole ? self.to(at::kFloat) : self, bins, least, most};
+  run(op, &stack, op, "histc");
+  auto counts = stack[0].toTensor();
+  return whole ? counts.to(self.scalar_type()) : counts;
+}
+using Given = const std::optional<at::Tensor>&;
+at::Tensor with_bias(const at::Tensor& gates, Given bias) {
+  return bias && bias->defined() ? gates + *bias : gates;
+}
+std::tuple<at::Tensor, at::Tensor, at::Tensor> lstm_cell(const at::Tensor& input, const at::Tensor& hidden,
+                                                         const at::Tensor& cx, Given input_bias, Given hidden_bias) {
+  auto gates = (with_bias(input, input_bias) + with_bias(hidden, hidden_bias)).chunk(4, 1);
+  auto in = gates[0].sigmoid(), forget = gates[1].sigmoid(), cell = gates[2].tanh(), out = gates[3].sigmoid();
+  auto cy = forget * cx + in * cell;
+  return {out * cy.tanh(), cy, at::cat({in, forget, cell, out}, 1)};
+}
+std::tuple<at::Tensor, at::Tensor, at::Tensor> lstm_cell_backward(Given grad_hy, Given grad_cy, const at::Tensor& cx,
+                                                                  const at::Tensor& cy, const at::Tensor& workspace,
+                                                                  bool has_bias) {
+  auto known = [&](Given grad) { return grad && grad->defined() ? *grad : at::zeros_like(cy); };
+  auto gates = workspace.chunk(4, 1);
+  auto in = gates[0], forget = gates[1], cell = gates[2], out = gates[3], squashed = cy.tanh(), ghy = known(grad_hy);
+  auto gcy = ghy * out * (1 - squashed * squashed) + known(grad_cy);
+  auto grad = at::cat({gcy * cell * in * (1 - in), gcy * cx * forget * (1 - forget), gcy * in * (1 - cell * cell),
+                       ghy * squashed * out * (1 - out)},
+                      1);
+  return {grad, gcy * forget, has_bias ? grad.sum(0) : at::Tensor()};
+}
+std::tuple<at::Tensor, at::Tensor> gru_cell(const at::Tensor& input, const at::Tensor& hidden, const at::Tensor& hx,
+                                            Given input_bias, Given hidden_bias) {
+  auto in = with_bias(input, input_bias).chunk(3, 1), own = with_bias(hidden, hidden_bias).chunk(3, 1);
+  auto reset = (in[0] + own[0]).sigmoid(), update = (in[1] + own[1]).sigmoid(), fresh = (in[2] + reset * own[2]).tanh();
+  return {fresh + update * (hx - fresh), at::cat({reset, update, fresh, hx, own[2]}, 1)};
+}
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> gru_cell_backward(const at::Tensor& grad_hy,
+                                                                                         const at::Tensor& workspace,
+                                                                                         bool has_bias) {
+  auto saved = workspace.chunk(5, 1);
+  auto reset = saved[0], update = saved[1], fresh = saved[2], hx = saved[3], own = saved[4];
+  auto gfresh = grad_hy * (1 - update) * (1 - fresh * fresh);
+  auto gupdate = grad_hy * (hx - fresh) * update * (1 - update), greset = gfresh * own * reset * (1 - reset);
+  auto to_input = at::cat({greset, gupdate, gfresh}, 1), to_hidden = at::cat({greset, gupdate, gfresh * reset}, 1);
+  auto sum = [&](const at::Tensor& grad) { return has_bias ? grad.sum(0) : at::Tensor(); };
+  return {to_input, to_hidden, grad_hy * update, sum(to_input), sum(to_hidden)};
+}
 void record_stream(at::Tensor& t, c10::Stream s) {
   DeviceMemory::self().recordStream(t.storage().data_ptr(), s);
 }
@@ -989,6 +1041,11 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("_copy_from_and_resize", copy_from_and_resize);
   m.impl("_local_scalar_dense", local_scalar_dense);
   m.impl("record_stream", record_stream);
+  m.impl("histc", histc);
+  m.impl("_thnn_fused_lstm_cell", lstm_cell);
+  m.impl("_thnn_fused_lstm_cell_backward_impl", lstm_cell_backward);
+  m.impl("_thnn_fused_gru_cell", gru_cell);
+  m.impl("_thnn_fused_gru_cell_backward", gru_cell_backward);
   m.impl("_has_compatible_shallow_copy_type", compatible);
   m.impl("convolution_overrideable", torch::CppFunction::makeFromBoxedFunction<&convolution>());
   m.impl("convolution_backward_overrideable", torch::CppFunction::makeFromBoxedFunction<&convolution_backward>());
@@ -996,6 +1053,13 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
        {"native_layer_norm", "native_group_norm", "native_dropout", "_fused_sdp_choice", "_native_multi_head_attention",
         "_transformer_encoder_layer_fwd", "masked_fill_.Scalar", "embedding"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&fallback>());
+}
+// A copy sees what is conjugated or negated as it is: what would be resolved before is resolved by a copy.
+TORCH_LIBRARY_IMPL(aten, Conjugate, m) {
+  m.impl("_copy_from", torch::CppFunction::makeFallthrough());
+}
+TORCH_LIBRARY_IMPL(aten, Negative, m) {
+  m.impl("_copy_from", torch::CppFunction::makeFallthrough());
 }
 TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, m) {
   m.fallback(torch::CppFunction::makeFallthrough());

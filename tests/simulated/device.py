@@ -21,6 +21,9 @@ from simulated.build import load
 KIND = "simulated"
 DEVICE = f"{KIND}:0"
 
+GB_PER_S, LATENCY_US = 2.0, 20.0
+"""Of the link, for autosp: slow enough that what does not wait for a copy comes before it."""
+
 backend = load()
 module = ModuleType(f"torch.{KIND}")
 
@@ -128,6 +131,7 @@ def _host_view(_: AcceleratorDevice, pages: torch.Tensor) -> torch.Tensor:
 
 def stand_in() -> None:
     """Have autosp stream to it: its type is known, and what CUDA's runtime does with host memory is done by it."""
+    backend.set_link(GB_PER_S, LATENCY_US)
     autosp.devices.STREAMING_TYPES = (*autosp.devices.STREAMING_TYPES, KIND)
     memory.pin = _pin
     AcceleratorDevice._can_read_host = lambda self: True

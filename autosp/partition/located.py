@@ -1,0 +1,58 @@
+"""Where a model says that it is, while a pass runs on an accelerator.
+
+[Note: where a model is] Models make tensors where their first parameter is: `next(self.parameters()).device`, which is
+`self.device` in transformers. Under a plan that parameter may be on the host, waiting for its turn, while the pass
+computes on the accelerator. So within a pass the parameters of a module begin with one that is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Located:
+    """In place of a module's `parameters`, until `remove()`: see [Note: where a model is]."""
+
+    def __init__(self, module: nn.Module, device: torch.device, in_pass: Callable[[], bool]) -> None:
+        """`in_pass`: whether the calling thread is inside one."""
+        self._module = module
+        self._device = device
+        self._in_pass = in_pass
+        vars(module)["parameters"] = self
+
+    def __call__(self, recurse: bool = True) -> Iterator[torch.Tensor]:
+        """The module's. Within a pass one on the device comes first, or where none is, an empty tensor there."""
+        parameters = type(self._module).parameters(self._module, recurse)
+        if vars(self._module).get("parameters") is not self or not self._in_pass():
+            yield from parameters
+            return
+        waiting: list[nn.Parameter] = []
+        for parameter in parameters:
+            if parameter.device == self._device:
+                yield parameter
+                break
+            waiting.append(parameter)
+        else:
+            if waiting:
+                yield torch.empty(0, dtype=waiting[0].dtype, device=self._device)
+        yield from waiting
+        yield from parameters
+
+    def remove(self) -> None:
+        """The module's own again."""
+        if vars(self._module).get("parameters") is self:
+            del vars(self._module)["parameters"]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of the module gets its class's."""
+        return getattr, (self._module, "parameters")
+
+
+def located(model: nn.Module, device: torch.device, in_pass: Callable[[], bool]) -> list[Located]:
+    """Every module that others are part of. A weight that a module has itself is on the device while that runs."""
+    parents = [module for module in model.modules() if next(module.children(), None) is not None]
+    return [Located(module, device, in_pass) for module in parents]
