@@ -73,7 +73,7 @@ class Training:
 def settings_for(plan: Plan) -> list[Setting]:
     """The plans to try on a model, from the one of a window of one layer."""
     visited = list(dict.fromkeys(plan.partition.visits))
-    backward = tuple(sorted(set(plan.partition.backward)))
+    again = tuple(sorted(layer for together in plan.partition.recomputable for layer in together))
     count = len(visited)
     window = Candidate(k=1, k_prime=1)
     half = Candidate(k=max(2, count // 2), k_prime=max(1, count // 4)) if count > 1 else window
@@ -83,7 +83,7 @@ def settings_for(plan: Plan) -> list[Setting]:
         Setting("window of one", window),
         Setting("half, a quarter at a time", half),
         Setting("residents", Candidate(k=min(count, kept + 1), k_prime=1, residents=residents)),
-        Setting("all recomputed", Candidate(k=min(2, count), k_prime=1, recompute=backward)),
+        Setting("all recomputed", Candidate(k=min(2, count), k_prime=1, recompute=again)),
         Setting("updates beside", Candidate(k=min(2, count), k_prime=1), overlap=True),
     ]
 
@@ -93,7 +93,8 @@ def examine(specimen: Specimen, device: str = "cpu") -> Finding:
 
     Raises: NotBuiltError if there is nothing to train.
     """
-    model, batch = specimen.model.train(), specimen.batch
+    model = specimen.model.train()
+    batch = map_tensors(lambda tensor: tensor.to(device), specimen.batch)
     optimizer = "Adam" if sum(map(ord, specimen.model_type)) % 2 else "SGD"  # as many of either
     expected, remarks = _expected(model, batch, optimizer, torch.device(device))
     problems: list[str] = []
@@ -130,9 +131,8 @@ def examine(specimen: Specimen, device: str = "cpu") -> Finding:
 
 def _expected(model: nn.Module, batch: Batch, optimizer: str, device: torch.device) -> tuple[Training, list[str]]:
     """Plain training on the device, and why its bits do not bind: it does not repeat itself."""
-    there = map_tensors(lambda tensor: tensor.to(device), batch)
     try:
-        expected, again = (trained(copy.deepcopy(model).to(device), there, optimizer) for _ in range(2))
+        expected, again = (trained(copy.deepcopy(model).to(device), batch, optimizer) for _ in range(2))
     except Exception as error:
         raise NotBuiltError(f"plain training: {type(error).__name__}: {' '.join(str(error).split())[:160]}") from error
     finite = (torch.isfinite(one).all() for step in expected.gradients for one in step.values() if one is not None)

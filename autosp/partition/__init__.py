@@ -96,6 +96,9 @@ def partition(
             for index, cut in numbers.items()
             if len(cut) > 1
         ),
+        stateful=tuple(cut[0] for index, cut in numbers.items() if index in seen.called - seen.repeatable)
+        if mode == "training"
+        else (),
         blocks=find_blocks(model, seen.calls, seen.repeatable, {index: cut[0] for index, cut in numbers.items()})
         if mode == "training"
         else (),

@@ -29,14 +29,14 @@ class Inputs:
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._given = (args, kwargs)
-        self._leaves = list(_leaves(self._given))
+        self.given = (args, kwargs)
+        self._leaves = list(_leaves(self.given))
         self.plain = all(isinstance(leaf, (torch.Tensor, *PLAIN)) for leaf in self._leaves)
         self._versions = _versions(self._leaves)
 
     def untouched(self) -> bool:
         """Whether nothing was written to them since, and no list or mapping among them holds other things."""
-        now = list(_leaves(self._given))
+        now = list(_leaves(self.given))
         same = len(now) == len(self._leaves) and all(map(_is_same, now, self._leaves))
         return same and _versions(now) == self._versions
 

@@ -51,42 +51,25 @@ class Recomputed:
         kwargs: Any,
         observer: Observer | None,
     ) -> Any:
-        """Call a block whose last layer is `last`, seen by `observer`. With inputs that may change it is called as is.
+        """Call a block whose last layer is `last`, seen by `observer`. Otherwise as `layer`."""
+        seen = forward if observer is None else partial(_observed, observer, forward)
+
+        def run(again: bool) -> Any:
+            with self._entered(last, again):
+                return (forward if again else seen)(*args, **kwargs)
+
+        inputs = Inputs(args, kwargs)
+        return _checkpointed(module, name, inputs, run) if inputs.plain else seen(*args, **kwargs)
+
+    def layer(self, module: nn.Module, name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Call a layer. With inputs that may change, such as a cache, it is called as is.
 
         Its backward raises: ModelChangedError if they changed nevertheless.
         """
         inputs = Inputs(args, kwargs)
-        seen = forward if observer is None else partial(_observed, observer, forward)
         if not inputs.plain:
-            return seen(*args, **kwargs)
-
-        def run(again: bool, *args: Any, **kwargs: Any) -> Any:
-            if again and not inputs.untouched():
-                raise ModelChangedError(
-                    f"{name} cannot be computed again in the backward pass: its inputs were written to after it was "
-                    "called; make the plan with recompute=0, or write to a copy of them"
-                )
-            with self._entered(last, again):
-                return (forward if again else seen)(*args, **kwargs)
-
-        return self.call(module, run, args, kwargs)
-
-    def call(self, module: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """`run(again, *args, **kwargs)`, now and in the backward pass. What the module's buffers count, they do once.
-
-        Random numbers and autocast are as they were the first time.
-        """
-        again = False
-
-        def first_or_again(args: Any, kwargs: Any) -> Any:
-            nonlocal again
-            if again:
-                with _buffers_kept(module):
-                    return run(True, *args, **kwargs)
-            again = True
-            return run(False, *args, **kwargs)
-
-        return checkpoint(first_or_again, args, kwargs, use_reentrant=False)
+            return forward(*args, **kwargs)
+        return _checkpointed(module, name, inputs, lambda again: forward(*args, **kwargs))
 
     def before_last(self, layer: int) -> bool:
         """Whether this thread computes a block again, and the layer is not the last one of it."""
@@ -123,6 +106,29 @@ class Recomputed:
             self._threads.here = around
 
 
+def _checkpointed(module: nn.Module, name: str, inputs: Inputs, run: Callable[[bool], Any]) -> Any:
+    """`run(again)`, now and in the backward pass. What the module's buffers count, they do once.
+
+    Random numbers and autocast are as they were the first time.
+    """
+    again = False
+
+    def first_or_again(_: Any) -> Any:
+        nonlocal again
+        if not again:
+            again = True
+            return run(False)
+        if not inputs.untouched():
+            raise ModelChangedError(
+                f"{name} cannot be computed again in the backward pass: its inputs were written to after it was "
+                "called; make the plan with recompute=0, or write to a copy of them"
+            )
+        with _buffers_kept(module):
+            return run(True)
+
+    return checkpoint(first_or_again, inputs.given, use_reentrant=False)
+
+
 def _observed(observer: Observer, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     observer.enter((args, kwargs))
     try:
@@ -133,10 +139,14 @@ def _observed(observer: Observer, forward: Callable[..., Any], *args: Any, **kwa
 
 @contextmanager
 def _buffers_kept(module: nn.Module) -> Iterator[None]:
-    """What a forward writes, such as a running mean, it writes once. Version counters see nothing of it."""
-    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    """What a forward writes or replaces, such as a running mean, it does once. Version counters see nothing of it."""
+    own = [one._buffers for one in module.modules() if one._buffers]
+    before = [(buffers, dict(buffers)) for buffers in own]
+    values = [(buffer, buffer.clone()) for _, known in before for buffer in known.values() if buffer is not None]
     try:
         yield
     finally:
-        for buffer, value in before:
+        for buffers, known in before:
+            buffers.update(known)
+        for buffer, value in values:
             buffer.data.copy_(value)

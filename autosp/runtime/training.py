@@ -181,10 +181,10 @@ class TrainingExecutor(Executor):
             return self._visit(layer, forward, args, kwargs)
         self._offload.stays(tensors_in((args, kwargs)))
 
-        def run(_: bool, *args: Any, **kwargs: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
             return self._visit(layer, forward, args, kwargs)
 
-        return self._again.call(layer.module, run, args, kwargs)
+        return self._again.layer(layer.module, layer.layer.name, run, args, kwargs)
 
     def run_block(self, block: Block, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """One call of a block that is computed again as a whole, within a pass."""

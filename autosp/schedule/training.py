@@ -40,8 +40,9 @@ def lower_training(candidate: Candidate, partition: Partition) -> Schedule:
 
 
 def least_training(partition: Partition) -> Candidate:
-    """The training plan of least memory: one layer at a time, and of each only its inputs kept."""
-    return Candidate(k=1, k_prime=1, recompute=tuple(sorted(set(partition.backward))))
+    """The training plan of least memory: one layer at a time, and of each only its inputs kept, where that will do."""
+    again = {layer for together in partition.recomputable for layer in together}
+    return Candidate(k=1, k_prime=1, recompute=tuple(sorted(again)))
 
 
 def training_ring(candidate: Candidate, partition: Partition) -> Ring:

@@ -81,6 +81,9 @@ class Partition(Record):
     )
     leaves: tuple[Leaf, ...] = Field(default=(), description="modules that are several layers")
     blocks: tuple[Block, ...] = Field(default=(), description="of which a training pass may keep the inputs only")
+    stateful: tuple[int, ...] = Field(
+        default=(), description="layers that are called with what may change, such as a cache: not computed again"
+    )
     called_again: tuple[str, ...] = Field(
         default=(), description="modules inside layers that a checkpoint of the model's own calls in the backward"
     )
@@ -94,8 +97,8 @@ class Partition(Record):
     def recomputable(self) -> tuple[tuple[int, ...], ...]:
         """The layers that are computed again together: a block's, or one in no block. In the order of the forward."""
         block_of = {layer: block.layers for block in self.blocks for layer in block.layers}
-        backward = frozenset(self.backward)
-        return tuple(dict.fromkeys(block_of.get(one, (one,)) for one in self.visits if one in backward))
+        able = frozenset(self.backward).difference(self.stateful).union(block_of)
+        return tuple(dict.fromkeys(block_of.get(one, (one,)) for one in self.visits if one in able))
 
     @property
     def in_blocks(self) -> frozenset[int]:

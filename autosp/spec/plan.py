@@ -53,6 +53,9 @@ class Plan(Record):
             raise ValueError(f"a visit, a resident or a layer on disk is none of the {count} layers")
         if not {*backward} <= {*visits} or not {*candidate.recompute, *candidate.offload} <= {*backward}:
             raise ValueError("only what a pass visits goes backward, and only that is recomputed, or offloaded")
+        once = {*candidate.recompute} & ({*self.partition.stateful} - self.partition.in_blocks)
+        if once:
+            raise ValueError(f"layer {min(once)} is called with what may change: it cannot be computed again")
         parted = self.partition.parted_blocks(candidate.recompute)
         for block in self.partition.blocks:
             if not {*block.layers} <= {*backward} or block in parted:

@@ -80,6 +80,7 @@ vars(module).update(
     stream=on_stream,
     is_available=lambda: True,
     is_initialized=lambda: True,
+    _initialized=True,
     _is_in_bad_fork=lambda: False,
     _lazy_init=lambda: None,
     device_count=lambda: 1,
