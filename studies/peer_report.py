@@ -27,6 +27,13 @@ PREFACE = (
     "CPU memory to CPU memory moves nothing."
 )
 
+SIMULATED_PREFACE = (
+    "**The accelerator is simulated by the CPU** (`make simulated`): memory of its own, an allocator like CUDA's, "
+    "kernels that are the CPU's, and copies by threads of their own that take at least their bytes over the link whose "
+    "pace is named above. The systems run their own code, as on a GPU, under the allocator's cap. What can be compared "
+    "is how long each waits for its weights, not how fast a GPU is."
+)
+
 PACED_PREFACE = (
     "The device is a CPU whose copies from RAM take at least their bytes over {rate}: a stand-in for an "
     "accelerator's link, chosen for this study. **The rows named after peers are their policies, re-enacted as "
@@ -51,7 +58,8 @@ def write_report(raw: Path, systems: dict[str, System], scale: str, paced_bytes_
     environment = [line["environment"] for line in read_lines(raw) if "environment" in line][-1]
     head = ", ".join(f"{key} {value}" for key, value in environment.items())
     preface = PREFACE if paced_bytes_per_s is None else PACED_PREFACE.format(rate=rate(paced_bytes_per_s))
-    parts = [head, preface, summary(models, systems)]
+    simulated = [SIMULATED_PREFACE] if environment["kind"] == "simulated" else []
+    parts = [head, *simulated, preface, summary(models, systems)]
     parts += [part for model in models for part in (_heading(model), table(model, systems))]
     raw.with_suffix(".md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     picture(models, systems, raw.with_suffix(".png"))

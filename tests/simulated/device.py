@@ -7,6 +7,7 @@ at once), SIMULATED_SANITIZE (0: off, 1: races are kept in `torch.simulated.race
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import ModuleType, SimpleNamespace
@@ -21,7 +22,7 @@ from simulated.build import load
 KIND = "simulated"
 DEVICE = f"{KIND}:0"
 
-GB_PER_S, LATENCY_US = 2.0, 20.0
+GB_PER_S, LATENCY_US = float(os.environ.get("SIMULATED_GBPS", 2.0)), 20.0
 """Of the link, for autosp: slow enough that what does not wait for a copy comes before it."""
 
 backend = load()
@@ -66,7 +67,7 @@ def _set_fraction(fraction: float) -> None:
 
 
 def _properties(device: Any = None) -> SimpleNamespace:
-    return SimpleNamespace(name=KIND, total_memory=backend.memory()[0], major=0, minor=0)
+    return SimpleNamespace(name=f"{KIND}, {GB_PER_S:g} GB/s", total_memory=backend.memory()[0], major=0, minor=0)
 
 
 def _generator() -> torch.Generator:
@@ -100,7 +101,7 @@ vars(module).update(
     set_per_process_memory_fraction=lambda fraction, device=None: _set_fraction(fraction),
     get_per_process_memory_fraction=lambda device=None: _fraction,
     get_device_properties=_properties,
-    get_device_name=lambda device=None: KIND,
+    get_device_name=lambda device=None: _properties().name,
     get_device_capability=lambda device=None: (9, 0),
     get_amp_supported_dtype=lambda: [torch.bfloat16, torch.float16],
     is_bf16_supported=lambda *_, **__: True,
