@@ -193,7 +193,9 @@ def test_a_layer_that_is_called_by_itself_takes_its_batch_from_the_host(mode: st
     options: dict[str, Any] = {"mode": "training", "step": loss_step} if mode == "training" else {}
     plan = autosp.plan(model, vectors(), k=3, k_prime=1, residents=1, device=device, **options)
     with autosp.apply(model, plan, device=device), torch.no_grad():
-        assert equal([model[1][0](x), model[2](x)], expected)
+        outputs = [model[1][0](x), model[2](x)]
+        assert equal(outputs, expected)
+        assert all(output.device == x.device for output in outputs)
         one_layer = nn.Sequential(nn.Linear(64, 64))
     plan = autosp.plan(one_layer, x, k=1, k_prime=1, device=device)
     twin = twin_on(device, one_layer)

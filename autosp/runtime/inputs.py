@@ -16,8 +16,11 @@ from torch import nn
 from autosp.intercept import Around
 
 
-def taking_from_host(module: nn.Module, device: torch.device, around: Around) -> Around:
-    """`around`, with positional inputs on the device: see [Note: sent to a weight]. As it is where nothing is to do."""
+def taking_from_host(module: nn.Module, device: torch.device, in_pass: Callable[[], bool], around: Around) -> Around:
+    """`around`; in a pass with positional inputs on the device: see [Note: sent to a weight].
+
+    As it is where that is never needed.
+    """
     if device.type == "cpu" or next(module.children(), None) is not None:
         return around
 
@@ -25,6 +28,6 @@ def taking_from_host(module: nn.Module, device: torch.device, around: Around) ->
         return value.to(device) if isinstance(value, torch.Tensor) and value.is_cpu else value
 
     def brought(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return around(forward, tuple(map(bring, args)), kwargs)
+        return around(forward, tuple(map(bring, args)) if in_pass() else args, kwargs)
 
     return brought

@@ -316,8 +316,9 @@ class StreamedModel(Generic[M]):
             holders.update(self.model.get_submodule(".".join(parts[:length])) for length in range(1, len(parts)))
         blocks = {self.model.get_submodule(block.path): self._around_block(block) for block in recomputed}
         around = dict.fromkeys(holders, self._around_pass) | blocks | around
+        device, in_pass = self._device.torch_device, self._executor.running_here
         for one in (one for one in self.model.modules() if one in around):
-            self._wrappers.append(Intercepted(one, taking_from_host(one, self._device.torch_device, around[one])))
+            self._wrappers.append(Intercepted(one, taking_from_host(one, device, in_pass, around[one])))
 
     def _around_pass(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         device = self._device.torch_device
