@@ -180,11 +180,8 @@ class TrainingExecutor(Executor):
         if index not in self._recomputed:
             return self._visit(layer, forward, args, kwargs)
         self._offload.stays(tensors_in((args, kwargs)))
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            return self._visit(layer, forward, args, kwargs)
-
-        return self._again.layer(layer.module, layer.layer.name, run, args, kwargs)
+        name = layer.layer.name
+        return self._again.layer(layer.module, name, lambda *a, **k: self._visit(layer, forward, a, k), args, kwargs)
 
     def run_block(self, block: Block, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """One call of a block that is computed again as a whole, within a pass."""

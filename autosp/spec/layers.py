@@ -97,7 +97,7 @@ class Partition(Record):
     def recomputable(self) -> tuple[tuple[int, ...], ...]:
         """The layers that are computed again together: a block's, or one in no block. In the order of the forward."""
         block_of = {layer: block.layers for block in self.blocks for layer in block.layers}
-        able = frozenset(self.backward).difference(self.stateful).union(block_of)
+        able = frozenset(self.backward) - (frozenset(self.stateful) - self.in_blocks)
         return tuple(dict.fromkeys(block_of.get(one, (one,)) for one in self.visits if one in able))
 
     @property
