@@ -110,7 +110,10 @@ def trace(
     )
 
 
-def attributes_of(model: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+Attributes = list[tuple[dict[str, Any], dict[str, Any]]]
+
+
+def attributes_of(model: nn.Module) -> Attributes:
     """Every module's own attributes, tensors and children: the dictionary and what is in it now.
 
     A counter or a flag goes with the tensors that it speaks of, so whoever restores the one restores the other.
@@ -120,7 +123,7 @@ def attributes_of(model: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]
     return [(known, dict(known)) for known in (*own, *held)]
 
 
-def restore_attributes(attributes: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+def restore_attributes(attributes: Attributes) -> None:
     """As `attributes_of` found them."""
     for known, values in attributes:
         known.clear()

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from autosp.errors import ModelChangedError
 from autosp.partition import Inputs
+from autosp.partition.trace import Attributes, attributes_of, restore_attributes
 from autosp.runtime.executor import Observer
 
 
@@ -107,23 +108,23 @@ class Recomputed:
 
 
 def _checkpointed(module: nn.Module, name: str, inputs: Inputs, run: Callable[[bool], Any]) -> Any:
-    """`run(again)`, now and in the backward pass. What the module's buffers count, they do once.
+    """`run(again)`, now and in the backward pass. What the module's buffers and attributes count, they do once.
 
-    Random numbers and autocast are as they were the first time.
+    Random numbers, autocast and attributes are as they were the first time.
     """
-    again = False
+    first: Attributes | None = None
 
     def first_or_again(_: Any) -> Any:
-        nonlocal again
-        if not again:
-            again = True
+        nonlocal first
+        if first is None:
+            first = attributes_of(module)
             return run(False)
         if not inputs.untouched():
             raise ModelChangedError(
                 f"{name} cannot be computed again in the backward pass: its inputs were written to after it was "
                 "called; make the plan with recompute=0, or write to a copy of them"
             )
-        with _buffers_kept(module):
+        with _as_it_was(module, first):
             return run(True)
 
     return checkpoint(first_or_again, inputs.given, use_reentrant=False)
@@ -138,15 +139,14 @@ def _observed(observer: Observer, forward: Callable[..., Any], *args: Any, **kwa
 
 
 @contextmanager
-def _buffers_kept(module: nn.Module) -> Iterator[None]:
-    """What a forward writes or replaces, such as a running mean, it does once. Version counters see nothing of it."""
-    own = [one._buffers for one in module.modules() if one._buffers]
-    before = [(buffers, dict(buffers)) for buffers in own]
-    values = [(buffer, buffer.clone()) for _, known in before for buffer in known.values() if buffer is not None]
+def _as_it_was(module: nn.Module, first: Attributes) -> Iterator[None]:
+    """With the attributes of then; afterwards as it is now. No version counter sees what is written to buffers."""
+    now = attributes_of(module)
+    values = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    restore_attributes(first)
     try:
         yield
     finally:
-        for buffers, known in before:
-            buffers.update(known)
+        restore_attributes(now)
         for buffer, value in values:
             buffer.data.copy_(value)

@@ -119,3 +119,27 @@ def test_a_buffer_that_is_replaced_is_replaced_once_a_step(apply: Apply) -> None
             backward(one, vectors(), step)
         assert_same_gradients(model, plain)
         assert_same_weights(model, plain)
+
+
+class Remembers(nn.Linear):
+    """Adds what it computed the last time, which it keeps in an attribute, as recurrent layers do."""
+
+    def __init__(self) -> None:
+        super().__init__(64, 64)
+        self.last: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x) if self.last is None else super().forward(x + self.last)
+        self.last = y.detach()
+        return torch.tanh(y)
+
+
+def test_an_attribute_is_as_it_was_the_first_time(apply: Apply) -> None:
+    torch.manual_seed(0)
+    twice = Remembers()
+    model, plain = twins(nn.Sequential(twice, Remembers(), twice, Remembers()))
+    apply(model, vectors(), Candidate(k=1, k_prime=1, recompute=ALL))
+    for step in range(3):
+        for one in (model, plain):
+            backward(one, vectors(), step)
+        assert_same_gradients(model, plain)
