@@ -165,6 +165,8 @@ def kind_of(reason: str) -> str:
         text in reason for text in ("LookupError", 'missing the required "forward"', "No module named 'transformers")
     ):
         return "no model of its own"
+    if reason.startswith("plain pass on"):
+        return "does not run on this device by itself"
     if reason.startswith("constructor"):
         return "needs a configuration made by hand"
     return "needs inputs made by hand"

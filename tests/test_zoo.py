@@ -153,6 +153,7 @@ def test_what_cannot_be_built_has_a_reason() -> None:
     assert len(MODEL_TYPES) > 300
     with pytest.raises(NotBuiltError, match=r"^constructor: LookupError: no model is made") as caught:
         build("sam_mask_decoder")
+    assert kind_of("plain pass on cuda:0: no kernel") == "does not run on this device by itself"
     assert kind_of(str(caught.value)) == "no model of its own"
     assert kind_of("constructor: ImportError: DinatModel requires the natten library") == "needs the package natten"
     assert kind_of("constructor: ModuleNotFoundError: No module named 'av'") == "needs the package av"
