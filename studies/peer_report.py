@@ -58,7 +58,7 @@ def write_report(raw: Path, systems: dict[str, System], scale: str, paced_bytes_
     environment = [line["environment"] for line in read_lines(raw) if "environment" in line][-1]
     head = ", ".join(f"{key} {value}" for key, value in environment.items())
     preface = PREFACE if paced_bytes_per_s is None else PACED_PREFACE.format(rate=rate(paced_bytes_per_s))
-    simulated = [SIMULATED_PREFACE] if environment["kind"] == "simulated" else []
+    simulated = [SIMULATED_PREFACE] if environment.get("kind") == "simulated" else []
     parts = [head, *simulated, preface, summary(models, systems)]
     parts += [part for model in models for part in (_heading(model), table(model, systems))]
     raw.with_suffix(".md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
