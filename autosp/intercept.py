@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 from torch._C._dynamo.eval_frame import set_eval_frame
@@ -64,6 +64,29 @@ class Intercepted:
             return _same, (self._own,)
         # A module under construction has its class's forward only: that is the one the copy gets.
         return getattr, (self._module, "forward")
+
+
+class StandIn:
+    """In place of a method of a module's class, until `remove()`. A copy of the module gets its class's."""
+
+    method: ClassVar[str]
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        vars(module)[self.method] = self
+
+    @property
+    def stands(self) -> bool:
+        """Whether nobody put anything else there."""
+        return vars(self._module).get(self.method) is self
+
+    def remove(self) -> None:
+        """The module's own again."""
+        if self.stands:
+            del vars(self._module)[self.method]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self._module, self.method)
 
 
 class Uncompiled:

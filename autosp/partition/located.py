@@ -8,26 +8,28 @@ computes on the accelerator. So within a pass the parameters of a module begin w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import nn
 
+from autosp.intercept import StandIn
 
-class Located:
-    """In place of a module's `parameters`, until `remove()`: see [Note: where a model is]."""
+
+class Located(StandIn):
+    """In place of a module's `parameters`: see [Note: where a model is]."""
+
+    method = "parameters"
 
     def __init__(self, module: nn.Module, device: torch.device, in_pass: Callable[[], bool]) -> None:
         """`in_pass`: whether the calling thread is inside one."""
-        self._module = module
+        super().__init__(module)
         self._device = device
         self._in_pass = in_pass
-        vars(module)["parameters"] = self
 
     def __call__(self, recurse: bool = True) -> Iterator[torch.Tensor]:
         """The module's. Within a pass one on the device comes first, or where none is, an empty tensor there."""
         parameters = type(self._module).parameters(self._module, recurse)
-        if vars(self._module).get("parameters") is not self or not self._in_pass():
+        if not (self.stands and self._in_pass()):
             yield from parameters
             return
         waiting: list[nn.Parameter] = []
@@ -41,15 +43,6 @@ class Located:
                 yield torch.empty(0, dtype=waiting[0].dtype, device=self._device)
         yield from waiting
         yield from parameters
-
-    def remove(self) -> None:
-        """The module's own again."""
-        if vars(self._module).get("parameters") is self:
-            del vars(self._module)["parameters"]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """A copy of the module gets its class's."""
-        return getattr, (self._module, "parameters")
 
 
 def located(model: nn.Module, device: torch.device, in_pass: Callable[[], bool]) -> list[Located]:

@@ -25,36 +25,29 @@ from torch.amp import grad_scaler
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from autosp.intercept import StandIn
 from autosp.partition.located import located
 from autosp.spec import Mode
 
 
-class Settled:
+class Settled(StandIn):
     """In place of a module's `_apply`, by which torch moves modules: see [Note: who moves a model]."""
 
+    method = "_apply"
+
     def __init__(self, module: nn.Module, device: torch.device) -> None:
-        self._module = module
+        super().__init__(module)
         self._device = device
-        vars(module)["_apply"] = self
 
     def __call__(self, change: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         """The change, unless all it does is to move to the device of the plan. Empty tensors show what it does."""
-        if vars(self._module).get("_apply") is self:
+        if self.stands:
             tensors = (*self._module.parameters(), *self._module.buffers())
             with torch.no_grad():
                 changed = [(kind, change(torch.empty(0, dtype=kind))) for kind in {one.dtype for one in tensors}]
             if all(one.device == self._device and one.dtype == kind for kind, one in changed):
                 return self._module
         return type(self._module)._apply(self._module, change, recurse)
-
-    def remove(self) -> None:
-        """The module's own again."""
-        if vars(self._module).get("_apply") is self:
-            del vars(self._module)["_apply"]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """A copy of the module gets its class's."""
-        return getattr, (self._module, "_apply")
 
 
 @contextmanager
