@@ -49,13 +49,13 @@ class Tied(Stack):
 
 
 class Headed(Stack):
-    """A head of 72 MB: its weight is cut into runs of rows, its bias is not."""
+    """A head of 72 MB, or of another size: its weight is cut into runs of rows, its bias is not."""
 
     RUNS = ((0, 23296), (23296, 46592), (46592, 70000))
 
-    def __init__(self, bias: bool = True) -> None:
-        super().__init__(blocks=2, width=256)
-        self.head = nn.Linear(256, 70000, bias=bias)
+    def __init__(self, bias: bool = True, rows: int = 70000, width: int = 256) -> None:
+        super().__init__(blocks=2, width=width)
+        self.head = nn.Linear(width, rows, bias=bias)
 
 
 class Shared(nn.Module):
@@ -196,19 +196,24 @@ def make(name: str) -> tuple[nn.Module, Any]:
 
 
 class TiedHead(Stack):
-    """A table of 72 MB of which rows are looked up, and with which the last product is made."""
+    """A table of 72 MB, or of another size, of which rows are looked up, and with which the last product is made."""
 
-    def __init__(self) -> None:
-        super().__init__(blocks=2, width=256, vocabulary=70000)
+    def __init__(self, rows: int = 70000, width: int = 256) -> None:
+        super().__init__(blocks=2, width=width, vocabulary=rows)
         self.head.weight = self.embed.weight
 
 
 class RunsDiffer(TorchFunctionMode):
     """As on a machine whose kernels add up in another order when a product has few columns."""
 
+    def __init__(self, whole: int = 70_000) -> None:
+        """`whole`: the rows of the weight that is cut."""
+        super().__init__()
+        self._whole = whole
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        return output + 1e-6 if func is F.linear and 10_000 < len(args[1]) < 70_000 else output
+        return output + 1e-6 if func is F.linear and 10_000 < len(args[1]) < self._whole else output
 
 
 def llama(**changes: Any) -> nn.Module:

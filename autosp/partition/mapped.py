@@ -14,6 +14,7 @@ import stat
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -105,17 +106,31 @@ def locate(extents: Iterable[Extent]) -> None:
 
 @dataclass(frozen=True)
 class _Map:
-    """A line of /proc/self/maps, and what is at its path now."""
+    """A line of /proc/self/maps."""
 
     begin: int
     end: int
     offset: int
-    path: Path
-    found: os.stat_result
+    device: int
+    inode: int
+    path: str
+
+    @cached_property
+    def found(self) -> os.stat_result | None:
+        """What is at its path now, if that is still the file that is mapped, a regular one, and readable.
+
+        Asked of maps that hold weights alone: a process has hundreds, of its libraries.
+        """
+        try:
+            found = Path(self.path).stat()
+        except OSError:  # deleted: its pages are still here, but there is no file to open
+            return None
+        same = (found.st_dev, found.st_ino) == (self.device, self.inode)
+        return found if same and stat.S_ISREG(found.st_mode) and os.access(self.path, os.R_OK) else None
 
 
 def _private_maps() -> list[_Map]:
-    """Sorted by address, as the kernel lists them."""
+    """Those of paths, sorted by address, as the kernel lists them."""
     try:
         text = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape")
     except OSError:
@@ -126,23 +141,20 @@ def _private_maps() -> list[_Map]:
         if len(fields) < 6 or not fields[1].endswith("p") or not fields[5].startswith("/"):
             continue
         span, _, offset, device, inode, path = fields
-        try:
-            found = Path(path).stat()
-        except OSError:  # deleted: its pages are still here, but there is no file to open
-            continue
+        begin, end = (int(part, 16) for part in span.split("-"))
         major, minor = (int(part, 16) for part in device.split(":"))
-        same = (found.st_dev, found.st_ino) == (os.makedev(major, minor), int(inode))
-        if same and stat.S_ISREG(found.st_mode) and os.access(path, os.R_OK):
-            begin, end = (int(part, 16) for part in span.split("-"))
-            maps.append(_Map(begin, end, int(offset, 16), Path(path), found))
+        maps.append(_Map(begin, end, int(offset, 16), os.makedev(major, minor), int(inode), path))
     return maps
 
 
 def _source(extent: Extent, address: int, known: _Map) -> Source | None:
+    found = known.found
+    if found is None:
+        return None
     offset = known.offset + address - known.begin
-    if offset + extent.n_bytes > known.found.st_size:
+    if offset + extent.n_bytes > found.st_size:
         raise ReadError(
-            f"{known.path} has {known.found.st_size} bytes, but {extent.name} is mapped from its bytes {offset} to "
+            f"{known.path} has {found.st_size} bytes, but {extent.name} is mapped from its bytes {offset} to "
             f"{offset + extent.n_bytes}: the file was truncated; restore it and load the model again"
         )
     if any((offset + item.offset) % item.tensor.element_size() for item in extent.tensors):
@@ -152,8 +164,7 @@ def _source(extent: Extent, address: int, known: _Map) -> Source | None:
             return None
     except OSError:
         return None
-    found = known.found
-    return Source(known.path, found.st_dev, found.st_ino, offset, address, extent.n_bytes, (extent.storage,))
+    return Source(Path(known.path), known.device, known.inode, offset, address, extent.n_bytes, (extent.storage,))
 
 
 def _written_pages(address: int, n_bytes: int) -> np.ndarray:

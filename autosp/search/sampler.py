@@ -62,16 +62,18 @@ class CostModelSampler(BaseSampler):
 
     def due(self, study: Study) -> list[Key]:
         """Those of `first` that no trial has or had."""
-        taken = self.validated | _taken(study)
-        return [key for key in self._first if key not in taken]
+        return self._due(self.validated | _taken(study))
 
     def next_key(self, study: Study) -> Key | None:
         """What the next trial is to try; None if nothing is left that no trial has or had."""
-        due = self.due(study)
-        if due:
-            return due[0]
-        best = self.best_unvalidated(self.validated | _taken(study))
+        taken = self.validated | _taken(study)
+        for key in self._due(taken):
+            return key
+        best = self.best_unvalidated(taken)
         return None if best is None else key_of(best.candidate)
+
+    def _due(self, taken: Set[Key]) -> list[Key]:
+        return [key for key in self._first if key not in taken]
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """All numbers are chosen together."""

@@ -32,6 +32,15 @@ BATCH = tokens(2, 5)
 HEAD = (2, 3, 4)
 """Its runs among the layers; 0 and 1 are the blocks."""
 
+ROWS, WIDTH, CUT_ABOVE_BYTES = 44_000, 128, 8 * 2**20
+RUNS = ((0, 14592), (14592, 29184), (29184, ROWS))
+"""A head of 22 MB is enough, if it is cut into runs of 8 MB."""
+
+
+@pytest.fixture(autouse=True)
+def short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autosp.partition.rows.CUT_ABOVE_BYTES", CUT_ABOVE_BYTES)
+
 
 def headed() -> nn.Module:
     return copy.deepcopy(_headed())
@@ -39,9 +48,9 @@ def headed() -> nn.Module:
 
 @cache
 def _headed() -> nn.Module:
-    """To be copied: random numbers for 72 MB take far longer."""
+    """To be copied: random numbers for 22 MB take far longer."""
     torch.manual_seed(0)
-    return Headed().eval()
+    return Headed(rows=ROWS, width=WIDTH).eval()
 
 
 def on(device: Device, batch: Any) -> Any:
@@ -128,8 +137,8 @@ def test_other_shapes_are_tried_once_and_right(candidate: Candidate, apply: Appl
         with Multiplications() as seen:
             assert equal(model(batch), output)
         multiplied.append(tuple(rows for rows in seen.rows if rows > 1024))
-    by_runs = tuple(end - begin for begin, end in Headed.RUNS)
-    assert multiplied == [(70000, *by_runs), (70000, *by_runs), by_runs, by_runs, by_runs]
+    by_runs = tuple(end - begin for begin, end in RUNS)
+    assert multiplied == [(ROWS, *by_runs), (ROWS, *by_runs), by_runs, by_runs, by_runs]
 
 
 class Multiplications(torch.overrides.TorchFunctionMode):
@@ -150,7 +159,7 @@ def test_a_shape_for_which_kernels_disagree_is_computed_whole(apply: Apply, any_
     batch = on(any_device, tokens(1, 7))
     expected = plain(model, batch, any_device)
     apply(model, PLANS["k=2 k'=1"])
-    with RunsDiffer():
+    with RunsDiffer(ROWS):
         for _ in range(3):
             assert equal(model(batch), expected)
     assert equal(model(on(any_device, BATCH)), plain(headed(), BATCH, any_device))
@@ -164,7 +173,7 @@ def test_writes_at_rest_reach_every_run(
     model = headed()
     apply(model, candidate)
     model(on(any_device, BATCH))
-    for begin, _ in Headed.RUNS:
+    for begin, _ in RUNS:
         twin = headed()
         for written in (model, twin):
             weight = written.head.weight
@@ -181,7 +190,7 @@ def test_the_weight_is_used_without_the_forward_and_the_head_without_the_model(
     apply: Apply, any_device: Device
 ) -> None:
     model, twin = headed(), headed()
-    x = torch.linspace(-1, 1, 512).reshape(2, 256)
+    x = torch.linspace(-1, 1, 2 * WIDTH).reshape(2, WIDTH)
     apply(model, PLANS["a run stays"])
     with torch.no_grad():
         expected = twin.to(any_device.torch_device).head(on(any_device, x))
@@ -219,7 +228,7 @@ def test_where_the_host_has_no_room_for_the_head(residents: int, tmp_path: Path)
     with torch.no_grad():
         expected = model(BATCH)
     device = CpuDevice(slow_tier=Tier.HOST)
-    plan = autosp.plan(model, BATCH, k=2 + residents, k_prime=1, residents=residents, max_cpu_gb="60MB", device=device)
+    plan = autosp.plan(model, BATCH, k=2 + residents, k_prime=1, residents=residents, max_cpu_gb="19MB", device=device)
     candidate = plan.candidate
     assert not set(HEAD).isdisjoint(candidate.on_disk)
     assert set(HEAD) <= {*candidate.on_disk, *candidate.residents}
@@ -238,25 +247,25 @@ def test_where_the_host_has_no_room_for_the_head(residents: int, tmp_path: Path)
 @pytest.mark.parametrize("mapped", [True, False], ids=["in a file", "in RAM"])
 def test_a_tied_head_streams_while_its_table_is_looked_up(k: int, residents: int, mapped: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = TiedHead().eval()
-    batches = [BATCH, tokens(1, 9) + 60_000]
+    model = TiedHead(ROWS, WIDTH).eval()
+    batches = [BATCH, tokens(1, 9) + 40_000]
     with torch.no_grad():
         expected = [model(batch) for batch in batches]
     if mapped:
         pytest.importorskip("safetensors")
         map_weights(model, tmp_path / "weights")
     plan = autosp.plan(model, BATCH, k=k, k_prime=1, residents=residents, device="cpu")
-    assert [layer.rows for layer in plan.partition.layers[2:]] == list(Headed.RUNS)
+    assert [layer.rows for layer in plan.partition.layers[2:]] == list(RUNS)
     streamed = autosp.apply(model, plan)
     assert model.head.weight is model.embed.weight
     for _ in range(2):
         for batch, output in zip(batches, expected, strict=True):
             assert equal(model(batch), output)
     with torch.no_grad():
-        model.embed.weight[60_003].zero_()
+        model.embed.weight[40_003].zero_()
     output = model(batches[1])
     assert not equal(output, expected[1])
-    assert equal(output[..., 60_003], model.head.bias[60_003].expand(1, 9))
+    assert equal(output[..., 40_003], model.head.bias[40_003].expand(1, 9))
     streamed.remove()
     with torch.no_grad():
         assert equal(model(batches[1]), output)
@@ -290,8 +299,8 @@ def test_rows_are_read_where_they_lie_in_a_file(k: int, residents: int, tmp_path
     if residents < 5:
         assert model.head.weight.data_ptr() == addresses["head.weight"]
         with torch.no_grad():
-            model.head.weight[60000] = 0
-        assert not model(BATCH)[..., 60000].sub(model.head.bias[60000]).any()
+            model.head.weight[40_000] = 0
+        assert not model(BATCH)[..., 40_000].sub(model.head.bias[40_000]).any()
     streamed.remove()
     assert addresses == {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
     assert not settings().cache_dir.exists()

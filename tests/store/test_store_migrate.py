@@ -25,6 +25,7 @@ from autosp.store.migrate import (
     migrations_folder,
     upgrade,
 )
+from processes import run
 
 ASSETS = Path(__file__).parent / "assets"
 ROOT = Path(__file__).parents[2]
@@ -219,8 +220,9 @@ def test_downgrading_takes_our_tables_and_no_others(storage: Path) -> None:
 
 def test_the_alembic_command_works_in_a_checkout(storage: Path) -> None:
     def alembic(*arguments: str) -> str:
-        command = [sys.executable, "-m", "alembic", "-x", f"storage={storage}", *arguments]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120).stdout
+        """What `python -m alembic` does in the checkout's folder."""
+        program = "import os, sys; from alembic.config import main; os.chdir(sys.argv.pop(1)); main(sys.argv[1:])"
+        return run(program, ROOT, "-x", f"storage={storage}", *arguments)
 
     alembic("upgrade", "head")
     assert tables(storage) == OURS
