@@ -52,14 +52,14 @@ def private_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
 @pytest.fixture(autouse=True)
 def short_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Passes are repeated for a tenth of a second: no test rests on how well a median is known.
+    """Passes are repeated for 0.03 s: no test rests on how well a median is known.
 
     Those that compare times take them in a fixture of their module, which this does not reach, nor any new process.
     """
     for module in ("layers", "training"):
-        monkeypatch.setattr(f"autosp.profiler.{module}.ENOUGH", Repeats(2, 0.1))
-    monkeypatch.setattr("autosp.profiler.layers.BRIEF", Repeats(1, 0.1))
-    monkeypatch.setattr("autosp.search.validate.ENOUGH_S", 0.1)
+        monkeypatch.setattr(f"autosp.profiler.{module}.ENOUGH", Repeats(2, 0.03))
+    monkeypatch.setattr("autosp.profiler.layers.BRIEF", Repeats(1, 0.03))
+    monkeypatch.setattr("autosp.search.validate.ENOUGH_S", 0.03)
 
 
 @pytest.fixture(scope="session")
