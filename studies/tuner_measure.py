@@ -121,6 +121,10 @@ class Measured:
         """Whether every round has its times."""
         return all(measurement.samples_s for measurement in self.rounds)
 
+    def keeps(self, budget_bytes: int) -> bool:
+        """Whether no round was over it."""
+        return self.ran and self.peak_bytes <= budget_bytes
+
     @property
     def latency_s(self) -> float:
         """The median of all its passes."""

@@ -39,12 +39,19 @@ REPEATS = 3
 
 RESAMPLES = 2000
 
+FINALISTS = 4
+"""Rivals that are measured on: those that were fastest at first."""
+
+FINAL_ROUNDS = 2
+"""Times as many rounds as at first. What was fastest of many then was lucky, too, and may not be again."""
+
 PREFACE = (
     "`tune` of a budget, then its plan, the best predicted of the others (as the study's trials correct predictions) "
-    "and some at random, each in every round. Regret: the plan's median ÷ the least median of those whose peak was "
-    "within the budget. The least of many noisy medians is too low, so regret is never below 1; *held out* takes the "
-    "best of the other rounds and is free of that. Interval: 95 %, rounds drawn anew. Noise: a round's median of the "
-    "plan against the median of its other rounds. Passes: wall time of `tune` ÷ a pass of its plan."
+    f"and some at random, each in every round; then the plan and the {FINALISTS} fastest of those whose peak was "
+    f"within the budget, in {FINAL_ROUNDS} times as many rounds, which alone count (rows of before have none). Regret: "
+    "the plan's median ÷ the least. The least of noisy medians is too low, so regret is never below 1; *held out* takes the best of the other rounds and "
+    "is free of that. Interval: 95 %, rounds drawn anew. Noise: a round's median of the plan against the median of its "
+    "other rounds. Passes: wall time of `tune` ÷ a pass of its plan."
 )
 
 
@@ -77,6 +84,8 @@ def _regret(job: Job) -> dict[str, Any]:
         candidates = rivals(tuned, job.numbers["top"], job.numbers["random"])
         with on_bench(example, device, tuned.profile, folder) as validated:
             found = in_rounds(validated, [tuned.plan.candidate, *candidates], job.numbers["rounds"])
+            again = [each.candidate for each in finalists(found, budget_bytes)]
+            finals = in_rounds(validated, again, FINAL_ROUNDS * job.numbers["rounds"], seed=1)
     assert tuned.plan.measurement is not None, "tune measured it"
     return {
         "figures": {
@@ -88,8 +97,18 @@ def _regret(job: Job) -> dict[str, Any]:
             "why": tuned.plan.why,
             "again_s": again_s,
             "candidates": [each.dump() for each in found],
+            "finals": [each.dump() for each in finals],
         }
     }
+
+
+def finalists(found: Sequence[Measured], budget_bytes: int) -> list[Measured]:
+    """The plan, which comes first, and the fastest of the others that kept the budget. None if the plan did not."""
+    chosen, *others = found
+    if not chosen.keeps(budget_bytes):
+        return []
+    kept = [each for each in others if each.keeps(budget_bytes)]
+    return [chosen, *sorted(kept, key=lambda each: each.latency_s)[:FINALISTS]]
 
 
 def rivals(tuned: Tuned, top: int, others: int, seed: int = 0) -> list[Candidate]:
@@ -133,11 +152,13 @@ class Regret:
 
 def regret_of(row: Row) -> Regret | None:
     """None if the plan ran out of memory, or over the budget, where all of the device was there for it."""
-    chosen, *others = (Measured.of(dumped) for dumped in row.figures["candidates"])
-    if not chosen.ran or chosen.peak_bytes > row.figures["budget_bytes"]:
+    budget_bytes = row.figures["budget_bytes"]
+    heat = [Measured.of(dumped) for dumped in row.figures["candidates"]]
+    finals = [Measured.of(dumped) for dumped in row.figures.get("finals", [])]  # rows of before have none
+    chosen, *others = finals or heat
+    if not chosen.keeps(budget_bytes):
         return None
-    kept = [each for each in others if each.ran and each.peak_bytes <= row.figures["budget_bytes"]]
-    field = [chosen, *kept]
+    field = [chosen, *(each for each in others if each.keeps(budget_bytes))]
     times = [each.latency_s for each in field]
     rounds = np.array(
         [[measurement.latency_s for measurement in each.rounds] for each in field]
@@ -151,7 +172,7 @@ def regret_of(row: Row) -> Regret | None:
         held_out=_held_out(rounds),
         noise=median(noise) if noise else None,
         best=field[int(np.argmin(times))].candidate,
-        measured=len(field),
+        measured=sum(each.keeps(budget_bytes) for each in heat),
     )
 
 
@@ -178,8 +199,10 @@ def _held_out(rounds: np.ndarray) -> float | None:
 
 
 def tuned_rows(rows: Sequence[Row]) -> list[Row]:
-    """The rows of models, with figures."""
-    return [row for row in rows if row.ok and row.case.model != RANKING]
+    """The rows of models, with figures: models as they came, each with its budgets from the least."""
+    found = [row for row in rows if row.ok and row.case.model != RANKING]
+    models = list(dict.fromkeys(row.case.model for row in found))
+    return sorted(found, key=lambda row: (models.index(row.case.model), row.case.budget_percent or 0))
 
 
 def wall_limit_s(row: Row) -> float:

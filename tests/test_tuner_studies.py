@@ -25,7 +25,7 @@ from tuner_accuracy import ACCURACY, BUDGETS_PERCENT, Errors, sample, sizes, und
 from tuner_budget import BUDGET, OUT_OF_MEMORY, in_two_processes, over
 from tuner_draws import FAMILIES, Draw, budget_between, build, draw
 from tuner_measure import Measured
-from tuner_regret import RANKING, REGRET, regret_of
+from tuner_regret import RANKING, REGRET, finalists, regret_of
 from tuner_results import DEVICES, TOO_SMALL, Case, Job, Row, Run, raw_path
 from tuner_samplers import OURS, SAMPLERS, SAMPLING, STEPS, Table, found_after, with_cost_model, with_optuna
 from tuner_targets import targets
@@ -117,7 +117,11 @@ def test_regret(asked: Callable[..., Run], tmp_path: Path) -> None:
     figures = rows[0].figures
     assert 1 <= figures["trials"] <= 2
     assert figures["wall_s"] > max(figures["again_s"]), "the second answer is the database's"
-    assert len(figures["candidates"]) == 1 + NUMBERS["top"] + NUMBERS["random"]
+    found = [Measured.of(each) for each in figures["candidates"]]
+    assert len(found) == 1 + NUMBERS["top"] + NUMBERS["random"]
+    again = finalists(found, figures["budget_bytes"])
+    assert [each["candidate"] for each in figures["finals"]] == [each.dump()["candidate"] for each in again]
+    assert all(len(each["rounds"]) == 2 * NUMBERS["rounds"] for each in figures["finals"])
     regret = regret_of(rows[0])
     assert regret is None or 1 <= regret.low <= regret.high
     assert rows[1].figures["fitting"] > 0
@@ -303,6 +307,18 @@ def test_regret_is_against_the_best_that_kept_the_budget() -> None:
     assert best is not None
     assert (best.of_best, best.verdict) == (1, "met")
     assert regret_of(made_regret_row((1.0,) * 3, peaks=(101,))) is None
+
+
+def test_finals_alone_count() -> None:
+    """A rival that was lucky among many is not what the plan is held against, nor one that was not measured again."""
+    heat = made_regret_row((1.0,), (0.8,), (1.2,), (1.3,), (1.1,), (1.4,), (0.5,), peaks=(100,) * 6 + (101,)).figures
+    found = [Measured.of(dumped) for dumped in heat["candidates"]]
+    assert [each.candidate.k for each in finalists(found, 100)] == [1, 2, 5, 3, 4]
+    assert finalists(found[-1:], 100) == []
+    finals = made_regret_row((1.0, 1.0), (1.02, 1.02)).figures["candidates"]
+    regret = regret_of(made_regret_row((1.0,), (0.8,), (0.9,), finals=finals))
+    assert regret is not None
+    assert (regret.of_best, regret.high, regret.measured) == (1, 1, 3)
 
 
 def test_targets_say_what_was_met() -> None:
