@@ -46,12 +46,13 @@ FINAL_ROUNDS = 2
 """Times as many rounds as at first. What was fastest of many then was lucky, too, and may not be again."""
 
 PREFACE = (
-    "`tune` of a budget, then its plan, the best predicted of the others (as the study's trials correct predictions) "
-    f"and some at random, each in every round; then the plan and the {FINALISTS} fastest of those whose peak was "
-    f"within the budget, in {FINAL_ROUNDS} times as many rounds, which alone count (rows of before have none). Regret: "
-    "the plan's median ÷ the least. The least of noisy medians is too low, so regret is never below 1; *held out* "
-    "takes the best of the other rounds and is free of that. Interval: 95 %, rounds drawn anew. Noise: a round's median "
-    "of the plan against the median of its other rounds. Passes: wall time of `tune` ÷ a pass of its plan."
+    "`tune` of a budget, then its plan, the best predicted of the others (as the study's trials correct "
+    f"predictions) and some at random, each in every round; then the plan and the {FINALISTS} fastest of those "
+    f"whose peak was within the budget, in {FINAL_ROUNDS} times as many rounds, which alone count (rows of before "
+    "have none). Regret: the plan's median ÷ the least. The least of noisy medians is too low, so regret is never "
+    "below 1; *held out* takes the best of the other rounds and is free of that. Interval: 95 %, rounds drawn "
+    "anew. Noise: a round's median of the plan against the median of its other rounds. Passes: wall time of `tune` "
+    "÷ a pass of its plan."
 )
 
 
