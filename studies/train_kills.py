@@ -29,8 +29,8 @@ import autosp
 from autosp.batch import equal
 
 STEPS = 10
-LONGEST_S = 4.0
-"""Of a process's life: some are killed while they start, most while they train."""
+LONGEST_S = 0.5
+"""From the beginning of a process's training to its kill: some have ended by then."""
 
 Event = Callable[[str, int], None]
 """Told where training is: a place, and the number of the step."""
@@ -66,8 +66,11 @@ def loss_step(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
     return loss
 
 
-def train(folder: Path, streamed: bool, overlap: bool = False, event: Event = nothing) -> None:
-    """Train from the last checkpoint in `folder`, or from the beginning, to the end."""
+def train(folder: Path, streamed: bool, overlap: bool = False, event: Event = nothing, begins: Any = None) -> None:
+    """Train from the last checkpoint in `folder`, or from the beginning, to the end.
+
+    `begins`: an event of multiprocessing, set where there is nothing left to do but to train.
+    """
     torch.set_num_threads(1)
     model = build()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -78,6 +81,8 @@ def train(folder: Path, streamed: bool, overlap: bool = False, event: Event = no
         model, torch.ones(2, 128), k=3, k_prime=1, recompute=3, mode="training", step=loss_step, device="cpu"
     )
     with autosp.apply(model, plan, optimizer=optimizer if overlap else None):
+        if begins is not None:
+            begins.set()
         _loop(folder, model, optimizer, event)
 
 
@@ -113,14 +118,18 @@ def _loop(folder: Path, model: nn.Sequential, optimizer: torch.optim.Optimizer, 
 def context() -> BaseContext:
     """Processes that begin with all imports done."""
     chosen = multiprocessing.get_context("forkserver")
-    chosen.set_forkserver_preload(["train_kills"])
+    chosen.set_forkserver_preload(["train_kills", "torch._dynamo"])  # whatever applies a plan imports the compiler
     return chosen
 
 
 def run(folder: Path, streamed: bool, overlap: bool, event: Event = nothing, longest_s: float | None = None) -> bool:
-    """One process's life. Whether it came to its end; else it was killed, by itself or after so long."""
-    process = context().Process(target=train, args=(folder, streamed, overlap, event))  # type: ignore[attr-defined]
+    """One process's life. Whether it came to its end; else it was killed, by itself or after training for so long."""
+    begins = context().Event()
+    arguments = (folder, streamed, overlap, event, begins)
+    process = context().Process(target=train, args=arguments)  # type: ignore[attr-defined]
     process.start()
+    while longest_s is not None and process.exitcode is None and not begins.wait(0.1):
+        pass
     process.join(longest_s)
     if process.exitcode is None:
         process.kill()
