@@ -67,8 +67,8 @@ class CostModelSampler(BaseSampler):
     def next_key(self, study: Study) -> Key | None:
         """What the next trial is to try; None if nothing is left that no trial has or had."""
         taken = self.validated | _taken(study)
-        for key in self._due(taken):
-            return key
+        if due := self._due(taken):
+            return due[0]
         best = self.best_unvalidated(taken)
         return None if best is None else key_of(best.candidate)
 
