@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from autosp.devices import Device
-from autosp.devices.memory import memory_of
+from autosp.devices import Device, Region
+from autosp.devices.memory import anonymous, memory_of, read_regions
 from autosp.partition.placed import Placed, settle
 from autosp.partition.tensors import EXTENT_ALIGNMENT, Extent, align
 from autosp.spec import Tier
@@ -34,14 +34,20 @@ class Residents:
             size = align(offset + place.extent.n_bytes, EXTENT_ALIGNMENT)
         self.memory = device.allocate(size)
 
-    def move_in(self) -> None:
+    def move_in(self, resting: Mapping[Extent, Sequence[Region]]) -> None:
         """Fill it, and bind the tensors there. But a run of a weight's rows is a copy only: the weight rests elsewhere.
+
+        `resting`: of such runs, what a store has of them.
 
         Raises: ReadError if one cannot be read from its file.
         """
         for place in self._targets:
             target = self.memory[place.offset : place.offset + place.extent.n_bytes]
-            fill(target, place)
+            regions = resting.get(place.extent, ())
+            if place.source is None and any(region.host is None for region in regions):
+                _read(regions, target)
+            else:
+                fill(target, place)
             if not place.extent.is_part:
                 self._move_in(place, target)
 
@@ -68,6 +74,16 @@ class Residents:
         mapped = [named.tensor.data for named in place.extent.tensors] if place.source else []
         self._moved.append((place, mapped))
         settle([Placed(place.extent, 0)], target)
+
+
+def _read(regions: Sequence[Region], target: torch.Tensor) -> None:
+    """From the packed file, as it is read for every pass: verified, and no page of its map becomes the process's.
+
+    Raises: ReadError.
+    """
+    memory = anonymous(sum(region.n_bytes for region in regions))
+    read_regions(regions, memory)
+    target.copy_(memory[: len(target)])
 
 
 def fill(target: torch.Tensor, place: Placed) -> None:

@@ -89,9 +89,8 @@ class StreamedModel(Generic[M]):
         moving = [piece for piece in pieces if not residents.issuperset(piece.indices)]
         staying = [place for piece in pieces if piece not in moving for place in piece.placed]
         staying += bound.residents
-        copied = [
-            place for piece in moving for one in piece.layers if one.layer.index in residents for place in one.placed
-        ]
+        runs = [one for piece in moving for one in piece.layers if one.layer.index in residents]
+        copied = [place for one in runs for place in one.placed]
         streamed = [(one, piece.leaf) for piece in moving for one in piece.layers if one.layer.index not in residents]
         kept = [*bound.opaque, *tensors_of(bound.lookups.placed if bound.lookups else ())]
         if originals is Originals.KEPT:
@@ -114,7 +113,8 @@ class StreamedModel(Generic[M]):
                 device.start_measuring()
             self._residents = Residents([*staying, *copied], device)
             device.join()
-            self._residents.move_in()
+            freed = runs if originals is Originals.FREED else ()
+            self._residents.move_in({p.extent: store.regions([one.layer.index]) for one in freed for p in one.placed})
             self._move_opaque()
             if originals is Originals.FREED:
                 device.originals_freed(self._residents.n_bytes)

@@ -16,13 +16,14 @@ from torch.nn import functional as F
 import autosp
 from autosp.batch import equal, map_tensors
 from autosp.devices import CpuDevice, Device
-from autosp.errors import ModelChangedError
+from autosp.errors import ModelChangedError, ReadError
 from autosp.partition import bind, partition
 from autosp.runtime.streamed_model import StreamedModel
 from autosp.schedule.streaming import lower
 from autosp.settings import settings
 from autosp.spec import Candidate, Plan, Tier
 from autosp.tiers import Originals, open_store
+from autosp.tiers.packed import PackedFile
 from mapped_models import map_weights
 from models import Headed, RunsDiffer, TiedHead, tokens
 
@@ -198,6 +199,45 @@ def test_the_weight_is_used_without_the_forward_and_the_head_without_the_model(
             assert equal(on(any_device, model.head(x)), expected)
             assert equal(model.head(input=on(any_device, x)), expected)
         assert equal(F.linear(x, model.head.weight), F.linear(x, headed().head.weight))
+
+
+def packed_bytes_mapped() -> int:
+    """Of the process's memory: pages of packed files."""
+    found, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if line.startswith("Rss:"):
+            found += int(line.split()[1]) * 1024 if inside else 0
+        elif "-" in line.split(" ", 1)[0]:
+            inside = "/packed-" in line
+    return found
+
+
+@pytest.mark.parametrize("originals", Originals)
+def test_runs_that_stay_are_read_as_the_others_are(originals: Originals, apply: Apply, any_device: Device) -> None:
+    """Not through the map, whose pages would be the process's, and are not verified."""
+    model = headed()
+    expected = plain(model, BATCH, any_device)
+    apply(model, PLANS["a run stays"], originals)
+    assert packed_bytes_mapped() < 2**20
+    assert equal(model(on(any_device, BATCH)), expected)
+
+
+def test_a_run_that_stays_and_is_not_what_was_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = headed()
+    plan = autosp.plan(model, BATCH, k=3, k_prime=1, residents=2, device="cpu")
+    (resident,) = (index for index in plan.candidate.residents if index in HEAD)
+    verify = PackedFile.verify
+
+    def misread(pack: PackedFile, layer: Any, data: memoryview) -> None:
+        if layer.name.endswith(f"[{RUNS[HEAD.index(resident)][0]}:{RUNS[HEAD.index(resident)][1]}]"):
+            data[0] ^= 1
+        verify(pack, layer, data)
+
+    monkeypatch.setattr(PackedFile, "verify", misread)
+    with pytest.raises(ReadError, match=r"checksum of layer head\["):
+        autosp.apply(model, plan, device="cpu")
+    with torch.no_grad():
+        assert equal(model(BATCH), headed()(BATCH))
 
 
 def test_another_parameter_in_its_place_is_used(apply: Apply, any_device: Device) -> None:
