@@ -23,7 +23,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def seen_garbage() -> None:
-    """What tests import lives to the end, too: a collection, of which every `Bench` begins with one, takes a tenth of it."""
+    """What tests have imported by now lives to the end, too. Every `Bench` begins with a collection."""
     gc.collect()
     gc.freeze()
 
