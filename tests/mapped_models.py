@@ -32,6 +32,17 @@ def map_weights(model: nn.Module, path: Path) -> None:
             parameter.data = file.get_tensor(name)
 
 
+def mapped_bytes(named: str) -> int:
+    """What is in this process's memory of its maps of files in whose path that is (proc_pid_smaps(5))."""
+    found, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        if "-" in line.split()[0]:
+            inside = named in line
+        elif inside and line.startswith("Rss:"):
+            found += int(line.split()[1]) * 1024
+    return found
+
+
 def sharded_stack(folder: Path) -> tuple[nn.Module, torch.Tensor]:
     """The stack of `models.make`, each of its layers in two files, and its batch. Needs safetensors."""
     from safetensors import safe_open

@@ -24,7 +24,7 @@ from autosp.settings import settings
 from autosp.spec import Candidate, Plan, Tier
 from autosp.tiers import Originals, open_store
 from autosp.tiers.packed import PackedFile
-from mapped_models import map_weights
+from mapped_models import map_weights, mapped_bytes
 from models import Headed, RunsDiffer, TiedHead, tokens
 
 Apply = Callable[..., StreamedModel[nn.Module]]
@@ -201,24 +201,13 @@ def test_the_weight_is_used_without_the_forward_and_the_head_without_the_model(
         assert equal(F.linear(x, model.head.weight), F.linear(x, headed().head.weight))
 
 
-def packed_bytes_mapped() -> int:
-    """Of the process's memory: pages of packed files."""
-    found, inside = 0, False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if line.startswith("Rss:"):
-            found += int(line.split()[1]) * 1024 if inside else 0
-        elif "-" in line.split(" ", 1)[0]:
-            inside = "/packed-" in line
-    return found
-
-
 @pytest.mark.parametrize("originals", Originals)
 def test_runs_that_stay_are_read_as_the_others_are(originals: Originals, apply: Apply, any_device: Device) -> None:
     """Not through the map, whose pages would be the process's, and are not verified."""
     model = headed()
     expected = plain(model, BATCH, any_device)
     apply(model, PLANS["a run stays"], originals)
-    assert packed_bytes_mapped() < 2**20
+    assert mapped_bytes("/packed-") < 2**20
     assert equal(model(on(any_device, BATCH)), expected)
 
 

@@ -28,6 +28,7 @@ from autosp.runtime.state_plan import SMALL_BYTES, layer_states
 from autosp.spec import Candidate, Tier
 from autosp.tiers import Readers
 from autosp.tiers.state_file import StateFile
+from mapped_models import mapped_bytes
 from models import make, vectors
 from processes import run
 from trained import PLANS, Apply, assert_same_gradients, assert_same_weights, backward, loss_of, twins
@@ -276,17 +277,6 @@ def test_a_scaler_s_steps(name: str, apply: Apply, disk: Disk) -> None:
     assert len(pair.on_disk()) == len(pair.large())
 
 
-def mapped_bytes() -> int:
-    """Of all maps of state files, what is in this process's memory."""
-    resident, ours = 0, False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if "-" in line.split(" ")[0]:
-            ours = "/state-" in line
-        elif ours and line.startswith("Rss:"):
-            resident += int(line.split()[1]) * 1024
-    return resident
-
-
 def test_memory_stays_within_the_window(apply: Apply, disk: Disk) -> None:
     """Of 8 layers with 8 MB of state each: two slots, and one layer's new state in the first step."""
     torch.manual_seed(0)
@@ -304,13 +294,13 @@ def test_memory_stays_within_the_window(apply: Apply, disk: Disk) -> None:
     files = resident_bytes()[0] - anonymous_bytes()
     # A new layer's state, a gradient's update on its way (Adam's own temporaries), and what passes take.
     assert resident_bytes()[1] - files - before < 8 * MB + 3 * 4 * MB + 2 * MB
-    assert mapped_bytes() == 0
+    assert mapped_bytes("/state-") == 0
     total = sum(one.sum().item() for state in optimizer.state.values() for one in state.values() if one.ndim == 2)
     assert total != 0
-    assert mapped_bytes() >= 60 * MB  # who looks at all of it has all of it in the page cache
+    assert mapped_bytes("/state-") >= 60 * MB  # who looks at all of it has all of it in the page cache
     optimizer.step()
     optimizer.state_dict()
-    assert mapped_bytes() == 0
+    assert mapped_bytes("/state-") == 0
     streamed.remove()
 
 

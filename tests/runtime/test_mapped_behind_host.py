@@ -28,7 +28,7 @@ from autosp.settings import settings
 from autosp.spec import Candidate, Tier
 from autosp.tiers import DiskStore, HostStore, Originals, Readers, forget_pages, open_store
 from builders import quick
-from mapped_models import map_weights, sharded_stack
+from mapped_models import map_weights, mapped_bytes, sharded_stack
 from models import EarlyExit, vectors
 
 pytest.importorskip("safetensors")
@@ -79,18 +79,6 @@ def plain(model: nn.Module, batch: Any) -> Any:
 def addresses(model: nn.Module) -> dict[str, int]:
     """Where the weights are."""
     return {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
-
-
-def resident_pages_bytes(path: Path) -> int:
-    """Of a file's maps, what is in this process's memory."""
-    found = 0
-    mine = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if "-" in line.split()[0]:
-            mine = line.endswith(str(path))
-        elif mine and line.startswith("Rss:"):
-            found += int(line.split()[1]) * 1024
-    return found
 
 
 @pytest.mark.parametrize("candidate", PLANS.values(), ids=PLANS)
@@ -200,16 +188,16 @@ def test_the_host_has_mapped_weights_once(tmp_path: Path) -> None:
     layers = bind(model, partition(model, lambda: call(model, batch), torch.device("cpu"))).layers
     path = tmp_path / "shards" / "one.safetensors"
     forget_pages(place.extent.source for bound in layers for place in bound.placed if place.extent.source)
-    shared = resident_pages_bytes(path)  # of no extent alone
+    shared = mapped_bytes(str(path))  # of no extent alone
     assert shared < path.stat().st_size // 4
     device = CpuDevice(slow_tier=Tier.HOST)
     store = HostStore(layers, device)
-    assert resident_pages_bytes(path) == shared
+    assert mapped_bytes(str(path)) == shared
     assert all(addresses(model)[name] != before[name] for bound in layers for name in bound.layer.tensors)
     assert equal(plain(model, batch), expected)
     model.head.bias.data.add_(1)
     store.close()
-    assert resident_pages_bytes(path) == shared
+    assert mapped_bytes(str(path)) == shared
     moved = {name for name, address in addresses(model).items() if address != before[name]}
     assert moved == {"head.bias"}
     model.head.bias.data.sub_(1)
