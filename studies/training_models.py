@@ -9,8 +9,12 @@ import torch
 from peer_models import PeerModel
 from torch import nn
 
-SCALES = ("tiny", "cpu")
-"""`cpu` sizes are 0.1-0.3 GB of weights; `tiny` ones are for trying the study itself."""
+SCALES = ("tiny", "cpu", "wide")
+"""`cpu` sizes are 0.1-0.3 GB of weights, in narrow layers; `wide` ones 0.4-1.3 GB, in layers as wide as those of models
+that need a plan; `tiny` ones are for trying the study itself.
+
+How much compute there is for each byte that is moved or allocated grows with a layer's width and the batch.
+"""
 
 
 def build(name: str, scale: str) -> PeerModel:
@@ -30,7 +34,11 @@ def loss_of(model: nn.Module, batch: Any) -> torch.Tensor:
 def _vit(scale: str) -> PeerModel:
     from transformers import ViTConfig, ViTForImageClassification
 
-    width, layers, pixels, images = {"tiny": (96, 3, 32, 2), "cpu": (768, 8, 112, 4)}[scale]
+    width, layers, pixels, images = {
+        "tiny": (96, 3, 32, 2),
+        "cpu": (768, 8, 112, 4),
+        "wide": (1280, 12, 224, 4),
+    }[scale]
     config = ViTConfig(
         hidden_size=width,
         intermediate_size=4 * width,
@@ -48,7 +56,11 @@ def _vit(scale: str) -> PeerModel:
 def _llama(scale: str) -> PeerModel:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    width, layers, vocabulary, length = {"tiny": (96, 3, 500, 16), "cpu": (768, 6, 8000, 128)}[scale]
+    width, layers, vocabulary, length = {
+        "tiny": (96, 3, 500, 16),
+        "cpu": (768, 6, 8000, 128),
+        "wide": (2048, 6, 8000, 256),
+    }[scale]
     config = LlamaConfig(
         hidden_size=width,
         intermediate_size=width * 8 // 3,
@@ -63,7 +75,7 @@ def _llama(scale: str) -> PeerModel:
 
 
 def _mlp(scale: str) -> PeerModel:
-    width, layers, rows = {"tiny": (128, 4, 8), "cpu": (2048, 12, 256)}[scale]
+    width, layers, rows = {"tiny": (128, 4, 8), "cpu": (2048, 12, 256), "wide": (4096, 6, 1024)}[scale]
     model = nn.Sequential(*(part for _ in range(layers) for part in (nn.Linear(width, width), nn.GELU())))
     return PeerModel(f"MLP, {_size(model)}, {rows} rows", model, torch.randn(rows, width), mean_square)
 
