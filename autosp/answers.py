@@ -90,7 +90,9 @@ def print_study(stored: Stored) -> None:
     if not stored.trials:
         tell(f"study {stored.name} has no trials yet")
     else:
-        console().print(trials_table(stored.trials, stored.budget_bytes, floor, plan.candidate if plan else None))
+        profiled = stored.profile.overlapped if stored.profile is not None else None
+        chosen = plan.candidate if plan else None
+        console().print(trials_table(stored.trials, stored.budget_bytes, floor, chosen, profiled))
     if plan is not None:
         console().print(plan_table(plan))
 

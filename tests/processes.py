@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
@@ -19,9 +20,9 @@ forked = multiprocessing.get_context("forkserver")
 
 PRELOADED = [
     *["autosp.tune", "autosp.apply", "autosp.search.study", "autosp.store.migrate", "autosp.store.trials"],
-    *["alembic.command", "torch._dynamo"],
+    *["alembic.command", "torch._dynamo", "accelerate", "transformers.models.llama.modeling_llama"],
 ]
-"""The compiler, too: whatever applies a plan imports it."""
+"""The compiler, too: whatever applies a plan imports it. And what the models of studies are made of."""
 
 forked.set_forkserver_preload(PRELOADED)
 
@@ -71,6 +72,25 @@ class Here(NamedTuple):
     folder: str
     environment: dict[str, str]
     paths: list[str]
+
+
+@dataclass(frozen=True)
+class AsHere:
+    """What a forked process calls, with the environment and the paths of the one that asks for it."""
+
+    target: Callable[..., object]
+    environment: dict[str, str]
+    paths: list[str]
+
+    @classmethod
+    def of(cls, target: Callable[..., object]) -> AsHere:
+        return cls(target, dict(os.environ), list(sys.path))
+
+    def __call__(self, *arguments: object) -> None:
+        os.environ.clear()
+        os.environ.update(self.environment)
+        sys.path[:] = self.paths
+        self.target(*arguments)
 
 
 def _execute(code: str, arguments: list[str], here: Here) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import disk_tier
+import isolation
 import pytest
 import torch
 from disk_accelerate import ACCELERATE, half_resident
@@ -31,6 +32,7 @@ from peer_systems import PLAIN, TUNED, WINDOW
 
 from autosp.spec import Candidate, Plan
 from builders import profile
+from processes import AsHere, forked
 
 pytest.importorskip("accelerate", reason="the peers are no dependencies of autosp")
 
@@ -66,6 +68,17 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def forked_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measurements' own processes need not import anew what takes seconds."""
+    spawned = isolation._answer_of
+
+    def answer(context: object, target: Callable[..., object], *rest: Any) -> dict[str, Any]:
+        return spawned(forked, AsHere.of(target), *rest)
+
+    monkeypatch.setattr(isolation, "_answer_of", answer)
 
 
 @pytest.fixture

@@ -66,8 +66,9 @@ def run(
     plain, plain_s = _plain(workload, device)
     plan = autosp.tune(example.model, example.batch, budget, step=example.step, storage=storage)
     with Repository(storage) as repository:
-        trials = repository.trials(plan.study_name or "")
-    console.print(trials_table(trials, budget_bytes, plan.floor_s, plan.candidate))
+        trials, profile = repository.trials(plan.study_name or ""), repository.profile(plan.study_name or "")
+    profiled = None if profile is None else profile.overlapped
+    console.print(trials_table(trials, budget_bytes, plan.floor_s, plan.candidate, profiled))
     console.print(plan_table(plan))
     plan.save(output)
     console.print(f"plan written to {output}")

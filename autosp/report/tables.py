@@ -41,11 +41,16 @@ def facts_table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
 
 
 def trials_table(
-    trials: Sequence[Trial], budget_bytes: int, floor_s: float | None, chosen: Candidate | None = None
+    trials: Sequence[Trial],
+    budget_bytes: int,
+    floor_s: float | None,
+    chosen: Candidate | None = None,
+    profiled: Trial | None = None,
 ) -> Table:
     """What was validated: predicted beside measured, the fastest first, those that failed last.
 
-    `chosen` is marked, and so are the trivial plans: everything resident, and plain sliding windows.
+    `chosen` is marked, and so are the trivial plans: everything resident, and plain sliding windows. `profiled`: the
+    one that profiling timed, which is for comparison alone: `Profile.overlapped`. Its budget may have been another.
     """
     floor = "" if floor_s is None else f", floor {seconds(floor_s)}"
     table = new_table(f"Trials under {size(budget_bytes)}{floor}")
@@ -53,14 +58,15 @@ def trials_table(
     add_numbers(table, "predicted\npeak", "measured\npeak")
     table.add_column("outcome", no_wrap=True)
     table.add_column("")
-    for trial in sorted(trials, key=_by_outcome):
+    for trial in sorted([*trials, *filter(None, [profiled])], key=_by_outcome):
         said, found = trial.prediction, trial.measurement
-        won = said.candidate == chosen
+        won = said.candidate == chosen and trial is not profiled
         timed = found.latency_s if found.samples_s else None
         over = found.outcome is Outcome.OUT_OF_MEMORY
         peak = NOTHING if found.outcome.cut_short else size(found.peak_bytes)
+        outcome = "profiled" if trial is profiled else found.outcome.value
         table.add_row(
-            str(trial.number),
+            NOTHING if trial is profiled else str(trial.number),
             *_setting(said.candidate),
             seconds(said.latency_s),
             seconds(timed),
@@ -68,7 +74,7 @@ def trials_table(
             ratio(timed, floor_s),
             size(said.peak_bytes),
             f"> {size(budget_bytes)}" if over else peak,
-            "chosen" if won else found.outcome.value,
+            "chosen" if won else outcome,
             _remarks(said.candidate),
             style=CHOSEN if won else None if found.outcome is Outcome.FITS else FAILED,
         )

@@ -82,7 +82,7 @@ def run_study(
     `predictor`: of the candidates, where there is one.
 
     The cost model's favourite comes first, then the trivial baselines: everything resident where it fits, and the best
-    plain sliding window.
+    plain sliding window, unless that is `HOPELESS` and the profile was taken under another one.
 
     [Note: workers] Any number of processes may run one study at once. A worker takes its device, then its turn at the
     study, in which it reads all results, decides, and claims a candidate: so no two claim the same, and each decides
@@ -234,12 +234,20 @@ def _acceptable(trials: Sequence[Trial], acceptable_bytes: int) -> list[Trial]:
 
 
 def _baselines(profile: Profile, ranked: Sequence[Prediction]) -> list[Key]:
-    """Keys of the candidates that are always validated, of those that fit."""
+    """Keys of the trivial candidates that are validated whatever is predicted of their rivals, of those that fit."""
     resident = all_resident(profile).residents
-    everything = next((key_of(p.candidate) for p in ranked if p.candidate.residents == resident), None)
-    window = next((key_of(p.candidate) for p in ranked if not p.candidate.residents), None)
-    found = [everything] if everything is not None else []
-    return [*found, window] if window is not None else found
+    everything = [p for p in ranked if p.candidate.residents == resident][:1]
+    window = [p for p in ranked if not p.candidate.residents and not _was_profiled(profile, p, ranked[0])][:1]
+    return [key_of(prediction.candidate) for prediction in (*everything, *window)]
+
+
+def _was_profiled(profile: Profile, window: Prediction, favourite: Prediction) -> bool:
+    """Whether the ring that profiling timed, a plain window itself, tells enough of a window that cannot win.
+
+    It ran one microbatch, so it tells nothing of a group.
+    """
+    hopeless = window.latency_s > favourite.latency_s * (1 + HOPELESS)
+    return hopeless and profile.overlapped is not None and window.candidate.group == 1
 
 
 def _tell(study: optuna.Study, trial: optuna.Trial, done: Trial, budget_bytes: int) -> None:

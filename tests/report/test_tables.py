@@ -69,6 +69,14 @@ def test_trials_put_the_fastest_first_and_mark_the_trivial_plans() -> None:
     assert body[3].endswith("– – – 5.54 GB > 4.00 GB out of memory everything resident")
 
 
+def test_what_profiling_timed_stands_among_the_trials_and_wins_nothing() -> None:
+    trials = samples.trials()
+    profiled = trials[1].model_copy(update={"number": 0})
+    table = tables.trials_table(trials[2:], samples.BUDGET_BYTES, None, profiled.prediction.candidate, profiled)
+    (row,) = [line for line in lines(table) if "profiled" in line]
+    assert row.startswith("– ") and row.endswith("profiled sliding window")
+
+
 def test_trials_without_a_winner_or_a_floor() -> None:
     table = tables.trials_table(samples.trials(), samples.BUDGET_BYTES, None)
     assert lines(table)[0] == "Trials under 4.00 GB"
