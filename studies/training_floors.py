@@ -8,7 +8,7 @@ from statistics import median
 from kept_rows import Study, having
 from panels import HOLLOW, figure, finish
 from record import markdown
-from training_measure import Case, Job, Run, TrainingRow, binding
+from training_measure import Case, Job, Run, TrainingRow, binding, plain_s
 from training_models import MODELS
 
 
@@ -30,8 +30,10 @@ def run_floors(run: Run) -> None:
 def table(rows: list[TrainingRow]) -> str:
     """A table for each pace of the link."""
     parts = [
+        "Budgets are of the peak of training with everything resident, under a plan; ÷ plain: of training without one. "
         "÷ floor: by the largest need of compute and of each direction of the link, as `training_floors` has them. "
-        "Compute's is what profiling saw at its fastest, or plain training in the same repeat where that was faster."
+        "Compute's is what profiling saw at its fastest, or plain training before and after in the same process where "
+        "that was faster (in rows of the scale `cpu`, which are older: in the same repeat)."
     ]
     for paced in dict.fromkeys(row.case.paced_gb_per_s for row in rows):
         mine = [row for row in rows if row.case.paced_gb_per_s == paced]
@@ -60,12 +62,11 @@ def _line(mine: list[TrainingRow], plain: list[TrainingRow]) -> list[str]:
     pass_s = median(one["pass_s"] for one in figures)
     floors = [one["over_floor"] for one in figures if "over_floor" in one]
     budgets = [one["peak_bytes"] <= one["budget_bytes"] for one in figures if "budget_bytes" in one]
-    plain_s = median(row.figures["pass_s"] for row in plain)
     return [
         first["title"],
         _share(case.percent),
         f"{pass_s:.3g} s",
-        f"{pass_s / plain_s:.2f}",
+        f"{pass_s / plain_s(figures, [row.figures for row in plain]):.2f}",
         f"{median(floors):.2f} ({', '.join(f'{one:.2f}' for one in floors)})" if floors else "",
         binding(first),
         f"{max(one['peak_bytes'] for one in figures) / 1e6:.0f} MB",

@@ -13,7 +13,7 @@ from typing import Any
 from kept_rows import Study, having
 from panels import HOLLOW, figure, finish
 from record import markdown
-from training_measure import Case, Job, Run, TrainingRow, binding
+from training_measure import Case, Job, Run, TrainingRow, binding, plain_s
 
 from autosp.report.units import ratio, seconds, size
 
@@ -65,9 +65,9 @@ def _line(rows: list[TrainingRow], model: str, count: int) -> list[str]:
     return [
         _title(rows, model),
         str(count),
-        seconds(_median(plain, "unplanned_s")),
+        seconds(plain_s(mine, plain)),
         seconds(pass_s),
-        ratio(pass_s, _median(plain, "unplanned_s")),
+        ratio(pass_s, plain_s(mine, plain)),
         ratio(pass_s, _median(plain, "pass_s")),
         ratio(_median(mine, "over_floor"), 1.0),
         binding(mine[0]),
@@ -96,7 +96,7 @@ def _holds(rows: list[TrainingRow], model: str, count: int) -> bool:
     if not plain or not mine:
         return False
     right = all(one["same_gradients"] and one["peak_bytes"] <= one["budget_bytes"] for one in mine)
-    return right and _median(mine, "pass_s") <= MOST_TIME * _median(plain, "unplanned_s")
+    return right and _median(mine, "pass_s") <= MOST_TIME * plain_s(mine, plain)
 
 
 def _both(rows: list[TrainingRow], model: str, count: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -130,7 +130,7 @@ def picture(rows: list[TrainingRow], path: Path) -> None:
         for count in counts:
             plain, mine = _both(of_pace, model, count)
             if plain and mine:
-                points.append((count, _median(mine, "pass_s") / _median(plain, "unplanned_s")))
+                points.append((count, _median(mine, "pass_s") / plain_s(mine, plain)))
                 kept = all(one["peak_bytes"] <= one["budget_bytes"] for one in mine)
                 panel.plot(*points[-1], ls="", marker="o", color=colour, mfc=colour if kept else "white")
         panel.plot([m for m, _ in points], [over for _, over in points], color=colour, label=f"{model}, {paced:g} GB/s")

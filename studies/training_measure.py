@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -46,15 +45,12 @@ class Job:
     case: Case
     scratch: str
     budget_bytes: int | None = None
-    plain_s: float = math.inf
-    """What plain training of the same repeat took: no less than what compute needs."""
 
     @classmethod
     def beside(cls, plain: TrainingRow, case: Case, scratch: Path) -> Job:
         """Of a case with a budget, of which its plain training is known."""
         assert case.percent is not None
-        plain_s = min(plain.figures["unplanned_s"], plain.figures["pass_s"])
-        return cls(case, str(scratch), round(plain.figures["peak_bytes"] * case.percent / 100), plain_s)
+        return cls(case, str(scratch), round(plain.figures["peak_bytes"] * case.percent / 100))
 
     @property
     def storage(self) -> Path:
@@ -111,15 +107,8 @@ def measure(job: Job) -> dict[str, Any]:
 
 def _plain(workload: Workload, device: CpuDevice) -> dict[str, Any]:
     """The microbatches one after another: without a plan; and their peak, under one that keeps everything."""
-
-    def run() -> None:
-        workload.model.zero_grad()
-        for _ in range(workload.group):
-            backward(workload.step or call, workload.model, workload.batch)
-
-    run()
-    unplanned = _samples(device, run)
-    workload.model.zero_grad()
+    run = partial(_run_plainly, workload)
+    unplanned = _unplanned(workload, device)
     options: dict[str, Any] = {"mode": "training", "step": workload.step, "device": device}
     planned = partial(autosp.plan, workload.model, workload.batch, **options)
     count = len(set(planned(k=1, k_prime=1).partition.visits))
@@ -152,11 +141,14 @@ def _planned(workload: Workload, device: CpuDevice, job: Job) -> dict[str, Any]:
         plain = workload.run_seeded()
     with Repository(job.storage) as repository:
         profile, _ = study_of(repository, plan)
+    unplanned = _unplanned(workload, device)
     figures = _under(workload, device, plan, plain)
+    unplanned_s = median([*unplanned, *_unplanned(workload, device)])
     floors_s = training_floors(profile, job.budget_bytes, workload.group)
-    floors_s["compute"] *= min(1.0, job.plain_s / (workload.group * profile.least_compute_s))
+    floors_s["compute"] *= min(1.0, unplanned_s / (workload.group * profile.least_compute_s))
     figures |= {"budget_bytes": job.budget_bytes, "floors_s": floors_s, "plan": plan.candidate.label()}
     figures |= {"predicted_s": plan.prediction.latency_s, "profiled_compute_s": profile.least_compute_s}
+    figures["unplanned_s"] = unplanned_s
     return figures | {"over_floor": figures["pass_s"] / max(floors_s.values())}
 
 
@@ -172,6 +164,20 @@ def _under(workload: Workload, device: CpuDevice, plan: Plan, plain: Any) -> dic
     return _figures(samples, peak_bytes) | {"same_gradients": same}
 
 
+def _run_plainly(workload: Workload) -> None:
+    workload.model.zero_grad()
+    for _ in range(workload.group):
+        backward(workload.step or call, workload.model, workload.batch)
+
+
+def _unplanned(workload: Workload, device: CpuDevice) -> list[float]:
+    """Passes without a plan, after one that may be slower."""
+    _run_plainly(workload)
+    samples = _samples(device, partial(_run_plainly, workload))
+    workload.model.zero_grad()
+    return samples
+
+
 def _samples(device: CpuDevice, run: Callable[[], Any]) -> list[float]:
     samples: list[float] = []
     while len(samples) < LEAST_PASSES or (sum(samples) < ENOUGH_S and len(samples) < MOST_PASSES):
@@ -181,6 +187,15 @@ def _samples(device: CpuDevice, run: Callable[[], Any]) -> list[float]:
 
 def _figures(samples: list[float], peak_bytes: int) -> dict[str, Any]:
     return {"pass_s": median(samples), "samples_s": samples, "peak_bytes": peak_bytes}
+
+
+def plain_s(mine: list[dict[str, Any]], plain: list[dict[str, Any]]) -> float:
+    """Of plain training, without a plan: as the plan's own processes saw it before and after. Old rows: as others did.
+
+    How fast the machine is differs more from process to process than a plan from plain training.
+    """
+    here = [one["unplanned_s"] for one in mine if "unplanned_s" in one]
+    return median(here or [one["unplanned_s"] for one in plain])
 
 
 def binding(figures: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ import pytest
 import training
 import training_floors
 import training_headline
-from training_measure import Case, Job, TrainingRow
+from training_measure import Case, Job, TrainingRow, measure
 
 
 def row(pass_s: float, peak_mb: int, *, paced: float = 2.0, percent: float | None = None) -> TrainingRow:
@@ -18,6 +18,8 @@ def row(pass_s: float, peak_mb: int, *, paced: float = 2.0, percent: float | Non
     if percent is not None:
         floors_s = {"compute": 1.0, "weights in": 2.0}
         figures |= {"budget_bytes": 50 * 10**6, "floors_s": floors_s, "over_floor": pass_s / 2.0, "plan": "k=1"}
+    else:
+        figures |= {"unplanned_s": pass_s}
     return TrainingRow(Case("tiny", "cpu", paced, percent=percent), figures=figures)
 
 
@@ -38,12 +40,21 @@ def test_each_pace_of_the_link_has_a_table() -> None:
     assert "no setting fits" in fast
 
 
-def test_compute_needs_no_more_than_plain_training_took(tmp_path: Path) -> None:
-    for unplanned_s, resident_s in ((1.0, 2.0), (2.0, 1.0)):
-        plain = TrainingRow(Case("tiny", "cpu", 2.0), figures={"peak_bytes": 10, "pass_s": resident_s})
-        plain.figures["unplanned_s"] = unplanned_s
-        job = Job.beside(plain, Case("tiny", "cpu", 2.0, percent=40.0), tmp_path)
-        assert (job.budget_bytes, job.plain_s) == (4, 1.0)
+def test_a_plan_is_compared_with_plain_training_of_its_own_process(tmp_path: Path) -> None:
+    """Where the row has it."""
+    plain, planned = row(2.0, 100), row(4.0, 40, percent=50.0)
+    assert "| Tiny | 50 % | 4 s | 2.00 |" in training_floors.table([plain, planned])
+    planned.figures["unplanned_s"] = 3.2
+    assert "| Tiny | 50 % | 4 s | 1.25 |" in training_floors.table([plain, planned])
+
+
+def test_compute_needs_no_more_than_plain_training_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training_measure.ENOUGH_S", 0.0)
+    figures = measure(Job(Case("mlp", "tiny", 2.0, percent=50.0), str(tmp_path), 50_000_000))["figures"]
+    assert figures["same_gradients"]
+    compute_s = figures["floors_s"]["compute"]
+    assert compute_s <= min(figures["unplanned_s"], figures["profiled_compute_s"]) * (1 + 1e-9)
+    assert figures["over_floor"] == figures["pass_s"] / max(figures["floors_s"].values())
 
 
 def test_a_model_has_one_colour_and_over_the_budget_is_hollow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
