@@ -87,19 +87,21 @@ class AsHere:
         return cls(target, dict(os.environ), list(sys.path))
 
     def __call__(self, *arguments: object) -> None:
-        os.environ.clear()
-        os.environ.update(self.environment)
-        sys.path[:] = self.paths
+        _inherit(self.environment, self.paths)
         self.target(*arguments)
+
+
+def _inherit(environment: dict[str, str], paths: list[str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.path[:] = paths
 
 
 def _execute(code: str, arguments: list[str], here: Here) -> None:
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(Path(here.outputs) / name, os.O_WRONLY | os.O_CREAT), descriptor)
     os.chdir(here.folder)
-    os.environ.clear()
-    os.environ.update(here.environment)
-    sys.path[:] = here.paths
+    _inherit(here.environment, here.paths)
     sys.argv = ["-c", *arguments]
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
