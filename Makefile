@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-WORKERS ?= 2
+WORKERS ?= 3
 
 .PHONY: install demo test test-simulated simulated lint
 
@@ -22,7 +22,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install
 	$(BIN)/autosp demo $(DEMO)
 
-# A worker per core of a small machine, each with one thread: tests have tiny tensors, and threads that wait for cores.
+# One worker more than a small machine has cores, for some tests wait; each with one thread: tests have tiny tensors, and
+# threads that wait for cores.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(TESTS)
 
