@@ -90,11 +90,8 @@ def print_study(stored: Stored) -> None:
     if not stored.trials:
         tell(f"study {stored.name} has no trials yet")
     else:
-        profiled = None
-        if stored.profile is not None and stored.group == 1:  # what profiling timed are passes of one microbatch
-            profiled = stored.profile.overlapped
         chosen = plan.candidate if plan else None
-        console().print(trials_table(stored.trials, stored.budget_bytes, floor, chosen, profiled))
+        console().print(trials_table(stored.trials, stored.budget_bytes, floor, chosen, stored.profile))
     if plan is not None:
         console().print(plan_table(plan))
 

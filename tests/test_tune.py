@@ -33,7 +33,7 @@ from autosp.errors import (
 )
 from autosp.profiler import HEAP_SCATTER_OF_WORKSPACE
 from autosp.runtime.streamed_model import StreamedModel
-from autosp.search.space import all_resident, key_of
+from autosp.search.space import all_resident, key_of, rank
 from autosp.spec import Outcome, Tier
 from autosp.store import Repository
 from models import EarlyExit, make, tokens, vectors
@@ -129,6 +129,8 @@ def test_an_answer_from_the_database_needs_no_optuna_and_no_pass(tmp_path: Path)
 
 
 def test_the_baselines_are_measured() -> None:
+    from autosp.search.study import HOPELESS  # with optuna, which another test of this module must not have
+
     model, batch = big()
     plan = autosp.tune(model, batch, 0.12, device="cpu", progress=False)
     with Repository() as repository:
@@ -137,8 +139,12 @@ def test_the_baselines_are_measured() -> None:
     assert profile is not None
     tried = [trial.prediction.candidate for trial in trials]
     assert key_of(all_resident(profile)) in {key_of(candidate) for candidate in tried}
-    assert profile.overlapped is not None
-    assert any(not candidate.residents for candidate in [*tried, profile.overlapped.prediction.candidate])
+    ranked = rank(profile, plan.budget_bytes)
+    window_s = min(one.latency_s for one in ranked if not one.candidate.residents)
+    hopeless = window_s > ranked[0].latency_s * (1 + HOPELESS)
+    assert hopeless or any(not candidate.residents for candidate in tried)
+    assert profile.overlapped is not None and not profile.overlapped.prediction.candidate.residents
+    assert profile.overlapped.measurement.samples_s
 
 
 def test_a_step_is_what_runs_and_what_is_compared() -> None:
@@ -343,6 +349,8 @@ def test_resume_goes_on_where_a_limit_stopped_and_repeats_nothing() -> None:
         assert repository.profile(name) == profile
     assert after[0].prediction == before[0].prediction
     first_samples_s = before[0].measurement.samples_s
+    if after[0].measurement.rounds == 1:
+        assert after[0] == before[0]
     assert after[0].measurement.samples_s[: len(first_samples_s)] == first_samples_s, "finals add to them"
     assert 1 <= len(after) <= 3
     keys = [key_of(trial.prediction.candidate) for trial in after]

@@ -67,8 +67,7 @@ def run(
     plan = autosp.tune(example.model, example.batch, budget, step=example.step, storage=storage)
     with Repository(storage) as repository:
         trials, profile = repository.trials(plan.study_name or ""), repository.profile(plan.study_name or "")
-    profiled = None if profile is None else profile.overlapped
-    console.print(trials_table(trials, budget_bytes, plan.floor_s, plan.candidate, profiled))
+    console.print(trials_table(trials, budget_bytes, plan.floor_s, plan.candidate, profile))
     console.print(plan_table(plan))
     plan.save(output)
     console.print(f"plan written to {output}")

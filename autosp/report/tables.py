@@ -45,12 +45,12 @@ def trials_table(
     budget_bytes: int,
     floor_s: float | None,
     chosen: Candidate | None = None,
-    profiled: Trial | None = None,
+    profile: Profile | None = None,
 ) -> Table:
     """What was validated: predicted beside measured, the fastest first, those that failed last.
 
-    `chosen` is marked, and so are the trivial plans: everything resident, and plain sliding windows. `profiled`: the
-    one that profiling timed, which is for comparison alone: `Profile.overlapped`. Its budget may have been another.
+    `chosen` is marked, and so are the trivial plans: everything resident, and plain sliding windows. Of
+    `profile` comes the one that profiling timed, for comparison alone: its budget may have been another.
     """
     floor = "" if floor_s is None else f", floor {seconds(floor_s)}"
     table = new_table(f"Trials under {size(budget_bytes)}{floor}")
@@ -58,6 +58,9 @@ def trials_table(
     add_numbers(table, "predicted\npeak", "measured\npeak")
     table.add_column("outcome", no_wrap=True)
     table.add_column("")
+    profiled = None
+    if profile is not None and all(trial.prediction.candidate.group == 1 for trial in trials):
+        profiled = profile.overlapped  # which ran one microbatch
     for trial in sorted([*trials, *filter(None, [profiled])], key=_by_outcome):
         said, found = trial.prediction, trial.measurement
         won = said.candidate == chosen and trial is not profiled

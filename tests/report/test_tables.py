@@ -71,10 +71,15 @@ def test_trials_put_the_fastest_first_and_mark_the_trivial_plans() -> None:
 
 def test_what_profiling_timed_stands_among_the_trials_and_wins_nothing() -> None:
     trials = samples.trials()
-    profiled = trials[1].model_copy(update={"number": 0})
-    table = tables.trials_table(trials[2:], samples.BUDGET_BYTES, None, profiled.prediction.candidate, profiled)
+    profile = samples.profile().model_copy(update={"overlapped": trials[1].model_copy(update={"number": 0})})
+    table = tables.trials_table(trials[2:], samples.BUDGET_BYTES, None, trials[1].prediction.candidate, profile)
     (row,) = [line for line in lines(table) if "profiled" in line]
     assert row.startswith("– ") and row.endswith("profiled sliding window")
+    said = trials[2].prediction
+    of_group = said.model_copy(update={"candidate": said.candidate.model_copy(update={"group": 2})})
+    grouped = trials[2].model_copy(update={"prediction": of_group})
+    table = tables.trials_table([grouped], samples.BUDGET_BYTES, None, None, profile)
+    assert not any("profiled" in line for line in lines(table)), "it ran one microbatch"
 
 
 def test_trials_without_a_winner_or_a_floor() -> None:
