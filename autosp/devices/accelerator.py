@@ -61,7 +61,9 @@ class AcceleratorDevice:
         self._reader = Worker("autosp-reader", self._queue.issue)
         self._host = Worker("autosp-host", self._queue.issue)
         self._joined: Any = None
-        self._anchor: tuple[Any, float] | None = None
+        self._anchor: tuple[Any, float, float] | None = None
+        self.clock_error_s = 0.0
+        """How far from its place an event may stand among the host's times: known once `seconds` has placed one."""
         self._baseline = 0
         self.is_host = False
         self.reads_host = self._can_read_host()
@@ -310,11 +312,17 @@ class AcceleratorDevice:
         if isinstance(stamp, float):
             return stamp
         if self._anchor is None:  # a new one after each `synchronize`: what is read of the clock is not far from it
-            event = self._timing_event()
-            event.synchronize()
-            self._anchor = event, time.perf_counter()
-        event, now_s = self._anchor
-        return now_s - float(stamp.elapsed_time(event)) / 1e3
+            self._anchor = min((self._both_clocks() for _ in range(4)), key=lambda anchor: anchor[2])
+        event, host_s, self.clock_error_s = self._anchor
+        return host_s - float(stamp.elapsed_time(event)) / 1e3
+
+    def _both_clocks(self) -> tuple[Any, float, float]:
+        """An event, the host's time of it and how far off that may be: the event lay between two reads of the clock."""
+        begin_s = time.perf_counter()
+        event = self._timing_event()
+        event.synchronize()
+        end_s = time.perf_counter()
+        return event, (begin_s + end_s) / 2, (end_s - begin_s) / 2
 
     def _can_read_host(self) -> bool:
         """Tried once, on a page: CUDA and ROCm can where host and device share one address space."""
