@@ -2,7 +2,8 @@
 
 [Note: weights after what is computed again] A backward node may ask for a streamed weight before it asks for an
 activation of its block. If computing the block again began after that, it could load another layer over the weight that
-the node already holds. So whatever a block saves of the arena has the block computed again first.
+the node already holds. So whatever a block saves of the arena has the block computed again first; and so does what a
+layer saves inside a checkpoint of the user's, which may go on to layers whose backward is not under way.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ from autosp.partition.trace import Attributes, attributes_of, restore_attributes
 from autosp.runtime.executor import Observer
 
 
+Hooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
+"""What packs, and what unpacks, the tensors that autograd saves."""
+
+
 @dataclass(frozen=True)
 class _Here:
     """The call of a block that a thread is in."""
@@ -32,7 +37,7 @@ class _Here:
     last: int
     """The last layer that it visits."""
     again: bool
-    hooks: tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
+    hooks: Hooks
     """Of its checkpoint."""
 
 
@@ -82,15 +87,17 @@ class Recomputed:
         here = self._here()
         return here is not None and here.again and here.last == layer
 
-    def beginning(self) -> Callable[[], Any] | None:
-        """Of what is saved of the arena now: what computes the block that this thread is in again. None outside one.
+    def beginning(self, around: Hooks | None) -> Callable[[], Any] | None:
+        """Of what is saved of the arena now: what computes that again which this thread is in. None if that is nothing.
 
-        See [Note: weights after what is computed again]. The first pass and the second must save as many tensors.
+        `around`: the hooks around the layer, which may be those of a checkpoint of the user's. See [Note: weights after
+        what is computed again]. The first pass and the second must save as many tensors.
         """
         here = self._here()
-        if here is None:
+        hooks = around if here is None else here.hooks
+        if hooks is None:
             return None
-        pack, unpack = here.hooks
+        pack, unpack = hooks
         return partial(unpack, pack(torch.empty(0)))
 
     def _here(self) -> _Here | None:

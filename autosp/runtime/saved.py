@@ -23,6 +23,7 @@ from autosp.errors import ModelError
 from autosp.intercept import Uncompiled
 from autosp.runtime.loader import Loader
 from autosp.runtime.offload import Activation, Offload, Visit
+from autosp.runtime.recompute import Hooks
 
 
 @dataclass(slots=True)
@@ -66,12 +67,12 @@ class SavedTensors:
         offload: Offload,
         needed: Callable[[int], torch.Tensor | None],
         visited: Callable[[int], None],
-        computed_again: Callable[[], Callable[[], Any] | None],
+        computed_again: Callable[[Hooks | None], Callable[[], Any] | None],
     ) -> None:
         """`needed` has a layer loaded; where its place is in use, it gives the layer's bytes in other memory.
 
         `visited` is told that activations are needed which a layer offloads. `computed_again` says, when a layer's
-        weights are saved, what must come before they are needed.
+        weights are saved, what must come before they are needed; it is told what hooks are around the layer.
         """
         self._loader = loader
         self._offload = offload
@@ -95,7 +96,8 @@ class SavedTensors:
 
         def pack(tensor: torch.Tensor) -> _Saved | _Away | _Delegated:
             if self._loader.is_lent(tensor):
-                return _Saved(tensor.detach(), tensor._version, self._loader.lender(tensor), self._computed_again())
+                again = self._computed_again(around)
+                return _Saved(tensor.detach(), tensor._version, self._loader.lender(tensor), again)
             if around is not None:
                 return _Delegated(around[0](tensor))
             activation = None if leaving is None else self._offload.hold(tensor, leaving)
