@@ -150,7 +150,8 @@ class Workload:
     def leaving_no_trace(self) -> Iterator[None]:
         """Afterwards gradients, buffers, attributes of modules and random generators are as before.
 
-        Meanwhile there are no gradients but those of the passes run.
+        Meanwhile there are no gradients but those of the passes run, and no hook is told of one that is complete: it
+        might train the model.
         """
         attributes = attributes_of(self.model)
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
@@ -158,7 +159,7 @@ class Workload:
         try:
             for parameter, _ in gradients:
                 parameter.grad = None
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(), _untold(self.model):
                 yield
         finally:
             restore_attributes(attributes)
@@ -258,6 +259,21 @@ class Workload:
             host_budget_bytes=host_budget_bytes,
             slack=slack,
         )
+
+
+@contextmanager
+def _untold(model: nn.Module) -> Iterator[None]:
+    """Without the hooks that autograd calls once it has added to a parameter's gradient."""
+    hooks: list[dict[Any, Any]] = [one for p in model.parameters() if (one := p._post_accumulate_grad_hooks)]
+    before = [dict(one) for one in hooks]
+    try:
+        for one in hooks:
+            one.clear()
+        yield
+    finally:
+        for one, its in zip(hooks, before, strict=True):
+            one.clear()
+            one.update(its)
 
 
 def _refuse_scripted(model: nn.Module) -> None:

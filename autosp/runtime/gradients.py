@@ -12,71 +12,38 @@ before; of what somebody else holds, the copy is the gradient, in host memory al
 [Note: gradients of a group] Where the user had nothing, what the first microbatch of a group gives stays on the device
 until the others, which visit the same layers next, have added theirs, and leaves once. Where the user had something
 each leaves by itself: sums are made in the order of plain accumulation, for their bits.
+
+[Note: hooks of the user] Of the hooks that autograd calls before it adds to `grad`, those here are the last: whatever
+others raise, the user has what there was. Of those that it calls afterwards they are the first, and where there are
+others the gradient is brought home at once, for they look at it, and may update the parameter and drop it.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
+from autosp.batch import tensors_in
 from autosp.devices import Device
-from autosp.devices.memory import anonymous, bytes_of, lend, lying_as
 from autosp.partition import BoundLayer
 from autosp.partition.placed import tensors_of
 from autosp.partition.tensors import EXTENT_ALIGNMENT, align
-from autosp.runtime.gradient_layout import added, is_plain, laid_as
+from autosp.runtime.gradient_copies import Gradient, GradientCopies, touched
+from autosp.runtime.gradient_layout import added, laid_as
 from autosp.runtime.loader import Counters
 from autosp.runtime.recorder import Recorder
 from autosp.tiers.host import check_free
 
 
-@dataclass(eq=False)
-class _Gradient:
-    """One parameter's, with its run of host memory."""
-
-    parameter: nn.Parameter
-    layer: int
-    memory: torch.Tensor
-    begin: int
-    lent: Any = None
-    """A weak reference to what was lent of the run last: somebody may still hold an old gradient."""
-    aside: torch.Tensor | None = None
-    """What the user had in `grad`, while autograd adds up a new one."""
-    adding: bool = False
-    """Whether torch adds to what the user had: nothing will be new."""
-    waits: bool = False
-    """On the device, for what other microbatches add."""
-    sums: dict[int | None, torch.Tensor] = field(default_factory=dict)
-    """By microbatch, what its calls of the layer gave so far: on the device until the backward pass ends."""
-    hooks: list[Any] = field(default_factory=list)
-
-    @property
-    def n_bytes(self) -> int:
-        """Of the gradient, which is as large as its parameter."""
-        return self.parameter.numel() * self.parameter.element_size()
-
-    def target(self, value: torch.Tensor) -> torch.Tensor:
-        """Host memory for a gradient that lies as `value` does: the run, unless an old gradient in it is in use."""
-        if self.lent is not None and self.lent() is not None:
-            return torch.empty_like(value, device="cpu")
-        run, self.lent = lend(self.memory, self.begin, self.n_bytes)
-        return lying_as(value, run)
-
-
-@dataclass(frozen=True)
-class _Leaving:
-    """A copy under way, and the memory that it reads; what it brings is added to `total`, if there is one."""
-
-    copied: Any
-    source: torch.Tensor
-    target: torch.Tensor
-    total: torch.Tensor | None
+class _Call:
+    """A call of a layer, for as long as there is its graph."""
 
 
 class Gradients:
@@ -92,41 +59,49 @@ class Gradients:
         self._layers = layers
         self._device = device
         self._one_at_a_time = one_at_a_time
-        self._counters = Counters()
-        self._recorder = Recorder(device)
+        self._copies = GradientCopies(device)
         self._on_gradient: Callable[[], None] = lambda: None
-        self._known: dict[int, _Gradient] = {}
-        self._calls: Counter[tuple[int | None, int]] = Counter()
+        self._known: dict[int, Gradient] = {}
+        self._calls: defaultdict[tuple[int | None, int], WeakSet[_Call]] = defaultdict(WeakSet)
         """By microbatch, and by None for all of them, and layer."""
         self._microbatch: int | None = None
         self._others_follow = False
-        self._waiting: list[_Gradient] = []
-        self._leaving: deque[_Leaving] = deque()
-        self._most_in_flight = 0
-        self._staging: list[torch.Tensor] = []
+        self._waiting: list[Gradient] = []
         self._find()
 
     def connect(self, counters: Counters, recorder: Recorder, on_gradient: Callable[[], None]) -> None:
         """`on_gradient` is called before anything is done with one."""
-        self._counters, self._recorder, self._on_gradient = counters, recorder, on_gradient
+        self._copies.connect(counters, recorder)
+        self._on_gradient = on_gradient
 
     def watch(self) -> None:
-        """Before a pass: hooks on every parameter that requires a gradient."""
+        """Before a pass: hooks on every parameter that requires a gradient. See [Note: hooks of the user]."""
         self._find()
         for gradient in self._known.values():
-            if not gradient.hooks and gradient.parameter.requires_grad:
-                before = gradient.parameter.register_hook(partial(self._before, gradient))
-                after = gradient.parameter.register_post_accumulate_grad_hook(partial(self._after, gradient))
+            parameter = gradient.parameter
+            if not gradient.hooks and parameter.requires_grad:
+                before = parameter.register_hook(partial(self._before, gradient))
+                after = parameter.register_post_accumulate_grad_hook(partial(self._after, gradient))
                 gradient.hooks = [before, after]
+            if gradient.hooks:
+                before, after = gradient.hooks
+                _place_last(parameter._backward_hooks, before)
+                _place_first(parameter._post_accumulate_grad_hooks, after)
 
-    def called(self, layer: int) -> None:
-        """A layer's forward runs with autograd.
+    def called(self, layer: int, output: Any) -> None:
+        """A layer's forward ran with autograd, and gave this.
 
         Gradients of a layer that ran twice before its backward stay on the device until that ends: where parameters
-        change devices, autograd gives one gradient per call, and their sum must not depend on that.
+        change devices, autograd gives one gradient per call, and their sum must not depend on that. A call whose graph
+        is gone, as of a loss that was dropped, counts no more.
         """
+        call = _Call()
+        for tensor in tensors_in(output):
+            if tensor.grad_fn is not None:
+                metadata: Any = tensor.grad_fn.metadata
+                metadata.setdefault(_Call, []).append(call)
         for microbatch in {None, self._microbatch}:
-            self._calls[microbatch, layer] += 1
+            self._calls[microbatch, layer].add(call)
 
     def begin_turn(self, microbatch: int | None, others_follow: bool) -> None:
         """Whose gradients come next, and whether others give theirs of the same layers after it."""
@@ -134,14 +109,14 @@ class Gradients:
 
     def make_room(self) -> None:
         """A visit backward begins."""
-        while self._one_at_a_time and self._leaving:
-            self._settle_oldest()
+        if self._one_at_a_time:
+            self._copies.settle()
 
     def let_go(self) -> None:
         """Nobody adds to what waits on the device."""
         for gradient in self._waiting:
             gradient.waits = False
-            self._leave(gradient, gradient.parameter.grad, None)
+            self._send(gradient, None)
         self._waiting = []
 
     def trains(self, layers: Iterable[int]) -> bool:
@@ -154,15 +129,19 @@ class Gradients:
         self.let_go()
         for gradient in self._known.values():
             while gradient.sums:
-                self._leave(gradient, gradient.sums.pop(next(iter(gradient.sums))), gradient.parameter.grad)
+                self._copies.send(gradient, gradient.sums.pop(next(iter(gradient.sums))), gradient.parameter.grad)
         self.settle()
         for gradient in self._known.values():
             if gradient.aside is not None:  # asked for by autograd.grad, which leaves `grad` alone
                 gradient.parameter.grad, gradient.aside = gradient.aside, None
 
     def abandon(self) -> None:
-        """The backward pass raised some time ago: what it had put aside is as lost as what it would have added."""
-        self.settle()
+        """The backward pass raised some time ago: what autograd was adding then is lost.
+
+        What it had added before arrives, unless the user wrote to that gradient meanwhile: it was zeroed.
+        """
+        self._copies.abandon()
+        self._calls.clear()
         self._waiting = []
         for gradient in self._known.values():
             gradient.aside, gradient.waits, gradient.sums = None, False, {}
@@ -170,19 +149,18 @@ class Gradients:
 
     def settle(self) -> None:
         """Wait for copies under way."""
-        while self._leaving:
-            self._settle_oldest()
+        self._copies.settle()
         self._calls.clear()
 
     def close(self) -> None:
         """Stop watching. Gradients stay where they are."""
         self.settle()
+        self._copies.close()
         for gradient in self._known.values():
             for hook in gradient.hooks:
                 hook.remove()
         self._known = {}
         self._layers = ()
-        self._staging = []  # what is left of a plan may wait for the garbage collector, its memory not
 
     def _find(self) -> None:
         found = [(layer, new) for layer in self._layers if (new := self._new_in(layer))]
@@ -190,13 +168,11 @@ class Gradients:
             self._check_room([_aligned_bytes(one) for _, new in found for one in new])
         for layer, new in found:
             sizes = [_aligned_bytes(one) for one in new]
-            memory = self._take(sum(sizes))
+            memory = touched(sum(sizes), self._device)
             for position, parameter in enumerate(new):
                 begin = sum(sizes[:position])
-                self._known[id(parameter)] = _Gradient(parameter, layer.layer.index, memory, begin)
-            self._most_in_flight = max(self._most_in_flight, sum(sizes))
-            if not self._staging or max(sizes) > self._staging[0].numel():
-                self._staging = [self._take(max(sizes)) for _ in range(2)]
+                self._known[id(parameter)] = Gradient(parameter, layer.layer.index, memory, begin)
+            self._copies.make_room(sum(sizes), max(sizes))
 
     def _new_in(self, layer: BoundLayer) -> list[nn.Parameter]:
         found = [named.tensor for named in tensors_of(layer.placed) if isinstance(named.tensor, nn.Parameter)]
@@ -204,34 +180,32 @@ class Gradients:
 
     def _check_room(self, sizes: Sequence[int]) -> None:
         """Before any is taken. Raises: HostMemoryError."""
-        largest = max(sizes, default=0)
-        staging = 2 * largest if not self._staging or largest > self._staging[0].numel() else 0
         check_free(
-            sum(sizes) + staging,
+            sum(sizes) + self._copies.staging_bytes(max(sizes, default=0)),
             f"room for the gradients of {len(sizes)} streamed parameters",
             "close other programs, train fewer parameters, or keep more layers on the device",
         )
 
-    def _take(self, n_bytes: int) -> torch.Tensor:
-        memory = anonymous(n_bytes)
-        memory.zero_()  # its pages are taken before a pass
-        self._device.pin(memory)
-        return memory
-
-    def _before(self, gradient: _Gradient, value: torch.Tensor) -> torch.Tensor | None:
+    def _before(self, gradient: Gradient, value: torch.Tensor) -> torch.Tensor | None:
         """Autograd is about to add `value`, or what this returns, to the parameter's `grad`."""
         self._on_gradient()
         parameter = gradient.parameter
         if self._device.is_host:
             gradient.adding = parameter.grad is not None and not gradient.waits
-            self._settle_to(parameter.grad)
+            self._copies.settle_to(parameter.grad)
             return None
         if not gradient.waits:
             parameter.grad, gradient.aside = None, parameter.grad
         return None if torch.is_grad_enabled() else laid_as(value, parameter)
 
-    def _after(self, gradient: _Gradient, parameter: torch.Tensor) -> None:
+    def _after(self, gradient: Gradient, parameter: torch.Tensor) -> None:
         """Autograd has added it."""
+        self._take_up(gradient, parameter)
+        if gradient.is_looked_at:
+            self._copies.settle_to(parameter.grad)
+
+    def _take_up(self, gradient: Gradient, parameter: torch.Tensor) -> None:
+        """What is new leaves, or waits until it may."""
         if self._device.is_host:
             if not gradient.adding and not torch.is_grad_enabled():
                 self._leave_or_wait(gradient)
@@ -240,7 +214,7 @@ class Gradients:
             assert parameter.grad is not None
             value = parameter.grad.to("cpu")
             parameter.grad = value if aside is None else aside + value
-        elif self._calls[self._microbatch, gradient.layer] > 1 and not gradient.waits:
+        elif len(self._calls[self._microbatch, gradient.layer]) > 1 and not (gradient.waits or gradient.is_looked_at):
             assert parameter.grad is not None
             sums, value = gradient.sums, parameter.grad
             parameter.grad, gradient.aside = gradient.aside, None
@@ -248,12 +222,12 @@ class Gradients:
         else:
             self._leave_or_wait(gradient)
 
-    def _leave_or_wait(self, gradient: _Gradient) -> None:
+    def _leave_or_wait(self, gradient: Gradient) -> None:
         """See [Note: gradients of a group]."""
         aside, gradient.aside = gradient.aside, None
         assert gradient.parameter.grad is not None
         is_there = gradient.parameter.grad.device == self._device.torch_device
-        if self._others_follow and aside is None and is_there:
+        if self._others_follow and aside is None and is_there and not gradient.is_looked_at:
             if not gradient.waits:
                 gradient.waits = True
                 self._waiting.append(gradient)
@@ -261,56 +235,25 @@ class Gradients:
         if gradient.waits:
             gradient.waits = False
             self._waiting.remove(gradient)
-        self._leave(gradient, gradient.parameter.grad, aside)
+        self._send(gradient, aside)
 
-    def _leave(self, gradient: _Gradient, value: torch.Tensor | None, aside: torch.Tensor | None) -> None:
-        """From the device to where the user looks for it, beside what the user had."""
-        parameter = gradient.parameter
+    def _send(self, gradient: Gradient, aside: torch.Tensor | None) -> None:
+        value = gradient.parameter.grad
         assert value is not None
-        on_host = value.device != self._device.torch_device
-        if on_host or not is_plain(value, parameter) or not (aside is None or is_plain(aside, parameter)):
-            self._settle_to(aside)
-            parameter.grad = None
-            parameter.grad = added(aside, value.to("cpu"))
-        elif aside is None:
-            target = gradient.target(value)
-            parameter.grad = target
-            self._send(gradient, value, target, None)
-        else:
-            parameter.grad = aside
-            self._send(gradient, value, self._staged(value), aside)
+        self._copies.send(gradient, value, aside)
 
-    def _send(self, gradient: _Gradient, value: torch.Tensor, target: torch.Tensor, total: torch.Tensor | None) -> None:
-        most = self._most_in_flight - value.numel() * value.element_size()  # a layer's with this one
-        while self._leaving and (self._device.finished(self._leaving[0].copied) or self._in_flight() > most):
-            self._settle_oldest()
-        copied = self._device.send(bytes_of(value), bytes_of(target), self._device.record())
-        self._recorder.sent(gradient.layer, gradient.begin, copied)
-        self._leaving.append(_Leaving(copied, value, target, total))
-        self._counters.gradient_bytes += value.numel() * value.element_size()
 
-    def _in_flight(self) -> int:
-        return sum(one.source.numel() * one.source.element_size() for one in self._leaving)
+def _place_last(hooks: Any, one: RemovableHandle) -> None:
+    """Of those of a tensor. Autograd calls them as they were entered, whatever `move_to_end` says."""
+    if next(reversed(hooks)) != one.id:
+        hooks[one.id] = hooks.pop(one.id)
 
-    def _staged(self, value: torch.Tensor) -> torch.Tensor:
-        """The other half of staging, once what is in it has been added."""
-        self._staging.reverse()
-        free = self._staging[0]
-        while any(one.target.untyped_storage().data_ptr() == free.data_ptr() for one in self._leaving):
-            self._settle_oldest()
-        return lying_as(value, free)
 
-    def _settle_to(self, target: torch.Tensor | None) -> None:
-        """Wait for a copy to that memory, or what is to be added there, and for those before it."""
-        while target is not None and any(one.target is target or one.total is target for one in self._leaving):
-            self._settle_oldest()
-
-    def _settle_oldest(self) -> None:
-        one = self._leaving.popleft()
-        self._device.settle(one.copied)
-        if one.total is not None:
-            with torch.no_grad():
-                one.total.add_(one.target)
+def _place_first(hooks: Any, one: RemovableHandle) -> None:
+    """The same."""
+    if next(iter(hooks)) != one.id:
+        for other in [key for key in hooks if key != one.id]:
+            hooks[other] = hooks.pop(other)
 
 
 def follow(parameters: Iterable[nn.Parameter]) -> None:

@@ -175,7 +175,6 @@ class TrainingExecutor(Executor):
         if not torch.is_grad_enabled():
             return super().visit(layer, forward, args, kwargs)
         if backward_task() is None:
-            self._gradients.called(index)
             self._watch_inputs(index, (args, kwargs))
         if index not in self._recomputed:
             return self._visit(layer, forward, args, kwargs)
@@ -206,7 +205,9 @@ class TrainingExecutor(Executor):
             return output
 
         if backward_task() is None:
-            return super().visit(layer, watched, args, kwargs)
+            output = super().visit(layer, watched, args, kwargs)
+            self._gradients.called(index, output)
+            return output
         if self._again.before_last(index):
             return self._recompute(layer, watched, args, kwargs)
         return self.compute_again(layer, watched, args, kwargs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,8 +11,20 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from models import vectors
-from trained import PLANS, Apply, assert_same_gradients, twins
+import autosp
+from autosp.devices import VirtualDevice
+from autosp.runtime.streamed_model import StreamedModel
+from models import make, tokens, vectors
+from trained import (
+    PLANS,
+    SOME,
+    Apply,
+    assert_same_gradients,
+    assert_same_weights,
+    backward,
+    loss_step,
+    twins,
+)
 
 
 class Branching(nn.Module):
@@ -66,4 +80,114 @@ def test_a_checkpoint_over_layers_that_a_loss_does_not_need(losses: str, plan: s
         else:
             first.backward(retain_graph=True)
             second.backward()
+    assert_same_gradients(model, plain)
+
+
+class InBackward:
+    """Updates every parameter as soon as its gradient is complete, and drops the gradient: no optimizer is needed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.norms: dict[str, float] = {}
+        self.handles = [
+            parameter.register_post_accumulate_grad_hook(partial(self._update, name))
+            for name, parameter in model.named_parameters()
+        ]
+
+    def _update(self, name: str, parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None and parameter.grad.device == parameter.device
+        self.norms[name] = parameter.grad.norm().item()
+        with torch.no_grad():
+            parameter.sub_(parameter.grad, alpha=0.1)
+        parameter.grad = None
+
+
+@pytest.mark.parametrize("of_its_own", [False, True])
+@pytest.mark.parametrize("when", ["before the first pass", "after the first pass"])
+@pytest.mark.parametrize("plan", SOME)
+def test_hooks_that_update_in_the_backward_pass(plan: str, when: str, of_its_own: bool, apply: Apply) -> None:
+    """They find whole gradients, whatever is still on its way."""
+    model, batch = make("stack")
+    model, plain = twins(model)
+    device = VirtualDevice(bytes_per_s=1e6) if of_its_own else None
+    apply(model, batch, PLANS[plan], device=device)
+    if when == "after the first pass":
+        for one in (model, plain):
+            backward(one, batch)
+            one.zero_grad()
+    hooks = [InBackward(one) for one in (model, plain)]
+    for step in range(3):
+        for one in (model, plain):
+            backward(one, tokens(2, 5 + step))
+        assert hooks[0].norms == hooks[1].norms
+        assert_same_weights(model, plain)
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_planning_tells_no_hook_of_gradients() -> None:
+    model, batch = make("stack")
+    before = copy.deepcopy(model)
+    hooks = InBackward(model)
+    autosp.plan(model, batch, k=2, k_prime=1, mode="training", step=loss_step, device="cpu")
+    assert_same_weights(model, before)
+    assert not hooks.norms
+    backward(model, batch)
+    assert set(hooks.norms) == {name for name, _ in model.named_parameters()}
+
+
+class SendsSeen(VirtualDevice):
+    """Notes how far the backward pass had come at each send."""
+
+    def __init__(self) -> None:
+        super().__init__(bytes_per_s=1e6)
+        self.streamed: StreamedModel[nn.Module] | None = None
+        self.visits: list[int] = []
+
+    def send(self, source: torch.Tensor, target: torch.Tensor, after: Any = None) -> Any:
+        if self.streamed is not None:
+            self.visits.append(len(self.streamed.backward_visits))
+        return super().send(source, target, after)
+
+
+@pytest.mark.parametrize("skipped", ["loss", "forward that raises"])
+def test_gradients_leave_at_once_after_a_batch_that_was_skipped(skipped: str, apply: Apply) -> None:
+    """A graph that is gone is no second call of its layers, whose gradients would have to be added on the device."""
+    model, batch = make("stack")
+    device = SendsSeen()
+    device.streamed = apply(model, batch, PLANS["k=1 k'=1"], device=device)
+    backward(model, batch)
+    usual = [*device.visits]
+    model.zero_grad()
+    if skipped == "loss":
+        loss_step(model, batch)
+    else:
+        hook = model.blocks[3].register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            loss_step(model, batch)
+        hook.remove()
+    device.visits.clear()
+    backward(model, batch)
+    assert device.visits == usual
+    assert usual[0] < usual[-1]
+
+
+@pytest.mark.parametrize("zeroing", [None, False, True])
+@pytest.mark.parametrize("accumulated", [False, True])
+@pytest.mark.parametrize("of_its_own", [False, True])
+def test_gradients_after_a_backward_that_raised(
+    of_its_own: bool, accumulated: bool, zeroing: bool | None, apply: Apply
+) -> None:
+    """What autograd had added is there; what the user zeroed meanwhile, in place or not, stays so."""
+    model, batch = make("stack")
+    model, plain = twins(model)
+    apply(model, batch, PLANS["k=3 k'=1"], device=VirtualDevice(bytes_per_s=1e6) if of_its_own else None)
+    for one in (model, plain):
+        if accumulated:
+            backward(one, batch)
+        hook = one.blocks[1].up.weight.register_hook(lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            backward(one, tokens(2, 5))
+        hook.remove()
+        if zeroing is not None:
+            one.zero_grad(set_to_none=zeroing)
+        backward(one, tokens(2, 7))
     assert_same_gradients(model, plain)
