@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,17 @@ from models import tokens
 from trained import backward, loss_of
 
 Make = Callable[[nn.Module], torch.optim.Optimizer]
+
+
+def start_anew(optimizer: torch.optim.Optimizer) -> None:
+    optimizer.state = defaultdict(dict)
+
+
+RESETS: dict[str, Callable[[torch.optim.Optimizer], None]] = {
+    "cleared": lambda optimizer: optimizer.state.clear(),
+    "another": start_anew,
+}
+"""Ways to forget an optimizer's state that touch no parameter."""
 
 
 def two_groups(model: nn.Module) -> torch.optim.Optimizer:

@@ -30,6 +30,8 @@ class LayerUpdate:
     parameters: list[tuple[nn.Parameter, nn.Parameter]] = field(default_factory=list)
     """The user's, each with its stand-in."""
     job: Any = None
+    entries: list[dict[str, Any]] = field(default_factory=list)
+    """Of the user's state, one per parameter, as the step found them."""
     move: Move | None = None
     """Of its state, if that rests on disk."""
 
@@ -60,22 +62,32 @@ class LayerUpdate:
         if self.move is not None and self.move.written is not None:
             self.move.written.settle()
 
-    def share_state(self, optimizer: Optimizer) -> None:
-        """Before it, where its state is in RAM: stand-ins have the very entries of their parameters."""
-        for parameter, stand_in in self.parameters:
-            if parameter in optimizer.state:
-                self.optimizer.state[stand_in] = optimizer.state[parameter]
+    def enter_state(self, optimizer: Optimizer) -> None:
+        """Before it: every parameter has an entry in the user's optimizer, if an empty one."""
+        self.entries = [optimizer.state.setdefault(parameter, {}) for parameter, _ in self.parameters]
+
+    def share_state(self) -> None:
+        """Where its state is in RAM: stand-ins have the very entries of their parameters."""
+        for (_, stand_in), entry in zip(self.parameters, self.entries, strict=True):
+            self.optimizer.state[stand_in] = entry
 
     def give_back(self, optimizer: Optimizer) -> None:
-        """Once it is over: the user's parameters are ordinary ones, and their state is in the user's optimizer."""
+        """Once it is over: the user's parameters are ordinary ones, and their state is in the user's optimizer.
+
+        But for entries that the user has removed or replaced since: these stay as they are.
+        """
         for parameter, _ in self.parameters:
             parameter.__class__ = nn.Parameter
+        of_entries = zip(self.parameters, self.entries, strict=True)
+        pairs = [pair for pair, entry in of_entries if optimizer.state.get(pair[0]) is entry]
         if self.move is not None:
-            self.move.give_back(optimizer, self.parameters, self.optimizer)
-            return
-        for parameter, stand_in in self.parameters:
-            if stand_in in self.optimizer.state:
+            self.move.give_back(optimizer, pairs, self.optimizer)
+        else:
+            for parameter, stand_in in pairs:
                 optimizer.state[parameter] = self.optimizer.state[stand_in]
+        for parameter, _ in pairs:
+            if not optimizer.state[parameter]:
+                del optimizer.state[parameter]
 
     def raise_once(self) -> None:
         """Raises: what it, or one before it, raised, if nobody was told; else what writing its state raised."""

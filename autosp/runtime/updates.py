@@ -202,10 +202,11 @@ class Updates:
 
     def _ask_for(self, layer: int, update: LayerUpdate, n_threads: int) -> None:
         assert self._optimizer is not None
+        update.enter_state(self._optimizer)
         if self._disk is not None:
             update.move = self._disk.begin(layer, self._optimizer, update.parameters, update.optimizer)
         if update.move is None:
-            update.share_state(self._optimizer)
+            update.share_state()
         update.job = self._device.work(partial(update.run, n_threads))
         if self._disk is not None and update.move is not None:
             self._disk.end(update.move, update.job)

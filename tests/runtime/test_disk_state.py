@@ -32,7 +32,7 @@ from mapped_models import mapped_bytes
 from models import make, vectors
 from processes import run
 from trained import PLANS, Apply, assert_same_gradients, assert_same_weights, backward, loss_of, twins
-from updated import OPTIMIZERS, Held, loop, scaled_loop
+from updated import OPTIMIZERS, RESETS, Held, loop, scaled_loop
 
 PLAN_NAMES = list(PLANS)
 MB = 10**6
@@ -124,6 +124,19 @@ def test_the_bits_of_a_state_in_memory(name: str, apply: Apply, disk: Disk) -> N
     pair.check()
     pair.streamed.remove()
     pair.train(2)
+    pair.check()
+
+
+@pytest.mark.parametrize("reset", RESETS)
+@pytest.mark.parametrize("before", [1, 3])
+def test_state_that_is_reset_after_a_step_stays_so(before: int, reset: str, apply: Apply, disk: Disk) -> None:
+    pair = Pair(apply, disk)
+    for steps in (before, 2):
+        for _ in range(steps):
+            pair.step()
+        for optimizer in (pair.optimizer, pair.expected):
+            RESETS[reset](optimizer)
+    pair.step()
     pair.check()
 
 

@@ -19,7 +19,7 @@ from autosp.schedule.actions import Kind
 from autosp.spec import Candidate
 from models import make, tokens
 from trained import PLANS, Apply, assert_same_gradients, assert_same_weights, backward, loss_of, loss_step, twins
-from updated import OPTIMIZERS, Held, loop, scaled_loop
+from updated import OPTIMIZERS, RESETS, Held, loop, scaled_loop
 
 PLAN_NAMES = list(PLANS)
 
@@ -38,6 +38,27 @@ def test_the_bits_of_a_whole_step(name: str, apply: Apply) -> None:
     streamed.remove()
     loop(model, optimizer, batch, 2)
     loop(plain, expected, batch, 2)
+    assert_same_weights(model, plain)
+
+
+@pytest.mark.parametrize("reset", RESETS)
+@pytest.mark.parametrize("before", [1, 3])
+def test_state_that_is_reset_after_a_step_stays_so(before: int, reset: str, apply: Apply) -> None:
+    model, batch = make("stack")
+    model, plain = twins(model)
+    optimizers = [OPTIMIZERS["adam"](one) for one in (model, plain)]
+    apply(model, batch, PLANS["k=3 k'=1"], optimizer=optimizers[0])
+    for steps in (before, 2, 1):
+        for one, optimizer in zip((model, plain), optimizers, strict=True):
+            for step in range(steps):
+                backward(one, batch, step)
+                optimizer.step()
+                optimizer.zero_grad()
+            RESETS[reset](optimizer)
+    for one, optimizer in zip((model, plain), optimizers, strict=True):
+        backward(one, batch)
+        optimizer.step()
+    assert equal(optimizers[0].state_dict()["state"], optimizers[1].state_dict()["state"])
     assert_same_weights(model, plain)
 
 
