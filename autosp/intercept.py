@@ -109,6 +109,15 @@ class Uncompiled:
             set_eval_frame(compiler)
 
 
+def to_its_end(undo: Callable[[], None]) -> None:
+    """Call what may be called twice: where Ctrl-C comes in the middle, once more before that goes on."""
+    try:
+        undo()
+    except KeyboardInterrupt:
+        undo()
+        raise
+
+
 def check_plain(model: nn.Module) -> None:
     """Raises: SettingError if it is no module, or if a plan is applied to it."""
     if not isinstance(model, nn.Module):

@@ -273,3 +273,8 @@ def model_fingerprint(model: nn.Module) -> str:
         if is_traceable_wrapper_subclass(tensor):
             digest.update(f"{name}:{type(tensor).__qualname__}:{tuple(tensor.shape)}:{tensor.dtype}\n".encode())
     return digest.hexdigest()[:32]
+
+
+def address_of(tensor: torch.Tensor) -> int | None:
+    """Of its bytes; None where they are no one run."""
+    return tensor.data_ptr() if tensor.layout is torch.strided else None

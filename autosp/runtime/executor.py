@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -146,6 +146,10 @@ class Executor:
                 self.loader.take_samples()
                 self._group = None
 
+    def between_passes(self) -> AbstractContextManager[Any]:
+        """Once other threads' passes are over; new ones wait. A pass of this thread's own, or a group, goes on."""
+        return nullcontext() if self._group is not None and self._group.runs_here() else self._lock
+
     def close(self) -> None:
         """Bring every layer to rest and let go of the arena, so that its memory is free when this returns."""
         try:
@@ -158,12 +162,11 @@ class Executor:
 
     # -- what a pass consists of; training does more at each of these -----------------------------------------------
 
-    def modes(self) -> ExitStack:
+    @contextmanager
+    def modes(self) -> Iterator[None]:
         """The torch modes of a pass."""
-        modes = ExitStack()
-        modes.enter_context(torch.no_grad())
-        modes.enter_context(uncached_autocast(self.device.torch_device.type))
-        return modes
+        with torch.no_grad(), uncached_autocast(self.device.torch_device.type):
+            yield
 
     def begin_pass(self) -> None:
         """Prepare for the first visit."""

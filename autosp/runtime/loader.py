@@ -113,8 +113,12 @@ class Loader:
     # -- what is needed now ---------------------------------------------------------------------------------------
 
     def acquire(self, layer: StreamedLayer) -> TransferGroup | None:
-        """Order compute after the layer's load and bind its tensors. None: it got temporary memory."""
+        """Order compute after the layer's load and bind its tensors. None: it got temporary memory.
+
+        The model may compute on streams of its own, which know of no load that another one waited for: they are joined.
+        """
         group = self.group_of[layer.index]
+        self.device.join()
         if layer.running:  # a call inside a call of the same layer
             layer.running += 1
             self.running += 1
@@ -133,11 +137,12 @@ class Loader:
 
     def release(self, layer: StreamedLayer, group: TransferGroup | None) -> None:
         """Bring the layer's tensors to rest. `group` is what `acquire` gave."""
-        layer.running -= 1
         self.running -= 1
-        if layer.running:
+        if layer.running > 1:
+            layer.running -= 1
             return
         layer.bind_rest()
+        layer.running = 0
         if group is not None:
             group.running -= 1
         else:
@@ -166,6 +171,7 @@ class Loader:
         Where a layer that is running needs the place, they are in the memory that is returned.
         """
         group = self.group_of[index]
+        self.device.join()
         if group.state is State.READY or self.fetch(group):
             return None
         layer = self._by_index[index]
@@ -209,9 +215,9 @@ class Loader:
     # -- the end --------------------------------------------------------------------------------------------------
 
     def reset(self) -> None:
-        """Bring every layer to rest, wherever a pass was when it raised."""
+        """Bring every layer to rest, wherever a pass was when it raised: it may have been just binding one."""
         for layer in self._by_index.values():
-            if layer.running:
+            if layer.running or layer.is_bound():
                 layer.bind_rest()
                 layer.running = 0
                 layer.place(self._place_of(layer))

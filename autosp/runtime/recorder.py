@@ -6,7 +6,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from autosp.devices import Copied, CopyTimes, Device, Stamp
 from autosp.schedule.actions import Action, Kind
@@ -227,11 +227,12 @@ class Recorder:
         figures = []
         for one in list(self._passes)[-last:]:
             stalls = [seconds(visit.arrive, visit.start) for visit in one.visits]
-            link_s = sum(seconds(load.times.began, load.times.ended) for load in one.loads)
-            disk_s = sum(seconds(read.times.began, read.times.ended) for read in one.reads)
-            read_bytes = sum(read.n_bytes for read in one.reads)
+            loads, reads = _over(one.loads), _over(one.reads)
+            link_s = sum(seconds(load.times.began, load.times.ended) for load in loads)
+            disk_s = sum(seconds(read.times.began, read.times.ended) for read in reads)
+            read_bytes = sum(read.n_bytes for read in reads)
             waited = sum(stall > SEEN_STALL_S for stall in stalls)
-            figures.append((sum(stalls), waited, link_s, len(one.loads), disk_s, len(one.reads), read_bytes))
+            figures.append((sum(stalls), waited, link_s, len(loads), disk_s, len(reads), read_bytes))
         if not figures:
             return Usage(stall_s=0.0, stalls=0.0, link_s=0.0, loads=0.0)
         stall_s, waited, link_s, loads, disk_s, reads, read_bytes = map(median, zip(*figures, strict=True))
@@ -248,15 +249,16 @@ class Recorder:
     def timeline(self) -> Timeline:
         """The remembered passes as spans, in seconds from the first one's beginning. Waits for loads of the next."""
         self._device.synchronize()
-        if not self._passes:
+        passes = list(self._passes)  # another thread's may end meanwhile
+        if not passes:
             return Timeline((), ())
-        zero = self._passes[0].begin
+        zero = passes[0].begin
 
         def at(stamp: Stamp) -> float:
             return self._device.seconds(zero, stamp)
 
         spans: list[Span] = []
-        for period, one in enumerate(self._passes):
+        for period, one in enumerate(passes):
             numbers: Counter[tuple[Kind, tuple[int, ...]]] = Counter()
 
             def action(
@@ -265,10 +267,10 @@ class Recorder:
                 numbers[kind, layers] += 1
                 return Action(kind, layers, numbers[kind, layers] - 1, (), offset)
 
-            for read in one.reads:
+            for read in _over(one.reads):
                 begin, end = at(read.times.began), at(read.times.ended)
                 spans.append(Span(action(Kind.READ, read.layers, read.offset), period, begin, end))
-            for load in one.loads:
+            for load in _over(one.loads):
                 begin, end = at(load.times.began), at(load.times.ended)
                 spans += (Span(action(Kind.EVICT, gone), period, begin, begin) for gone in load.evicted)
                 spans.append(Span(action(Kind.LOAD, load.layers, load.offset), period, begin, end))
@@ -287,7 +289,15 @@ class Recorder:
                     spans.append(Span(again, period, start, at(visit.recomputed), start - arrive))
                     arrive = start = at(visit.recomputed)
                 spans.append(Span(action(visit.kind, (visit.layer,)), period, start, finish, start - arrive))
-        return Timeline(tuple(spans), tuple(at(one.end) for one in self._passes))
+        return Timeline(tuple(spans), tuple(at(one.end) for one in passes))
+
+
+CopyT = TypeVar("CopyT", Load, Read)
+
+
+def _over(copies: Sequence[CopyT]) -> list[CopyT]:
+    """All but those that failed, which have no times."""
+    return [one for one in copies if one.times.ended is not None]
 
 
 def _by_layer(gradients: Sequence[Sent]) -> list[tuple[int, CopyTimes, CopyTimes]]:

@@ -62,8 +62,10 @@ class Residents:
 
     def give_back(self) -> None:
         """Bring them to ordinary memory with their values of now, or to the map of the file that still has those."""
-        for place, originals in self._moved:
+        while self._moved:
+            place, originals = self._moved[-1]
             give_back(place, originals if place.is_in(self.memory) else ())
+            self._moved.pop()
 
     def forget(self) -> None:
         """Let go of their memory, once nothing of the model is in it."""

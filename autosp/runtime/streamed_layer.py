@@ -73,17 +73,23 @@ class StreamedLayer:
     def bind_device(self) -> None:
         """Compute sees the device's bytes. Raises: as `check`; all tensors are where they were then."""
         self.check()
+        self._versions = list(map(version_of, self.tensors))
         for tensor, data in self._on_device:
             tensor.data = data
-        self._versions = list(map(version_of, self.tensors))
+
+    def is_bound(self) -> bool:
+        """Whether compute sees any of the device's bytes: binding may have been interrupted."""
+        return any(address_of(tensor) == address_of(data) != 0 for tensor, data in self._on_device)
 
     def bind_rest(self) -> None:
         """Everybody sees the bytes at rest. What the layer wrote to is copied back."""
         versions = list(map(version_of, self.tensors))
-        if versions != self._versions:
-            self._copy_back(versions)
-        for tensor, data in self._at_rest:
-            tensor.data = data
+        try:
+            if versions != self._versions:
+                self._copy_back(versions)
+        finally:
+            for tensor, data in self._at_rest:
+                tensor.data = data
 
     def sample(self) -> int:
         """A checksum of some of each tensor's bytes at rest: it tells of writes that no version counter sees.

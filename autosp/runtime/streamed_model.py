@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -16,9 +16,10 @@ from autosp.batch import Step, backward, call, call_on
 from autosp.devices import Device
 from autosp.devices.memory import anonymous
 from autosp.errors import SettingError
-from autosp.intercept import Around, Intercepted, hide_from_compiler
+from autosp.intercept import Around, Intercepted, hide_from_compiler, to_its_end
 from autosp.partition import BoundModel, Resting, at_rest
 from autosp.partition.placed import tensors_of
+from autosp.partition.tensors import address_of
 from autosp.runtime.cut_leaf import CutLeaf, ResidentRun, StreamedRun
 from autosp.runtime.disk_state import DiskState
 from autosp.runtime.executor import Executor, Observer
@@ -81,6 +82,7 @@ class StreamedModel(Generic[M]):
         self._guests: Guests | None = None
         self._lookups: Lookups | None = None
         self._removed = False
+        self._final_peak_bytes: int | None = None
         self._applied = ExitStack()
         self._cut: list[CutLeaf] = []
         residents = set(schedule.residents)
@@ -119,7 +121,7 @@ class StreamedModel(Generic[M]):
             if originals is Originals.FREED:
                 device.originals_freed(self._residents.n_bytes)
             self._lookups = Lookups(bound.lookups, device, store) if bound.lookups else None
-            self._addresses = [_address(named.tensor) for named in kept]
+            self._addresses = [address_of(named.tensor) for named in kept]
             self._layers = [StreamedLayer(one) for one, leaf in streamed if leaf is None]
             self._runs = [StreamedRun(one) for one, leaf in streamed if leaf]
             arena = device.allocate(schedule.arena_bytes)
@@ -209,7 +211,7 @@ class StreamedModel(Generic[M]):
 
     def stats(self) -> Stats:
         """Counters since the plan was applied, and times of the last passes. Waits for compute, not for loads."""
-        peak_bytes = self._final_peak_bytes if self._removed else self._device.peak_bytes()
+        peak_bytes = self._device.peak_bytes() if self._final_peak_bytes is None else self._final_peak_bytes
         names = {layer.layer.index: layer.layer.name for layer in self._bound.layers}
         slow_tier, executor = self._device.info.slow_tier, self._executor
         recorder = executor.recorder
@@ -248,14 +250,11 @@ class StreamedModel(Generic[M]):
         """
         if self._removed:
             return
-        try:
-            if hasattr(self, "_executor"):
-                self._executor.loader.updates.close()
-        finally:
-            self._remove()
+        executor = getattr(self, "_executor", None)
+        with nullcontext() if executor is None else executor.between_passes():
+            to_its_end(partial(self._take_down, executor))
 
-    def _remove(self) -> None:
-        self._final_peak_bytes = self._device.peak_bytes()
+    def _take_down(self, executor: Executor | None) -> None:
         self._removed = True
         with ExitStack() as ending:  # from the last to the first, whatever one raises: a lost device lets most of them
             ending.callback(lambda: follow(self.model.parameters()))
@@ -266,18 +265,22 @@ class StreamedModel(Generic[M]):
                 ending.callback(leaf.forget)
             if self._lookups is not None:
                 ending.callback(self._lookups.forget)
-            for part in filter(None, [self._guests, getattr(self, "_executor", None)]):
-                ending.callback(part.close)
+            for close in [part.close for part in (self._guests, executor) if part is not None]:
+                ending.callback(close)
             for wrapper in self._wrappers:
                 ending.callback(wrapper.remove)
+            if executor is not None:
+                ending.callback(executor.loader.updates.close)
+            if self._final_peak_bytes is None:
+                self._final_peak_bytes = self._device.peak_bytes()
         self._layers, self._runs, self._cut, self._wrappers = [], [], [], []
 
     def _restore(self) -> None:
         """What was moved, and not streamed, to where it was."""
         for (named, data), address in zip(self._kept, self._addresses or [None] * len(self._kept), strict=True):
-            if address is None or _address(named.tensor) == address:  # else somebody replaced it: theirs stays
+            if address is None or address_of(named.tensor) == address:  # else somebody replaced it: theirs stays
                 named.tensor.data = data
-        self._kept = []
+        self._kept, self._addresses = [], []
         if hasattr(self, "_residents"):
             if self._originals is Originals.FREED:
                 self._residents.give_back()
@@ -343,7 +346,3 @@ class StreamedModel(Generic[M]):
             return self._around_pass(run, args, kwargs)
 
         return around
-
-
-def _address(tensor: torch.Tensor) -> int | None:
-    return tensor.data_ptr() if tensor.layout is torch.strided else None

@@ -16,8 +16,8 @@ One thread at a time trains a model: another that calls it between a forward and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -86,13 +86,13 @@ class TrainingExecutor(Executor):
 
     # -- forward --------------------------------------------------------------------------------------------------
 
-    def modes(self) -> ExitStack:
+    @contextmanager
+    def modes(self) -> Iterator[None]:
         """Autograd as the caller has it."""
-        modes = ExitStack()
-        modes.enter_context(uncached_autocast(self.device.torch_device.type))
-        if self.device.torch_device.type != "cpu" and not torch.is_grad_enabled():
-            modes.enter_context(without_fast_path())
-        return modes
+        kind = self.device.torch_device.type
+        slow = kind != "cpu" and not torch.is_grad_enabled()
+        with uncached_autocast(kind), without_fast_path() if slow else nullcontext():
+            yield
 
     def run_pass(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """As for inference. What the model is given is kept by who gives it."""
@@ -338,6 +338,7 @@ class TrainingExecutor(Executor):
     def _abandon_backward(self) -> None:
         """If one raised."""
         if self._tasks:
+            self.loader.reset()
             self._gradients.abandon()
             self._close_backward()
 

@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 
 from autosp.devices import Device
 from autosp.errors import SettingError
+from autosp.intercept import to_its_end
 from autosp.partition import BoundLayer
 from autosp.partition.placed import tensors_of
 from autosp.runtime.disk_state import DiskState
@@ -151,7 +152,7 @@ class Updates:
             method.remove()
         self._hooks, self._before, self._methods = [], None, []
         try:
-            self.settle()
+            to_its_end(self.settle)
         finally:
             self.give_back()
             self._layer_of, self._optimizer, self._disk = {}, None, None
