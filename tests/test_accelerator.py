@@ -259,3 +259,44 @@ def test_an_optimizer_goes_on_before_under_and_after_a_plan(device: AcceleratorD
             step()
         step()
     assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+
+
+class Branches(nn.Module):
+    """Computes one of two branches on a stream of its own, in the order that torch asks for."""
+
+    def __init__(self, side: Any) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(256, 256) for _ in range(8))
+        self.side = [side]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        main = torch.accelerator.current_stream()
+        (side,) = self.side
+        for one, other in zip(self.blocks[::2], self.blocks[1::2], strict=True):
+            side.wait_stream(main)
+            first = one(x)
+            with side:
+                second = other(x)
+            main.wait_stream(side)
+            x = first + second
+        return x
+
+    def __deepcopy__(self, memo: Any) -> Branches:
+        made = Branches(self.side[0])
+        made.load_state_dict(self.state_dict())
+        return made
+
+
+@pytest.mark.parametrize("setting", [{"k": 4, "k_prime": 2}, {"k": 2, "k_prime": 1}], ids=str)
+def test_streams_of_the_model_s_own(setting: dict[str, int], device: AcceleratorDevice) -> None:
+    """What one stream waited for is there for another, and nothing is overwritten that another still reads."""
+    torch.manual_seed(0)
+    model = Branches(torch.get_device_module(device.torch_device).Stream(device.torch_device)).eval()
+    batch = torch.randn(32, 256)
+    twin = twin_on(device, model)
+    with torch.no_grad():
+        expected = twin(batch).cpu()
+    plan = autosp.plan(model, batch, device=device, **setting)
+    with autosp.apply(model, plan, device=device), torch.no_grad():
+        outputs = [model(batch) for _ in range(3)]
+    assert all(torch.equal(output.cpu(), expected) for output in outputs)

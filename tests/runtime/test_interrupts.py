@@ -50,9 +50,8 @@ def at_every_place(run: Callable[[], object], check: Callable[[int], object]) ->
     """Run until it is interrupted nowhere; `check` after each time. How many places there were."""
     number = 0
     while True:
-        with interrupted_at(number) as calls:
-            with suppress(KeyboardInterrupt):
-                run()
+        with interrupted_at(number) as calls, suppress(KeyboardInterrupt):
+            run()
         if calls[0] <= number:
             return number
         check(number)
