@@ -70,7 +70,8 @@ def partition(
     runs = find_runs(model, tensors) if mode == "inference" else {}
     seen = trace(model, tensors, run, device, runs)
     tables = [extent for extent in tensors.extents if lookups and _is_table(extent, seen)]
-    units = choose_units(model, tensors, seen, tables)
+    unknown = [extent for extent in tensors.extents if mode == "training" and _is_unseen_buffer(extent, model)]
+    units = choose_units(model, tensors, seen, [*tables, *unknown])
     if lookups and device.type == "cpu":
         units = _with_tied_heads(units, model, seen)
     period, repeats = _period(_visits(units, seen))
@@ -134,6 +135,15 @@ def _layer(index: int, name: str, extents: Sequence[Extent], slow_tier: Tier) ->
         weight_bytes=sum(extent.weight_bytes for extent in extents),
         rows=extents[0].tensors[0].rows,
     )
+
+
+def _is_unseen_buffer(extent: Extent, model: nn.Module) -> bool:
+    """Whether it is a buffer of a module in eval mode: no pass shows whether training writes to it.
+
+    Statistics and codebooks are written to where no version counter sees it, so they stay resident.
+    """
+    owners = [model.get_submodule(name.rpartition(".")[0]) for item in extent.tensors for name in item.names]
+    return all(item.is_buffer for item in extent.tensors) and not all(owner.training for owner in owners)
 
 
 def _is_table(extent: Extent, seen: Trace) -> bool:

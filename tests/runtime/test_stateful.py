@@ -143,3 +143,35 @@ def test_an_attribute_is_as_it_was_the_first_time(apply: Apply) -> None:
         for one in (model, plain):
             backward(one, vectors(), step)
         assert_same_gradients(model, plain)
+
+
+class Codes(nn.Module):
+    """Moves its codebook, which is large, where no version counter sees it; in training only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(64, 64)
+        self.register_buffer("codes", torch.randn(512, 64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.project(x))
+        if self.training:
+            self.codes.data.mul_(0.9).add_(x.detach().mean(0), alpha=0.1)
+        return x + x @ self.codes.t() @ self.codes / 512
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_buffers_that_only_training_writes_to_where_the_plan_was_made_in_eval_mode(k: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Codes() for _ in range(4)))
+    model, plain = twins(model)
+    model.eval()
+    batch = vectors()
+    plan = autosp.plan(model, batch, k=k, k_prime=1, mode="training", step=loss_step, device="cpu")
+    model.train()
+    with autosp.apply(model, plan):
+        for step in range(3):
+            for one in (model, plain):
+                backward(one, batch, step)
+            assert_same_gradients(model, plain)
+    assert_same_weights(model, plain)
