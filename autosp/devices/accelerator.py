@@ -193,9 +193,9 @@ class AcceleratorDevice:
         """The caching allocator needs not be told."""
         return nullcontext()
 
-    def start_measuring(self) -> None:
+    def start_measuring(self, libraries: bool = True) -> None:
         """Empty the allocator's cache and begin a new peak of reserved bytes."""
-        self._free_cached()
+        self._free_cached(libraries)
         self._module.reset_peak_memory_stats(self.torch_device)
         self._baseline = self._module.memory_reserved(self.torch_device)
 
@@ -230,7 +230,7 @@ class AcceleratorDevice:
             return
         getter = getattr(self._module, "get_per_process_memory_fraction", None)
         before = 1.0 if getter is None else float(getter(self.torch_device))
-        self._free_cached()  # what earlier work left cached would be budget else
+        self._free_cached(libraries=True)  # what earlier work left cached would be budget else
         held = self._module.memory_reserved(self.torch_device)
         setter(min(before, (held + budget_bytes) / self.info.memory_bytes), self.torch_device)
         try:
@@ -259,15 +259,15 @@ class AcceleratorDevice:
         self._reader.close()
         self.synchronize()
 
-    def _free_cached(self) -> None:
-        """Once nothing is under way: what torch's allocator keeps, and cuBLAS's workspaces, which it holds.
+    def _free_cached(self, libraries: bool) -> None:
+        """Once nothing is under way: what torch's allocator keeps, and of `libraries` cuBLAS's workspaces.
 
-        These are per thread and stream, come with the first product, and stay. Whoever measures takes them anew, as the
-        first pass of another process does: 32 MiB and more each on a recent GPU.
+        These come with a thread's first product on a stream, 32 MiB and more on a recent GPU, and stay; so whoever
+        measures takes them anew. CUDA graphs that somebody captured hold theirs.
         """
         self.synchronize()
         clear_workspaces = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
-        if clear_workspaces is not None and self.torch_device.type == "cuda":
+        if libraries and clear_workspaces is not None and self.torch_device.type == "cuda":
             clear_workspaces()
         self._module.empty_cache()
 

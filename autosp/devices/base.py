@@ -172,8 +172,11 @@ class Device(Protocol):
         """While it is open a model is trained, or microbatches share a pass: large pieces of memory come and go
         between others that stay."""
 
-    def start_measuring(self) -> None:
-        """Give unused memory back and begin a new peak, counted from what is in use now."""
+    def start_measuring(self, libraries: bool = True) -> None:
+        """Give unused memory back and begin a new peak, counted from what is in use now.
+
+        `libraries`: what they keep between calls is given back, too, and counts when a pass takes it anew.
+        """
 
     def originals_freed(self, n_bytes: int) -> None:
         """Begin a new peak: the `n_bytes` of the plan's that are in use now count, nothing else does.

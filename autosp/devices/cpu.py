@@ -20,6 +20,7 @@ from autosp.devices.heap import (
     Tidy,
     free_kernel_buffers,
     heap_of_training,
+    settle_heap,
 )
 from autosp.devices.memory import anonymous, copy_bytes, memory_of, read_regions, status_bytes
 from autosp.devices.worker import CopyEvent, Worker
@@ -132,13 +133,15 @@ class CpuDevice:
         """Gradients leave the heap at once."""
         return heap_of_training()
 
-    def start_measuring(self) -> None:
+    def start_measuring(self, libraries: bool = True) -> None:
         """Return freed heap to the kernel and close its holes, so that what comes next is seen.
 
         Pages of files do not count. See [Note: holes].
         """
         _start_thread_pools()
-        free_kernel_buffers()  # which settles the heap, too
+        if libraries:
+            free_kernel_buffers()
+        settle_heap()
         self._plugs.fill()
         self.restart_peak()
         self._baseline = status_bytes("RssAnon")

@@ -188,7 +188,7 @@ class VirtualDevice:
         """Memory is not simulated."""
         return nullcontext()
 
-    def start_measuring(self) -> None:
+    def start_measuring(self, libraries: bool = True) -> None:
         """Memory is not simulated."""
 
     def originals_freed(self, n_bytes: int) -> None:

@@ -112,7 +112,7 @@ class StreamedModel(Generic[M]):
             if mode == "training":
                 self._applied.enter_context(device.training())
             if originals is Originals.KEPT or not device.is_host:  # else it begins once they are freed
-                device.start_measuring()
+                device.start_measuring(libraries=originals is Originals.KEPT)
             self._residents = Residents([*staying, *copied], device)
             device.join()
             freed = runs if originals is Originals.FREED else ()
