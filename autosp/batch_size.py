@@ -158,9 +158,7 @@ def _profile(repository: Repository, key: StudyKey, measure: Callable[[], Profil
     if known is not None:
         return known
     measured = measure()
-    name = repository.find_study(key) or repository.unique_name(f"{key.model_name}-{key.mode}")
-    repository.create_study(name, key)
-    repository.save_profile(name, measured)
+    repository.save_profile(repository.enter_study(f"{key.model_name}-{key.mode}", key), measured)
     return measured
 
 

@@ -13,7 +13,7 @@ from autosp.search.space import front
 from autosp.spec import Outcome, Plan, Prediction, Profile, StudyKey, Trial
 
 if TYPE_CHECKING:
-    from autosp.store import Repository
+    from autosp.store import Repository, StudyName
 
 MOST_BUDGETS = 4
 """Smaller budgets that are tried. The front that was predicted, corrected by what was measured, leads to them."""
@@ -32,16 +32,16 @@ def checked_slack(slack: float | None) -> float | None:
     return slack
 
 
-def least_memory(repository: Repository, name: str, key: StudyKey, fastest_under: FastestUnder) -> Plan:
+def least_memory(repository: Repository, name: StudyName, key: StudyKey, fastest_under: FastestUnder) -> Plan:
     """The plan of least measured memory that takes at most `key.slack` longer than the fastest under the key's budget.
 
     Smaller budgets are tried for as long as one is predicted to be fast enough, given what was measured so far. Of all
-    trials on the way the best is taken; they become the trials of study `name`.
+    trials on the way the best is taken; they become the trials of the study with that name.
     """
     fastest = fastest_under(key.budget_bytes)
     profile, trials = study_of(repository, fastest)
-    repository.create_study(name, key)
-    repository.save_profile(name, profile)
+    entered = name.enter(repository, key)
+    repository.save_profile(entered, profile)
     assert fastest.measurement is not None and key.slack is not None
     limit_s = fastest.measurement.latency_s * (1 + key.slack)
     lessons = Lessons(profile, front(profile, key.budget_bytes, fastest.host_budget_bytes, key.group))
@@ -61,7 +61,7 @@ def least_memory(repository: Repository, name: str, key: StudyKey, fastest_under
         trials += found
         if not any(_fast_enough(trial, limit_s) for trial in found):
             too_slow_bytes = target.peak_bytes
-    return _stored(repository, name, key, fastest, trials, limit_s)
+    return _stored(repository, entered, key, fastest, trials, limit_s)
 
 
 def study_of(repository: Repository, plan: Plan) -> tuple[Profile, list[Trial]]:

@@ -12,12 +12,14 @@ from autosp.search.evidence import known_measurements, known_profile, unless_kno
 from autosp.search.lean import MOST_BUDGETS, checked_slack, least_memory
 from autosp.search.space import front, rank
 from autosp.spec import Candidate, Measurement, Outcome, Plan, Profile, StudyKey
-from autosp.store import Repository
+from autosp.store import Repository, StudyName
 from builders import measurement, partition, plan, profile, study_key, trial
 
 BUDGET = 1200
 TINY = profile((100,) * 10, forward_s=0.1, bytes_per_s=150.0)
 """Ten layers, each of which computes for 0.1 s and comes in 0.67 s: fastest are all of them resident."""
+
+LEAN = StudyName("lean", given="lean")
 
 
 def key(budget_bytes: int = BUDGET, slack: float | None = None, model: str = "m" * 32) -> StudyKey:
@@ -64,7 +66,7 @@ def test_the_front_is_what_no_setting_beats() -> None:
 
 def test_least_memory_within_the_slack(repository: Repository) -> None:
     asked, fastest_under = tuner(repository)
-    found = least_memory(repository, "lean", key(slack=1.0), fastest_under)
+    found = least_memory(repository, LEAN, key(slack=1.0), fastest_under)
     within = [one for one in front(TINY, BUDGET) if one.latency_s <= 2 * 1.0]  # everything resident takes 1 s
     assert found.measurement is not None
     assert found.measurement.peak_bytes == within[0].peak_bytes < 1000
@@ -77,7 +79,7 @@ def test_least_memory_within_the_slack(repository: Repository) -> None:
 
 def test_what_turns_out_too_slow_is_not_the_answer(repository: Repository) -> None:
     asked, fastest_under = tuner(repository, slower=3.0)
-    found = least_memory(repository, "lean", key(slack=1.0), fastest_under)
+    found = least_memory(repository, LEAN, key(slack=1.0), fastest_under)
     assert found.candidate.residents == tuple(range(10))
     assert found.measurement is not None and found.measurement.latency_s == pytest.approx(1.0)
     assert 1 < len(asked) <= 1 + MOST_BUDGETS
@@ -91,7 +93,7 @@ def test_a_budget_under_which_all_need_more_is_no_answer_either(repository: Repo
             raise BudgetTooSmallError("no", budget_bytes=budget_bytes, least_bytes=BUDGET, layer="blocks.0")
         return fastest_under(budget_bytes)
 
-    assert least_memory(repository, "lean", key(slack=1.0), picky).candidate.residents == tuple(range(10))
+    assert least_memory(repository, LEAN, key(slack=1.0), picky).candidate.residents == tuple(range(10))
 
 
 @pytest.mark.parametrize("slack", [0, -0.1, 1.5, float("nan"), "5%", True])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import store_samples
 from autosp.errors import StoreError, StudyMismatchError, StudyNotFoundError
 from autosp.spec import Outcome
-from autosp.store import Repository
+from autosp.store import Repository, StudyName
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 
@@ -138,10 +138,28 @@ def test_an_unknown_study_names_close_ones(
 def test_unique_names_avoid_ours_and_optunas(repository: Repository) -> None:
     import optuna
 
-    assert repository.unique_name("new") == "new"
-    assert repository.unique_name("tiny") == "tiny-2"
-    optuna.create_study(study_name="tiny-2", storage=repository.optuna_storage())
-    assert repository.unique_name("tiny") == "tiny-3"
+    assert repository.enter_study("new", store_samples.study_key(1)) == "new"
+    assert repository.enter_study("tiny", store_samples.study_key(2)) == "tiny-2"
+    optuna.create_study(study_name="tiny-3", storage=repository.optuna_storage())
+    assert repository.enter_study("tiny", store_samples.study_key(3)) == "tiny-4"
+    assert repository.study_key("tiny-4") == store_samples.study_key(3)
+
+
+def test_a_study_without_a_name_is_the_newest_with_its_key(repository: Repository) -> None:
+    repository.create_study("mine", store_samples.study_key())
+    assert repository.enter_study("tiny", store_samples.study_key()) == "mine"
+    assert [summary.name for summary in repository.summaries()] == ["mine", "tiny"]
+
+
+def test_a_name_is_the_one_given_or_is_made_as_its_study_is_entered(repository: Repository) -> None:
+    mine, made = StudyName("mine", given="mine"), StudyName("tiny")
+    key, other = store_samples.study_key(1), store_samples.study_key(2)
+    assert [name.find(repository, key) for name in (mine, made)] == [None, None]
+    assert (mine.enter(repository, key), made.enter(repository, other)) == ("mine", "tiny-2")
+    assert (mine.find(repository, key), made.find(repository, other)) == ("mine", "tiny-2")
+    for use in (mine.find, mine.enter):
+        with pytest.raises(StudyMismatchError, match="'mine' was made for something else"):
+            use(repository, other)
 
 
 def test_summaries_tell_the_fastest_trial_that_fits(repository: Repository) -> None:

@@ -33,6 +33,16 @@ def test_one_process_at_a_time_has_its_turn(shared_storage: str, tmp_path: Path)
     assert all(first == second for first, second in zip(lines[::2], lines[1::2], strict=True))
 
 
+def test_processes_that_enter_studies_without_names_at_once_find_names_for_all(shared_storage: str) -> None:
+    processes, each = 4, 6
+    found = store_workers.at_once(store_workers.enter_studies, [(shared_storage, range(1, each + 1))] * processes)
+    assert all(names == found[0] for names in found), "a key has one study"
+    assert sorted(found[0]) == sorted(["tiny", *(f"tiny-{number}" for number in range(2, each + 1))])
+    with Repository(shared_storage) as repository:
+        for budget, name in enumerate(found[0], start=1):
+            assert repository.study_key(name) == store_samples.study_key(budget)
+
+
 def test_a_turn_ends_with_its_process(shared_storage: str) -> None:
     process = forked.Process(target=store_workers.die_in_a_turn, args=(shared_storage,))
     process.start()
