@@ -284,6 +284,7 @@ def test_arguments_of_a_wrong_kind_are_named(tmp_path: Path) -> None:
         (lambda: mine.tune_batch(model, len, 1, batch_sizes="12", **quiet), "batch_sizes='12': pass whole numbers"),
         (lambda: mine.resume(3, model, batch), "no study 3 among the 0 in"),
         (lambda: mine.load_plan(None), "no study None among the 0 in"),
+        (lambda: mine.delete_study(None), "no study None among the 0 in"),
         (lambda: mine.load(3), "source is a int; pass a path, module:factory"),
         (lambda: mine.load(nn.Identity, weights=3), "weights is a int; pass the path"),
     ]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from autosp.errors import StoreError
 from autosp.search.validate import Validate, is_brief
-from autosp.spec import PROFILE_SCHEMA_VERSION, Candidate, Measurement, Outcome, Partition, Profile, StudyKey
+from autosp.spec import PROFILE_SCHEMA_VERSION, Candidate, Measurement, Outcome, Partition, Profile, StudyKey, Trial
 
 if TYPE_CHECKING:
     from autosp.store import Repository
@@ -47,7 +47,7 @@ def known_measurements(
     for name, other in _profiles(repository, repository.study_key(study)):
         if name == study or other != profile:
             continue
-        for trial in repository.trials(name):
+        for trial in _trials(repository, name):
             measured = trial.measurement
             if measured.outcome is Outcome.FITS and measured.peak_bytes <= budget_bytes:
                 found.setdefault(trial.prediction.candidate, measured)
@@ -77,3 +77,10 @@ def _profiles(repository: Repository, key: StudyKey) -> Iterator[tuple[str, Prof
             continue
         if profile is not None and profile.schema_version == PROFILE_SCHEMA_VERSION:
             yield name, profile
+
+
+def _trials(repository: Repository, name: str) -> list[Trial]:
+    try:
+        return repository.trials(name)
+    except StoreError:  # written by another version of autosp
+        return []

@@ -37,8 +37,16 @@ def decode(record: type[RecordT], stored: str, study: str) -> RecordT:
     except ValidationError as error:
         raise StoreError(
             f"the {record.__name__} of study {study!r} cannot be read ({error.error_count()} errors); another version "
-            "of autosp wrote it: use that version, or delete the study"
+            "of autosp wrote it: use that version, or delete the study (`autosp delete`, autosp.delete_study)"
         ) from error
+
+
+def readable(record: type[RecordT], stored: str) -> RecordT | None:
+    """The record that a row holds; None if this version cannot read it."""
+    try:
+        return record.model_validate_json(stored)
+    except ValidationError:
+        return None
 
 
 def refuse_another(name: str, key: StudyKey, entered: StudyKey) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -13,14 +14,14 @@ from typing import TYPE_CHECKING, Self
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from autosp.errors import StudyNotFoundError
+from autosp.errors import StoreError, StudyNotFoundError
 from autosp.spec import Measurement, Plan, Prediction, Profile, StudyKey, StudySummary, Trial
 from autosp.store.engine import READ_ONLY, open_engine, require_database, shown, storage_url, translated
 from autosp.store.migrate import upgrade
 from autosp.store.models import PlanRow, StudyRow, TrialRow
-from autosp.store.names import free_name
-from autosp.store.records import decode, encode, refuse_another, summary
-from autosp.store.trials import GRACE_PERIOD_S, HEARTBEAT_INTERVAL_S, open_optuna_storage
+from autosp.store.names import free_name, names_of_optuna
+from autosp.store.records import decode, encode, readable, refuse_another, summary
+from autosp.store.trials import GRACE_PERIOD_S, HEARTBEAT_INTERVAL_S, delete_optuna_study, open_optuna_storage
 from autosp.store.turns import turn, turn_where_shared
 
 if TYPE_CHECKING:
@@ -124,21 +125,33 @@ class Repository:
             return _newest_name(session, key)
 
     def siblings(self, key: StudyKey) -> list[str]:
-        """Studies with a profile that are of the same work as `key`, under any budget, the newest first."""
+        """Studies with a profile that are of the same work as `key`, under any budget, the newest first.
+
+        Those that another version of autosp entered, for what this one does not know, are none.
+        """
         with self._reading() as session:
             query = select(StudyRow.name, StudyRow.key).where(StudyRow.profile.is_not(None))
             query = query.where(StudyRow.key.contains(key.model_fingerprint, autoescape=True))
             rows = session.execute(query.order_by(StudyRow.id.desc()))
-            return [name for name, stored in rows if key.is_of_the_same_work(decode(StudyKey, stored, name))]
+            known = ((name, readable(StudyKey, stored)) for name, stored in rows)
+            return [name for name, other in known if other is not None and key.is_of_the_same_work(other)]
 
     def summaries(self) -> list[StudySummary]:
-        """All studies, the newest first; the best latency and its peak are those of the fastest trial that fits."""
+        """All studies, the newest first; the best latency and its peak are those of the fastest trial that fits.
+
+        Those that this version cannot read are left out, each with a warning that names it.
+        """
+        found: list[StudySummary] = []
         with self._reading() as session:
             measured: defaultdict[int, list[str]] = defaultdict(list)
             for study_id, measurement in session.execute(select(TrialRow.study_id, TrialRow.measurement)):
                 measured[study_id].append(measurement)
-            rows = session.scalars(select(StudyRow).order_by(StudyRow.id.desc()))
-            return [summary(row, measured[row.id]) for row in rows]
+            for row in session.scalars(select(StudyRow).order_by(StudyRow.id.desc())):
+                try:
+                    found.append(summary(row, measured[row.id]))
+                except StoreError as error:
+                    warnings.warn(f"left out: {error}", stacklevel=2)
+        return found
 
     def turn(self, name: str) -> AbstractContextManager[None]:
         """A turn at a study: one process at a time, of all that work on it, is inside. It ends with its process.
@@ -150,13 +163,23 @@ class Repository:
         """
         return turn(self._engine, f"turn of {name}")
 
-    def delete_study(self, name: str) -> None:
-        """Delete a study with its trials and plans. Optuna's study of that name stays.
+    def delete_study(self, name: str) -> int:
+        """Delete a study, its trials and plans, and Optuna's study of that name: a new one begins afresh.
 
-        Raises: StudyNotFoundError.
+        Gives the number of its trials. Nobody may be working on it: what they measure next has no place.
+
+        Raises: StudyNotFoundError; StoreReadOnlyError, StoreError as `turn`.
         """
-        with self._writing() as session:
-            session.delete(self._study(session, name))
+        with self.turn(name):
+            with self._reading() as session:
+                trials = select(func.count()).where(TrialRow.study_id == self._study(session, name).id)
+                count = session.scalar(trials) or 0
+                known_to_optuna = name in names_of_optuna(session)
+            if known_to_optuna:  # first: if this process dies here, the study is there to be deleted again
+                delete_optuna_study(self.optuna_storage(), name)
+            with self._writing() as session:
+                session.delete(self._study(session, name))
+        return count
 
     # Profiles, trials and plans of a study
 

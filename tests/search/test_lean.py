@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import closing
 
 import pytest
 
@@ -11,6 +13,7 @@ from autosp.errors import BudgetTooSmallError, SettingError
 from autosp.search.evidence import known_measurements, known_profile, unless_known
 from autosp.search.lean import MOST_BUDGETS, checked_slack, least_memory
 from autosp.search.space import front, rank
+from autosp.settings import settings
 from autosp.spec import Candidate, Measurement, Outcome, Plan, Profile, StudyKey
 from autosp.store import Repository, StudyName
 from builders import measurement, partition, plan, profile, study_key, trial
@@ -139,6 +142,17 @@ def test_measurements_of_other_budgets_on_the_same_profile(repository: Repositor
     repository.add_trial("own", trial(window))
     known = known_measurements(repository, "own", TINY, BUDGET)
     assert known == {resident.candidate: measurement(latency_s=1.5, peak_bytes=BUDGET)}
+
+
+def test_measurements_of_another_version_are_no_evidence(repository: Repository) -> None:
+    (resident, *_) = rank(TINY, BUDGET)
+    stored(repository, "newer", key(2 * BUDGET), TINY)
+    repository.add_trial("newer", trial(resident))
+    with closing(sqlite3.connect(settings().storage)) as database, database:
+        database.execute("UPDATE autosp_trial SET measurement = json_set(measurement, '$.from_the_future', 1)")
+    stored(repository, "own", key(), TINY)
+    assert known_measurements(repository, "own", TINY, BUDGET) == {}
+    assert known_profile(repository, key(), TINY.partition, None) == TINY
 
 
 def test_what_is_known_is_answered_once() -> None:

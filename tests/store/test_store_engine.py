@@ -48,6 +48,7 @@ def test_a_mistyped_path_makes_no_folder(name: str, tmp_path: Path, monkeypatch:
     [
         autosp.list_studies,
         partial(autosp.load_plan, "tiny"),
+        partial(autosp.delete_study, "tiny"),
         partial(autosp.resume, "tiny", nn.Linear(1, 1), torch.ones(1, 1)),
     ],
 )
