@@ -145,10 +145,10 @@ def resume(
         workload = Workload.of(model, sample_batch, step, entered.mode, chosen, seed, entered.group)
         key = workload.key(chosen, entered.budget_bytes, entered.host_budget_bytes, entered.slack)
         repository.has_study(study_name, key)
-        known = repository.plan(study_name)
-        if known is not None and limits == Limits():
+        known, goes_on = repository.plan(study_name), limits != Limits()
+        if known is not None and not goes_on:
             return known
-        search = Search(repository, workload, chosen, limits, isolation, progress)
+        search = Search(repository, workload, chosen, limits, isolation, progress, goes_on)
         return _answer(search, StudyName(study_name, given=study_name), key)
 
 
@@ -162,6 +162,8 @@ class Search:
     limits: Limits
     isolation: Isolation | None
     progress: bool
+    goes_on: bool = False
+    """Whether studies that have an answer go on to the limits."""
 
 
 def _answer(search: Search, name: StudyName, key: StudyKey) -> Plan:
@@ -172,7 +174,7 @@ def _answer(search: Search, name: StudyName, key: StudyKey) -> Plan:
 
     def fastest_under(budget_bytes: int) -> Plan:
         under = key.model_copy(update={"budget_bytes": budget_bytes, "slack": None})
-        known = repository.find_plan(under)
+        known = None if search.goes_on else repository.find_plan(under)
         return known or _fastest(search, StudyName(f"{name.base}-{budget_bytes / 1e9:.4g}GB"), under)
 
     name.find(repository, key)  # a wrong model or budget is known before anything is measured
