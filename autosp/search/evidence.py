@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from autosp.errors import StoreError
@@ -23,17 +23,22 @@ def known_profile(
     version's schema and of the layers as they are found now, and know the disk if, and only if, the host has no room
     for all of them: its links are measured in another way then. For a group, it must know the memory of one.
     """
-    for _, profile in _profiles(repository, key):
+
+    def holds(profile: Profile) -> bool:
         knows_groups = key.group == 1 or profile.waiting_bytes is not None
-        knows_disk = profile.disk_link is not None
-        if profile.partition == partition and knows_groups and knows_disk == (host_budget_bytes is not None):
-            return profile
-    return None
+        return profile.partition == partition and knows_groups and knows_links(profile, host_budget_bytes)
+
+    return newest_profile(repository, key, holds)
 
 
-def newest_profile(repository: Repository, key: StudyKey) -> Profile | None:
-    """The newest profile of the same work, of this version's schema. Whether its layers are as now was not checked."""
-    return next((profile for _, profile in _profiles(repository, key)), None)
+def knows_links(profile: Profile, host_budget_bytes: int | None) -> bool:
+    """Whether the disk was measured if, and only if, the host's budget binds."""
+    return (profile.disk_link is not None) == (host_budget_bytes is not None)
+
+
+def newest_profile(repository: Repository, key: StudyKey, holds: Callable[[Profile], bool]) -> Profile | None:
+    """The newest profile of the same work, of this version's schema, that still holds."""
+    return next((profile for _, profile in _profiles(repository, key) if holds(profile)), None)
 
 
 def known_measurements(
