@@ -13,7 +13,7 @@ from autosp.manual import plan
 from autosp.pareto import Front, pareto
 from autosp.runtime.streamed_model import Stats, StreamedModel
 from autosp.spec import Plan, Prediction, Profile
-from autosp.studies import list_studies, load_plan
+from autosp.studies import delete_study, list_studies, load_plan
 from autosp.tune import resume, tune
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "StreamedModel",
     "Throughput",
     "apply",
+    "delete_study",
     "estimate",
     "floor",
     "list_studies",

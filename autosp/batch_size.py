@@ -15,7 +15,7 @@ from autosp.devices import Device, choose_device
 from autosp.errors import BudgetTooSmallError, SettingError
 from autosp.estimate import profile
 from autosp.profiler.host import binding_host_budget, whole_device
-from autosp.search.evidence import newest_profile
+from autosp.search.evidence import knows_links, newest_profile
 from autosp.search.learned import PRIOR_ERROR
 from autosp.search.space import least_bytes, rank
 from autosp.spec import Plan, Profile, Record, StudyKey
@@ -110,9 +110,8 @@ def tune_batch(
         key = Workload.of(model, batch, step, mode, chosen, seed).key(chosen, *budgets)
         try:
             with Repository(storage) as repository:
-                measured = _profile(repository, key, partial(profile, model, batch, **options))
-            host_bytes = binding_host_budget(measured.partition, chosen, key.host_budget_bytes, measured.mode)
-            fastest_s = rank(measured, key.budget_bytes, host_bytes)[0].latency_s
+                measured = _profile(repository, key, chosen, partial(profile, model, batch, **options))
+            fastest_s = rank(measured, key.budget_bytes, _host_bytes(measured, key, chosen))[0].latency_s
         except BaseException as error:
             too_large = isinstance(error, BudgetTooSmallError) or chosen.is_out_of_memory(error)
             if not (predicted and too_large):
@@ -152,16 +151,23 @@ def _is_enough(
     return more_per_s < less_per_s * (1 + LEAST_GAIN) or least_bytes(last) + per_sample * (size - more) > budget_bytes
 
 
-def _profile(repository: Repository, key: StudyKey, measure: Callable[[], Profile]) -> Profile:
+def _profile(repository: Repository, key: StudyKey, device: Device, measure: Callable[[], Profile]) -> Profile:
     """The profile of a batch size. It is kept with the study that will tune this size, if that is worth it."""
-    known = newest_profile(repository, key)
+
+    def holds(stored: Profile) -> bool:
+        return knows_links(stored, _host_bytes(stored, key, device))
+
+    known = newest_profile(repository, key, holds)
     if known is not None:
         return known
     measured = measure()
-    name = repository.find_study(key) or repository.unique_name(f"{key.model_name}-{key.mode}")
-    repository.create_study(name, key)
-    repository.save_profile(name, measured)
+    repository.save_profile(repository.enter_study(f"{key.model_name}-{key.mode}", key), measured)
     return measured
+
+
+def _host_bytes(measured: Profile, key: StudyKey, device: Device) -> int | None:
+    """Of the layers of a profile: what they may take of the host, if that binds."""
+    return binding_host_budget(measured.partition, device, key.host_budget_bytes, measured.mode)
 
 
 def _tuned(predicted: Sequence[tuple[Throughput, Any]], tune_for: Callable[[Any], Plan]) -> list[Throughput]:

@@ -185,6 +185,15 @@ def studies(storage: Storage = None) -> None:
 
 
 @app.command()
+def delete(study: Study, storage: Storage = None) -> None:
+    """Delete a study from the database, with its trials and plans."""
+    from autosp.studies import delete_study
+
+    trials = delete_study(study, storage)
+    typer.echo(f"deleted study {study}: {trials} trial{'' if trials == 1 else 's'}")
+
+
+@app.command()
 def show(study: Study, storage: Storage = None, plot: Plot = None) -> None:
     """Print a study's trials, plan, layers and link; draw its plan's timeline."""
     from autosp.report.tables import layers_table, link_table

@@ -38,8 +38,9 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
 def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
     """One holder at a time, of all processes and threads of this machine that name the file.
 
-    The kernel ends the lock with its process, however that ends. The empty file stays: to remove it would let two hold
-    a lock of one name. `waiting` is called once if another has it.
+    It is free after the block, whatever processes were forked inside. The kernel frees it if the holder dies: once
+    those that were forked inside and run no other program have ended, too. The empty file stays: to remove it would
+    let two hold a lock of one name. `waiting` is called once if another has it.
 
     Raises: OSError if the file cannot be made.
     """
@@ -47,6 +48,7 @@ def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[N
 
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    holder = os.getpid()
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -55,6 +57,8 @@ def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[N
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
+        if os.getpid() == holder:  # a forked process shares the lock, and may leave the block, too
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
 
 

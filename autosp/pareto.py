@@ -12,7 +12,8 @@ from torch import nn
 
 from autosp.batch import Step
 from autosp.devices import Device, choose_device
-from autosp.errors import BudgetTooSmallError, SettingError
+from autosp.errors import SettingError, StoreError
+from autosp.search.failure import NO_PLAN
 from autosp.search.headroom import budget_for
 from autosp.search.lean import plan_of, study_of
 from autosp.search.learned import Lessons
@@ -87,7 +88,7 @@ def pareto(
     for prediction in bends(line, points)[:-1]:  # the last one is what the first study was for
         budget_bytes = budget_for(profile, learned.peak_bytes(prediction), group)
         if budget_bytes < fastest.budget_bytes:
-            with suppress(BudgetTooSmallError):  # everything that was predicted to fit there may need more
+            with suppress(*NO_PLAN):  # everything that was predicted to fit there may need more, or fail
                 fastest_under(f"{budget_bytes}B")
     return Front(plans=tuple(_undominated(_validated(fastest, storage))), predicted=tuple(line))
 
@@ -98,10 +99,11 @@ def _validated(fastest: Plan, storage: str | os.PathLike[str] | None) -> list[Pl
         profile, _ = study_of(repository, fastest)
         found: list[Plan] = []
         for name in reversed(repository.siblings(repository.study_key(fastest.study_name or ""))):
-            plan = repository.plan(name)
-            same_group = plan is not None and plan.candidate.group == fastest.candidate.group
-            if plan is not None and same_group and repository.profile(name) == profile:
-                found += [plan_of(trial, plan) for trial in repository.trials(name)]
+            with suppress(StoreError):  # written by another version of autosp
+                plan = repository.plan(name)
+                same_group = plan is not None and plan.candidate.group == fastest.candidate.group
+                if plan is not None and same_group and repository.profile(name) == profile:
+                    found += [plan_of(trial, plan, profile) for trial in repository.trials(name)]
     most = fastest.budget_bytes or 0
     return [plan for plan in found if plan.measurement is not None and plan.measurement.peak_bytes <= most]
 

@@ -25,3 +25,14 @@ def load_plan(study_name: str, storage: str | os.PathLike[str] | None = None) ->
         if plan is None:
             raise StudyNotFoundError(f"study {study_name!r} has no plan yet: continue it with autosp.resume")
         return plan
+
+
+def delete_study(study_name: str, storage: str | os.PathLike[str] | None = None) -> int:
+    """Delete a study with its trials and plans, and Optuna's study of that name; gives the number of its trials.
+
+    A study of that name begins afresh then. Nobody may be working on it.
+
+    Raises: StudyNotFoundError naming the close names; StoreReadOnlyError if the database cannot be written.
+    """
+    with Repository.existing(storage) as repository:
+        return repository.delete_study(study_name)

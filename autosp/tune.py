@@ -32,7 +32,7 @@ from autosp.search.space import Ranking, ranking
 from autosp.search.validate import Reference, Validate, timed, validate
 from autosp.settings import settings
 from autosp.spec import PROFILE_SCHEMA_VERSION, Partition, Plan, Prediction, Profile, StudyKey
-from autosp.store import Repository
+from autosp.store import Repository, StudyName
 from autosp.workload import Workload, parse_budgets, refuse_host_budget
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def tune(
             return known
         base = f"{key.model_name}-{key.mode}" + (f"-group-{group}" if group > 1 else "")
         base += f"-slack-{slack:g}" if slack else ""
-        name = study_name or repository.find_study(key) or repository.unique_name(base)
+        name = StudyName(study_name or base, given=study_name)
         return _answer(Search(repository, workload, chosen, limits, isolation, progress), name, key)
 
 
@@ -145,10 +145,11 @@ def resume(
         workload = Workload.of(model, sample_batch, step, entered.mode, chosen, seed, entered.group)
         key = workload.key(chosen, entered.budget_bytes, entered.host_budget_bytes, entered.slack)
         repository.has_study(study_name, key)
-        known = repository.plan(study_name)
-        if known is not None and limits == Limits():
+        known, goes_on = repository.plan(study_name), limits != Limits()
+        if known is not None and not goes_on:
             return known
-        return _answer(Search(repository, workload, chosen, limits, isolation, progress), study_name, key)
+        search = Search(repository, workload, chosen, limits, isolation, progress, goes_on)
+        return _answer(search, StudyName(study_name, given=study_name), key)
 
 
 @dataclass(frozen=True)
@@ -161,9 +162,11 @@ class Search:
     limits: Limits
     isolation: Isolation | None
     progress: bool
+    goes_on: bool = False
+    """Whether studies that have an answer go on to the limits."""
 
 
-def _answer(search: Search, name: str, key: StudyKey) -> Plan:
+def _answer(search: Search, name: StudyName, key: StudyKey) -> Plan:
     """Where slower plans of less memory will do, each budget that is tried is a study of its own."""
     if key.slack is None:
         return _fastest(search, name, key)
@@ -171,43 +174,40 @@ def _answer(search: Search, name: str, key: StudyKey) -> Plan:
 
     def fastest_under(budget_bytes: int) -> Plan:
         under = key.model_copy(update={"budget_bytes": budget_bytes, "slack": None})
-        known = repository.find_plan(under)
-        if known is not None:
-            return known
-        study = repository.find_study(under) or repository.unique_name(f"{name}-{budget_bytes / 1e9:.4g}GB")
-        return _fastest(search, study, under)
+        known = None if search.goes_on else repository.find_plan(under)
+        return known or _fastest(search, StudyName(f"{name.base}-{budget_bytes / 1e9:.4g}GB"), under)
 
-    repository.has_study(name, key)
+    name.find(repository, key)  # a wrong model or budget is known before anything is measured
     return least_memory(repository, name, key, fastest_under)
 
 
-def _fastest(search: Search, name: str, key: StudyKey) -> Plan:
+def _fastest(search: Search, name: StudyName, key: StudyKey) -> Plan:
     """Profile unless that is stored, validate what may win, store and return the best.
 
     A new study is entered once there is something to validate: a wrong batch or budget leaves nothing in the database.
     """
     repository = search.repository
-    repository.has_study(name, key)  # a wrong model or budget is known before the device is waited for
+    name.find(repository, key)  # a wrong model or budget is known before the device is waited for
     with progress_bar(search.progress) as show, ExitStack() as held, ExitStack() as opened:
         study = _Study(search, name, key, show, opened)
         held.enter_context(study.hold_device())
         begin = time.perf_counter()
         found = study.found_or_measured()
         ranked = ranking(found.profile, *found.budgets, key.group)
-        repository.create_study(name, key)
-        agreed = repository.agree_on_profile(name, found.profile)
+        entered = name.enter(repository, key)
+        agreed = repository.agree_on_profile(entered, found.profile)
         if agreed != found.profile:
             found = replace(found, profile=agreed)
             ranked = ranking(agreed, *found.budgets, key.group)
         validated = timed(study.validated(found, ranked.predictions))
         profile_s = time.perf_counter() - begin
         held.close()
-        verdict = study.verdict(found, ranked, validated, profile_s)
+        verdict = study.verdict(entered, found, ranked, validated, profile_s)
     if verdict.best is None:
-        raise no_plan(found.profile, key.budget_bytes, repository.trials(name), finished=verdict.finished)
+        raise no_plan(found.profile, key.budget_bytes, repository.trials(entered), finished=verdict.finished)
     answer = Plan(
         **search.workload.identity(search.device),
-        study_name=name,
+        study_name=entered,
         budget_bytes=found.budgets[0],
         host_budget_bytes=found.budgets[1],
         partition=found.profile.partition,
@@ -218,7 +218,7 @@ def _fastest(search: Search, name: str, key: StudyKey) -> Plan:
         floor_s=floor_s(found.profile, *found.budgets, key.group),
         why=verdict.why,
     )
-    return repository.agree_on_plan(name, answer)
+    return repository.agree_on_plan(entered, answer)
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ class _Study:
     """The search under one budget. `opened` holds what stays open until its verdict."""
 
     search: Search
-    name: str
+    name: StudyName
     key: StudyKey
     show: Callable[[str], None]
     opened: ExitStack
@@ -254,7 +254,8 @@ class _Study:
         self.show("order of the layers")
         parts, output = _observed(workload, device)
         self.show("weights to the slow tier")
-        stored = repository.profile(self.name) if repository.has_study(self.name, self.key) else None
+        name = self.name.find(repository, self.key)
+        stored = None if name is None else repository.profile(name)
         if stored is not None and stored.schema_version != PROFILE_SCHEMA_VERSION:
             stored = None
         parts = stored.partition if stored else parts
@@ -286,16 +287,18 @@ class _Study:
             reference = Reference(found.output, lambda: workload.observed_pass(device)[1])
         return partial(validate, bench, workload, reference, found.budgets[0], progress=self.show)
 
-    def verdict(self, found: _Found, ranked: Ranking, validated: Validate, profile_s: float) -> Verdict:
-        """Of the study, once it has run. What other studies of the same work measured is not measured again."""
+    def verdict(self, name: str, found: _Found, ranked: Ranking, validated: Validate, profile_s: float) -> Verdict:
+        """Of the study, which has this name by now, once it has run. What others of the same work measured is not
+        measured again.
+        """
         import_apart("autosp.search.study")  # optuna, which an answer from the database does not need
         from autosp.search.study import run_study
 
         repository, budget_bytes = self.search.repository, found.budgets[0]
-        known = known_measurements(repository, self.name, found.profile, budget_bytes)
+        known = known_measurements(repository, name, found.profile, budget_bytes)
         return run_study(
             repository,
-            self.name,
+            name,
             found.profile,
             ranked.predictions,
             budget_bytes,

@@ -10,8 +10,9 @@ from torch import nn
 
 import autosp
 from autosp.batch_size import MOST_TUNED, _is_enough, _sizes, _tuned
+from autosp.devices import CpuDevice
 from autosp.errors import BudgetTooSmallError, SettingError
-from autosp.spec import Candidate, Plan
+from autosp.spec import Candidate, Plan, Tier
 from autosp.store import Repository
 from builders import plan, prediction, profile, trial
 from models import EarlyExit
@@ -55,6 +56,22 @@ def test_the_best_of_the_sizes_is_the_answer_and_stays_it() -> None:
     assert autosp.tune_batch(model, make_batch, 0.01, **options) == found
     assert Counted.passes == 0
     assert autosp.BatchSizes.model_validate_json(found.model_dump_json()) == found
+
+
+def test_a_profile_without_the_disk_is_none_where_the_host_has_no_room() -> None:
+    model, device = counted(), CpuDevice(slow_tier=Tier.HOST)
+    options: dict[str, Any] = {"batch_sizes": [4], "max_trials": 1, "device": device, "progress": False}
+    plain = autosp.tune_batch(model, make_batch, 0.01, **options)
+    tight = autosp.tune_batch(model, make_batch, 0.01, max_cpu_gb="300KB", **options)
+    assert (plain.plan.host_budget_bytes, tight.plan.host_budget_bytes) == (None, 300_000)
+    with Repository() as repository:
+        profiles = [repository.profile(found.plan.study_name or "") for found in (plain, tight)]
+    assert [known is not None and known.disk_link is not None for known in profiles] == [False, True]
+    Counted.passes = 0
+    assert autosp.tune_batch(model, make_batch, 0.01, **options) == plain, "the newest knows the disk: it is another's"
+    assert autosp.tune_batch(model, make_batch, 0.01, max_cpu_gb="300KB", **options) == tight
+    assert Counted.passes == 0
+    device.close()
 
 
 def test_the_smallest_size_must_fit() -> None:

@@ -16,7 +16,7 @@ from autosp.cli import app
 from autosp.spec import Candidate, Plan
 from autosp.store import Repository
 from autosp.studies import list_studies
-from builders import study_key
+from builders import prediction, study_key, trial
 
 FACTORIES = """
 import os
@@ -133,6 +133,7 @@ def test_help_names_every_command() -> None:
         "tune-batch",
         "studies",
         "show",
+        "delete",
         "export",
         "run",
         "trace",
@@ -196,6 +197,17 @@ def test_trials_in_another_process(shell: Path) -> None:
 def test_studies(study: Path) -> None:
     assert "1 study" in autosp("studies")
     assert "tiny Tiny float32[4,128] 200 MB 2 " in autosp("studies")
+
+
+def test_delete_says_what_was_there(shell: Path) -> None:
+    for study, trials in (("one", 1), ("none", 0)):
+        with Repository() as repository:
+            repository.create_study(study, study_key())
+            for number in range(trials):
+                repository.add_trial(study, trial(prediction(Candidate(k=1, k_prime=1)), number=number))
+    assert autosp("delete", "one") == "deleted study one: 1 trial "
+    assert autosp("delete", "none", "--storage", "autosp.db") == "deleted study none: 0 trials "
+    assert list_studies() == []
 
 
 def test_no_studies(shell: Path) -> None:
@@ -433,6 +445,7 @@ def test_the_users_own_error_keeps_its_traceback(factory: str, error: type[Excep
     [
         (("show", "tinny"), "no study 'tinny' among the 1 .*; did you mean 'tiny'?"),
         (("export", "tinny"), "did you mean 'tiny'?"),
+        (("delete", "tinny"), "did you mean 'tiny'?"),
         (("resume", "tinny", "tiny_models:make"), "did you mean 'tiny'?"),
         (("estimate", "--study", "tinny", *ROOM), "did you mean 'tiny'?"),
         (("estimate", *ROOM), "either MODULE:FACTORY or --study"),

@@ -65,6 +65,7 @@ PUBLIC = {
     "StreamedModel",
     "Throughput",
     "apply",
+    "delete_study",
     "estimate",
     "floor",
     "list_studies",

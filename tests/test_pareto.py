@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
+import sys
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -10,9 +13,10 @@ from torch import nn
 
 import autosp
 from autosp.batch import equal
-from autosp.errors import SettingError
+from autosp.errors import IsolationError, SettingError
 from autosp.pareto import bends
-from autosp.spec import Candidate, Outcome
+from autosp.settings import settings
+from autosp.spec import Candidate, Outcome, Trial
 from autosp.store import Repository
 from builders import prediction
 from models import EarlyExit, vectors
@@ -99,6 +103,24 @@ def test_slack_is_an_ordinary_study_that_answers_again() -> None:
         assert equal(model(batch), expected)
 
 
+def test_a_slack_study_goes_on_to_new_limits() -> None:
+    model, batch = counted()
+    tune(model, batch, LARGE_GB, max_trials=1, slack=1.0, study_name="lean")
+    first = trials_of("lean-0.03GB")
+    assert len(first) == 1
+    Counted.passes = 0
+    autosp.resume("lean", model, batch, device="cpu", progress=False, max_trials=4)
+    assert Counted.passes > 0, "the fastest plan's study was looked at again"
+    assert {one.prediction.candidate for one in first} <= {one.prediction.candidate for one in trials_of("lean-0.03GB")}
+    candidates = [one.prediction.candidate for one in trials_of("lean")]
+    assert len(candidates) == len(set(candidates)) >= len(trials_of("lean-0.03GB"))
+
+
+def trials_of(study_name: str) -> list[Trial]:
+    with Repository() as repository:
+        return repository.trials(study_name)
+
+
 def test_without_a_budget_the_device_is_the_budget() -> None:
     model, batch = counted()
     plan = autosp.tune(model, batch, device="cpu", progress=False, max_trials=1)
@@ -128,6 +150,33 @@ def test_pareto_goes_from_the_least_memory_to_the_fastest() -> None:
     assert autosp.pareto(model, batch, LARGE_GB, device="cpu", points=3, max_trials=2, progress=False) == front
     assert Counted.passes == 0
     assert autosp.Front.model_validate_json(front.model_dump_json()) == front
+
+
+def test_a_budget_without_a_plan_leaves_the_front_its_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = counted()
+    asked: list[Any] = []
+
+    def tune_once(model: nn.Module, batch: Any, budget: Any, **options: Any) -> autosp.Plan:
+        asked.append(budget)
+        if len(asked) > 1:
+            raise IsolationError("none of 2 validated plans came to its end")
+        return autosp.tune(model, batch, budget, **options)
+
+    monkeypatch.setattr(sys.modules["autosp.pareto"], "tune", tune_once)
+    front = autosp.pareto(model, batch, LARGE_GB, device="cpu", points=3, max_trials=2, progress=False)
+    assert len(asked) == 3
+    assert {plan.study_name for plan in front.plans} == {"Counted-inference"}
+
+
+def test_studies_of_another_version_are_not_in_the_front() -> None:
+    model, batch = counted()
+    options: dict[str, Any] = {"device": "cpu", "points": 2, "max_trials": 1, "progress": False}
+    tune(model, batch, SMALL_GB, max_trials=1, study_name="newer")
+    with closing(sqlite3.connect(settings().storage)) as database, database:
+        database.execute("UPDATE autosp_plan SET plan = json_set(plan, '$.from_the_future', 1)")
+    front = autosp.pareto(model, batch, LARGE_GB, **options)
+    assert front.plans
+    assert "newer" not in {plan.study_name for plan in front.plans}
 
 
 @pytest.mark.parametrize("points", [1, 2.5, True])

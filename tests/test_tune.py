@@ -36,6 +36,7 @@ from autosp.runtime.streamed_model import StreamedModel
 from autosp.search.space import all_resident, key_of, rank
 from autosp.spec import Outcome, Tier
 from autosp.store import Repository
+from builders import study_key
 from models import EarlyExit, make, tokens, vectors
 from processes import start
 
@@ -283,6 +284,7 @@ def test_arguments_of_a_wrong_kind_are_named(tmp_path: Path) -> None:
         (lambda: mine.tune_batch(model, len, 1, batch_sizes="12", **quiet), "batch_sizes='12': pass whole numbers"),
         (lambda: mine.resume(3, model, batch), "no study 3 among the 0 in"),
         (lambda: mine.load_plan(None), "no study None among the 0 in"),
+        (lambda: mine.delete_study(None), "no study None among the 0 in"),
         (lambda: mine.load(3), "source is a int; pass a path, module:factory"),
         (lambda: mine.load(nn.Identity, weights=3), "weights is a int; pass the path"),
     ]
@@ -355,6 +357,34 @@ def test_resume_goes_on_where_a_limit_stopped_and_repeats_nothing() -> None:
     assert 1 <= len(after) <= 3
     keys = [key_of(trial.prediction.candidate) for trial in after]
     assert len(keys) == len(set(keys))
+
+
+@pytest.mark.parametrize(
+    ("slack", "taken"),
+    [
+        (None, ["EarlyExit-inference"]),
+        (1.0, ["EarlyExit-inference-slack-1", "EarlyExit-inference-slack-1-0.03GB"]),
+    ],
+)
+def test_a_name_that_is_taken_meanwhile_is_left_to_its_study(slack: float | None, taken: list[str]) -> None:
+    """Of a study that the user gave no name: another process enters one of that name while this one profiles."""
+    model, batch = big()
+    entered: list[str] = []
+
+    def step(model: nn.Module, batch: Any) -> Any:
+        if not entered:
+            entered.extend(taken)
+            with Repository() as repository:
+                for number, name in enumerate(taken, start=1):
+                    repository.create_study(name, study_key(budget_bytes=number))
+        return model(batch)
+
+    plan = autosp.tune(model, batch, BUDGET_GB, slack=slack, step=step, device="cpu", progress=False, max_trials=1)
+    assert entered == taken
+    assert plan.study_name == f"{taken[0]}-2"
+    known = {summary.name: summary.trials for summary in autosp.list_studies()}
+    assert [known[name] for name in taken] == [0] * len(taken)
+    assert {f"{name}-2" for name in taken} <= known.keys()
 
 
 def test_ctrl_c_restores_the_model_and_resume_finishes(tmp_path: Path) -> None:

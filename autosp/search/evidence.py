@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from autosp.errors import StoreError
 from autosp.search.validate import Validate, is_brief
-from autosp.spec import PROFILE_SCHEMA_VERSION, Candidate, Measurement, Outcome, Partition, Profile, StudyKey
+from autosp.spec import PROFILE_SCHEMA_VERSION, Candidate, Measurement, Outcome, Partition, Profile, StudyKey, Trial
 
 if TYPE_CHECKING:
     from autosp.store import Repository
@@ -23,17 +23,22 @@ def known_profile(
     version's schema and of the layers as they are found now, and know the disk if, and only if, the host has no room
     for all of them: its links are measured in another way then. For a group, it must know the memory of one.
     """
-    for _, profile in _profiles(repository, key):
+
+    def holds(profile: Profile) -> bool:
         knows_groups = key.group == 1 or profile.waiting_bytes is not None
-        knows_disk = profile.disk_link is not None
-        if profile.partition == partition and knows_groups and knows_disk == (host_budget_bytes is not None):
-            return profile
-    return None
+        return profile.partition == partition and knows_groups and knows_links(profile, host_budget_bytes)
+
+    return newest_profile(repository, key, holds)
 
 
-def newest_profile(repository: Repository, key: StudyKey) -> Profile | None:
-    """The newest profile of the same work, of this version's schema. Whether its layers are as now was not checked."""
-    return next((profile for _, profile in _profiles(repository, key)), None)
+def knows_links(profile: Profile, host_budget_bytes: int | None) -> bool:
+    """Whether the disk was measured if, and only if, the host's budget binds."""
+    return (profile.disk_link is not None) == (host_budget_bytes is not None)
+
+
+def newest_profile(repository: Repository, key: StudyKey, holds: Callable[[Profile], bool]) -> Profile | None:
+    """The newest profile of the same work, of this version's schema, that still holds."""
+    return next((profile for _, profile in _profiles(repository, key) if holds(profile)), None)
 
 
 def known_measurements(
@@ -47,7 +52,7 @@ def known_measurements(
     for name, other in _profiles(repository, repository.study_key(study)):
         if name == study or other != profile:
             continue
-        for trial in repository.trials(name):
+        for trial in _trials(repository, name):
             measured = trial.measurement
             if measured.outcome is Outcome.FITS and measured.peak_bytes <= budget_bytes:
                 found.setdefault(trial.prediction.candidate, measured)
@@ -77,3 +82,10 @@ def _profiles(repository: Repository, key: StudyKey) -> Iterator[tuple[str, Prof
             continue
         if profile is not None and profile.schema_version == PROFILE_SCHEMA_VERSION:
             yield name, profile
+
+
+def _trials(repository: Repository, name: str) -> list[Trial]:
+    try:
+        return repository.trials(name)
+    except StoreError:  # written by another version of autosp
+        return []

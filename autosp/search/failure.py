@@ -10,6 +10,9 @@ from autosp.search.headroom import budget_for
 from autosp.search.space import suggested_gb
 from autosp.spec import Outcome, Profile, Trial
 
+NO_PLAN = (BudgetTooSmallError, OutputMismatchError, HostMemoryError, IsolationError)
+"""What `no_plan` gives: where other studies have a plan, one that has none is no reason to lose theirs."""
+
 
 def no_plan(profile: Profile, budget_bytes: int, trials: Sequence[Trial], *, finished: bool) -> AutospError:
     """The error for a study in which every candidate that was tried failed on the device.

@@ -75,12 +75,13 @@ class Isolation:
             raise SettingError("trial_timeout_s goes with isolate=True: a trial in this process cannot be stopped")
         return None
 
-    def timeout_s(self, prediction: Prediction) -> float:
-        """When a trial hangs: far beyond what was predicted of it."""
+    def timeout_s(self, *predictions: Prediction) -> float:
+        """When a trial hangs: far beyond what was predicted of it. Of several predictions the slowest counts."""
         if self.trial_timeout_s is not None:
             return self.trial_timeout_s
-        cold_s = prediction.cold_latency_s or prediction.latency_s
-        return LEAST_TIMEOUT_S + TIMEOUT_FACTOR * (cold_s + max(ENOUGH_S, LEAST_PASSES * prediction.latency_s))
+        cold_s = max(prediction.cold_latency_s or prediction.latency_s for prediction in predictions)
+        pass_s = max(prediction.latency_s for prediction in predictions)
+        return LEAST_TIMEOUT_S + TIMEOUT_FACTOR * (cold_s + max(ENOUGH_S, LEAST_PASSES * pass_s))
 
 
 class _EndedError(Exception):
@@ -157,8 +158,7 @@ class IsolatedTrials:
         """
         process = self._process = self._process or self._started()
         try:
-            timeout_s = self._isolation.timeout_s(self._predictions[candidate])
-            answer = process.ask((candidate, hopeless_s), timeout_s, self._progress)
+            answer = process.ask((candidate, hopeless_s), self._timeout_s(candidate), self._progress)
         except _EndedError as ended:
             self._end()
             warnings.warn(
@@ -171,6 +171,11 @@ class IsolatedTrials:
             raise answer.content
         measurement: Measurement = answer.content
         return measurement
+
+    def _timeout_s(self, candidate: Candidate) -> float:
+        """A finalist may be of another process's ranking: it gets as long as the slowest of this one's."""
+        known = self._predictions.get(candidate)
+        return self._isolation.timeout_s(*([known] if known else self._predictions.values()))
 
     def _started(self) -> _TrialProcess:
         """A process that is ready for a trial."""

@@ -6,14 +6,16 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from autosp.errors import BudgetTooSmallError, SettingError, StudyNotFoundError
+from autosp.cost_model.reading import planned_reading
+from autosp.errors import SettingError, StudyNotFoundError
+from autosp.search.failure import NO_PLAN
 from autosp.search.headroom import budget_for
 from autosp.search.learned import Learned, Lessons
 from autosp.search.space import front
 from autosp.spec import Outcome, Plan, Prediction, Profile, StudyKey, Trial
 
 if TYPE_CHECKING:
-    from autosp.store import Repository
+    from autosp.store import Repository, StudyName
 
 MOST_BUDGETS = 4
 """Smaller budgets that are tried. The front that was predicted, corrected by what was measured, leads to them."""
@@ -32,16 +34,16 @@ def checked_slack(slack: float | None) -> float | None:
     return slack
 
 
-def least_memory(repository: Repository, name: str, key: StudyKey, fastest_under: FastestUnder) -> Plan:
+def least_memory(repository: Repository, name: StudyName, key: StudyKey, fastest_under: FastestUnder) -> Plan:
     """The plan of least measured memory that takes at most `key.slack` longer than the fastest under the key's budget.
 
     Smaller budgets are tried for as long as one is predicted to be fast enough, given what was measured so far. Of all
-    trials on the way the best is taken; they become the trials of study `name`.
+    trials on the way the best is taken; they become the trials of the study with that name.
     """
     fastest = fastest_under(key.budget_bytes)
     profile, trials = study_of(repository, fastest)
-    repository.create_study(name, key)
-    repository.save_profile(name, profile)
+    entered = name.enter(repository, key)
+    repository.save_profile(entered, profile)
     assert fastest.measurement is not None and key.slack is not None
     limit_s = fastest.measurement.latency_s * (1 + key.slack)
     lessons = Lessons(profile, front(profile, key.budget_bytes, fastest.host_budget_bytes, key.group))
@@ -61,7 +63,7 @@ def least_memory(repository: Repository, name: str, key: StudyKey, fastest_under
         trials += found
         if not any(_fast_enough(trial, limit_s) for trial in found):
             too_slow_bytes = target.peak_bytes
-    return _stored(repository, name, key, fastest, trials, limit_s)
+    return _stored(repository, entered, key, profile, fastest, trials, limit_s)
 
 
 def study_of(repository: Repository, plan: Plan) -> tuple[Profile, list[Trial]]:
@@ -77,10 +79,10 @@ def study_of(repository: Repository, plan: Plan) -> tuple[Profile, list[Trial]]:
 
 
 def _trials_under(repository: Repository, fastest_under: FastestUnder, budget_bytes: int) -> list[Trial]:
-    """What tuning under a budget measured; nothing where everything turned out to need more."""
+    """What tuning under a budget measured; nothing where all plans need more after all, or failed."""
     try:
         return study_of(repository, fastest_under(budget_bytes))[1]
-    except BudgetTooSmallError:
+    except NO_PLAN:
         return []
 
 
@@ -118,11 +120,12 @@ def _stored(
     repository: Repository,
     name: str,
     key: StudyKey,
+    profile: Profile,
     fastest: Plan,
     trials: Sequence[Trial],
     limit_s: float,
 ) -> Plan:
-    """The answer, as that of a study with all the trials of those it rests on."""
+    """The answer, as that of a study with all the trials of those it rests on, and those it had before."""
     best = _leanest(trials, limit_s)
     assert fastest.measurement is not None
     why = (
@@ -132,22 +135,29 @@ def _stored(
         f"{fastest.measurement.peak_bytes / 1e9:.4g} GB (study {fastest.study_name})"
     )
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    answer = plan_of(best, fastest).model_copy(update={"created_at": now, "study_name": name, "why": why})
-    distinct = {trial.prediction.candidate: trial for trial in reversed(trials)}
+    found = plan_of(best, fastest, profile)
+    answer = found.model_copy(update={"created_at": now, "study_name": name, "why": why})
+    distinct = {trial.prediction.candidate: trial for trial in reversed([*trials, *repository.trials(name)])}
     for number, trial in enumerate(reversed(distinct.values())):
         repository.add_trial(name, trial.model_copy(update={"number": number}))
     repository.save_plan(name, answer)
     return answer
 
 
-def plan_of(trial: Trial, like: Plan) -> Plan:
-    """The plan of a trial of the same study, or of one under another budget that `like`'s has room for."""
-    if trial.prediction.candidate == like.candidate:
+def plan_of(trial: Trial, like: Plan, profile: Profile) -> Plan:
+    """The plan of a trial of the same study, or of one under another budget that `like`'s has room for.
+
+    `profile`: the one that both rest on.
+    """
+    candidate = trial.prediction.candidate
+    if candidate == like.candidate:
         return like
     return like.model_copy(
         update={
-            "candidate": trial.prediction.candidate,
+            "candidate": candidate,
+            "reading": planned_reading(profile, trial.prediction),
             "prediction": trial.prediction,
             "measurement": trial.measurement,
+            "why": f"{candidate.label()} was measured on the way to study {like.study_name}'s {like.candidate.label()}",
         }
     )

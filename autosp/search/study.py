@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from enum import Enum, auto
 from functools import partial
 from typing import TYPE_CHECKING
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
 from autosp.search.finals import fastest, pooled, undecided
@@ -251,15 +252,17 @@ def _was_profiled(profile: Profile, window: Prediction, favourite: Prediction) -
 
 
 def _tell(study: optuna.Study, trial: optuna.Trial, done: Trial, budget_bytes: int) -> None:
+    """Tell Optuna, unless another worker took this one for dead meanwhile: what was measured is stored, and counts."""
     measured = done.measurement
-    trial.set_user_attr("predicted_latency_s", done.prediction.latency_s)
-    trial.set_user_attr("predicted_peak_bytes", done.prediction.peak_bytes)
-    trial.set_user_attr("peak_bytes", measured.peak_bytes)
-    trial.set_user_attr("outcome", measured.outcome.value)
-    trial.set_constraint("memory", float(measured.peak_bytes - budget_bytes))
-    trial.set_constraint("output", float(measured.outcome is Outcome.OUTPUT_DIFFERS))
-    trial.set_constraint("process", float(measured.outcome.cut_short))
-    if measured.outcome.is_timed:
-        study.tell(trial, measured.latency_s, skip_if_finished=True)
-    else:
-        study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
+    with suppress(UpdateFinishedTrialError):
+        trial.set_user_attr("predicted_latency_s", done.prediction.latency_s)
+        trial.set_user_attr("predicted_peak_bytes", done.prediction.peak_bytes)
+        trial.set_user_attr("peak_bytes", measured.peak_bytes)
+        trial.set_user_attr("outcome", measured.outcome.value)
+        trial.set_constraint("memory", float(measured.peak_bytes - budget_bytes))
+        trial.set_constraint("output", float(measured.outcome is Outcome.OUTPUT_DIFFERS))
+        trial.set_constraint("process", float(measured.outcome.cut_short))
+        if measured.outcome.is_timed:
+            study.tell(trial, measured.latency_s, skip_if_finished=True)
+        else:
+            study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)

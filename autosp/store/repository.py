@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import difflib
 import os
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, Self
 
-from pydantic import ValidationError
-from sqlalchemy import func, inspect, select, text
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from autosp.errors import StoreError, StudyMismatchError, StudyNotFoundError
-from autosp.spec import Measurement, Outcome, Plan, Prediction, Profile, Record, StudyKey, StudySummary, Trial
+from autosp.errors import StoreError, StudyNotFoundError
+from autosp.spec import Measurement, Plan, Prediction, Profile, StudyKey, StudySummary, Trial
 from autosp.store.engine import READ_ONLY, open_engine, require_database, shown, storage_url, translated
 from autosp.store.migrate import upgrade
 from autosp.store.models import PlanRow, StudyRow, TrialRow
-from autosp.store.trials import GRACE_PERIOD_S, HEARTBEAT_INTERVAL_S, open_optuna_storage
+from autosp.store.names import free_name, names_of_optuna
+from autosp.store.records import decode, encode, readable, refuse_another, summary
+from autosp.store.trials import GRACE_PERIOD_S, HEARTBEAT_INTERVAL_S, delete_optuna_study, open_optuna_storage
 from autosp.store.turns import turn, turn_where_shared
 
 if TYPE_CHECKING:
     import optuna
 
-RecordT = TypeVar("RecordT", bound=Record)
+ENTERING = "the names of studies"
+"""The turn of who enters a study. SQLite's transactions need none."""
 
 
 class Repository:
@@ -78,13 +81,24 @@ class Repository:
 
         Raises: StudyMismatchError if the name belongs to a study with another key.
         """
-        with turn_where_shared(self._engine, name), self._writing() as session:
+        with turn_where_shared(self._engine, ENTERING), self._writing() as session:
             row = session.scalar(select(StudyRow).where(StudyRow.name == name))
             if row is None:
-                row = StudyRow(name=name, fingerprint=key.fingerprint, key=_encode(key), created_at=_now())
-                session.add(row)
+                session.add(_new_row(name, key))
                 return
-            _refuse_another(name, key, _decode(StudyKey, row.key, name))
+            refuse_another(name, key, decode(StudyKey, row.key, name))
+
+    def enter_study(self, base: str, key: StudyKey) -> str:
+        """The newest study with this key, entered if there is none: as `base`, or `base-2`, `base-3` … , the first
+        name that neither we nor Optuna use in this database, whoever else is entering studies.
+        """
+        with turn_where_shared(self._engine, ENTERING), self._writing() as session:
+            known = _newest_name(session, key)
+            if known is not None:
+                return known
+            name = free_name(session, base)
+            session.add(_new_row(name, key))
+            return name
 
     def has_study(self, name: str, key: StudyKey) -> bool:
         """Whether there is a study of that name.
@@ -94,7 +108,7 @@ class Repository:
         with self._reading() as session:
             row = session.scalar(select(StudyRow).where(StudyRow.name == name))
             if row is not None:
-                _refuse_another(name, key, _decode(StudyKey, row.key, name))
+                refuse_another(name, key, decode(StudyKey, row.key, name))
             return row is not None
 
     def study_key(self, name: str) -> StudyKey:
@@ -103,42 +117,41 @@ class Repository:
         Raises: StudyNotFoundError.
         """
         with self._reading() as session:
-            return _decode(StudyKey, self._study(session, name).key, name)
+            return decode(StudyKey, self._study(session, name).key, name)
 
     def find_study(self, key: StudyKey) -> str | None:
         """The newest study with this key."""
         with self._reading() as session:
-            query = select(StudyRow.name).where(StudyRow.fingerprint == key.fingerprint)
-            return session.scalar(query.order_by(StudyRow.id.desc()).limit(1))
+            return _newest_name(session, key)
 
     def siblings(self, key: StudyKey) -> list[str]:
-        """Studies with a profile that are of the same work as `key`, under any budget, the newest first."""
+        """Studies with a profile that are of the same work as `key`, under any budget, the newest first.
+
+        Those that another version of autosp entered, for what this one does not know, are none.
+        """
         with self._reading() as session:
             query = select(StudyRow.name, StudyRow.key).where(StudyRow.profile.is_not(None))
             query = query.where(StudyRow.key.contains(key.model_fingerprint, autoescape=True))
             rows = session.execute(query.order_by(StudyRow.id.desc()))
-            return [name for name, stored in rows if key.is_of_the_same_work(_decode(StudyKey, stored, name))]
-
-    def unique_name(self, base: str) -> str:
-        """`base`, or `base-2`, `base-3` … : a name that neither we nor Optuna use in this database."""
-        with self._reading() as session:
-            names = set(session.scalars(select(StudyRow.name)))
-            if inspect(session.connection()).has_table("studies"):
-                names.update(session.scalars(text("SELECT study_name FROM studies")))
-        name, number = base, 1
-        while name in names:
-            number += 1
-            name = f"{base}-{number}"
-        return name
+            known = ((name, readable(StudyKey, stored)) for name, stored in rows)
+            return [name for name, other in known if other is not None and key.is_of_the_same_work(other)]
 
     def summaries(self) -> list[StudySummary]:
-        """All studies, the newest first; the best latency and its peak are those of the fastest trial that fits."""
+        """All studies, the newest first; the best latency and its peak are those of the fastest trial that fits.
+
+        Those that this version cannot read are left out, each with a warning that names it.
+        """
+        found: list[StudySummary] = []
         with self._reading() as session:
-            measured: defaultdict[int, list[Measurement]] = defaultdict(list)
+            measured: defaultdict[int, list[str]] = defaultdict(list)
             for study_id, measurement in session.execute(select(TrialRow.study_id, TrialRow.measurement)):
-                measured[study_id].append(_decode(Measurement, measurement, f"#{study_id}"))
-            rows = session.scalars(select(StudyRow).order_by(StudyRow.id.desc()))
-            return [_summary(row, measured[row.id]) for row in rows]
+                measured[study_id].append(measurement)
+            for row in session.scalars(select(StudyRow).order_by(StudyRow.id.desc())):
+                try:
+                    found.append(summary(row, measured[row.id]))
+                except StoreError as error:
+                    warnings.warn(f"left out: {error}", stacklevel=2)
+        return found
 
     def turn(self, name: str) -> AbstractContextManager[None]:
         """A turn at a study: one process at a time, of all that work on it, is inside. It ends with its process.
@@ -150,13 +163,23 @@ class Repository:
         """
         return turn(self._engine, f"turn of {name}")
 
-    def delete_study(self, name: str) -> None:
-        """Delete a study with its trials and plans. Optuna's study of that name stays.
+    def delete_study(self, name: str) -> int:
+        """Delete a study, its trials and plans, and Optuna's study of that name: a new one begins afresh.
 
-        Raises: StudyNotFoundError.
+        Gives the number of its trials. Nobody may be working on it: what they measure next has no place.
+
+        Raises: StudyNotFoundError; StoreReadOnlyError, StoreError as `turn`.
         """
-        with self._writing() as session:
-            session.delete(self._study(session, name))
+        with self.turn(name):
+            with self._reading() as session:
+                trials = select(func.count()).where(TrialRow.study_id == self._study(session, name).id)
+                count = session.scalar(trials) or 0
+                known_to_optuna = name in names_of_optuna(session)
+            if known_to_optuna:  # first: if this process dies here, the study is there to be deleted again
+                delete_optuna_study(self.optuna_storage(), name)
+            with self._writing() as session:
+                session.delete(self._study(session, name))
+        return count
 
     # Profiles, trials and plans of a study
 
@@ -166,7 +189,7 @@ class Repository:
         Raises: StudyNotFoundError.
         """
         with self._writing() as session:
-            self._study(session, name).profile = _encode(profile)
+            self._study(session, name).profile = encode(profile)
 
     def agree_on_profile(self, name: str, profile: Profile) -> Profile:
         """Keep a profile unless another worker was faster; the one that counts. One that knows more links, or
@@ -189,7 +212,7 @@ class Repository:
         """
         with self._reading() as session:
             stored = self._study(session, name).profile
-            return None if stored is None else _decode(Profile, stored, name)
+            return None if stored is None else decode(Profile, stored, name)
 
     def add_trial(self, name: str, trial: Trial) -> None:
         """Enter a trial, in place of one with its number.
@@ -200,7 +223,7 @@ class Repository:
             study = self._study(session, name)
             query = select(TrialRow).where(TrialRow.study_id == study.id, TrialRow.number == trial.number)
             row = session.scalar(query) or TrialRow(study_id=study.id, number=trial.number)
-            row.prediction, row.measurement = _encode(trial.prediction), _encode(trial.measurement)
+            row.prediction, row.measurement = encode(trial.prediction), encode(trial.measurement)
             session.add(row)
 
     def trials(self, name: str) -> list[Trial]:
@@ -212,8 +235,8 @@ class Repository:
             return [
                 Trial(
                     number=row.number,
-                    prediction=_decode(Prediction, row.prediction, name),
-                    measurement=_decode(Measurement, row.measurement, name),
+                    prediction=decode(Prediction, row.prediction, name),
+                    measurement=decode(Measurement, row.measurement, name),
                 )
                 for row in self._study(session, name).trials
             ]
@@ -226,7 +249,7 @@ class Repository:
         with self._writing() as session:
             study = self._study(session, name)
             study.finished = True
-            session.add(PlanRow(study_id=study.id, plan=_encode(plan), created_at=_now()))
+            session.add(PlanRow(study_id=study.id, plan=encode(plan), created_at=_now()))
 
     def agree_on_plan(self, name: str, plan: Plan) -> Plan:
         """Enter a study's answer unless its newest one says the same, as another worker's may; the one that counts.
@@ -249,7 +272,7 @@ class Repository:
             study = self._study(session, name)
             query = select(PlanRow.plan).where(PlanRow.study_id == study.id).order_by(PlanRow.id.desc())
             stored = session.scalar(query.limit(1))
-            return None if stored is None else _decode(Plan, stored, name)
+            return None if stored is None else decode(Plan, stored, name)
 
     def find_plan(self, key: StudyKey) -> Plan | None:
         """The newest answer of any finished study with this key."""
@@ -257,7 +280,7 @@ class Repository:
             query = select(PlanRow.plan, StudyRow.name).join(StudyRow, PlanRow.study_id == StudyRow.id)
             query = query.where(StudyRow.fingerprint == key.fingerprint, StudyRow.finished)
             found = session.execute(query.order_by(PlanRow.id.desc()).limit(1)).first()
-            return None if found is None else _decode(Plan, found[0], found[1])
+            return None if found is None else decode(Plan, found[0], found[1])
 
     # Optuna
 
@@ -301,49 +324,14 @@ class Repository:
         )
 
 
-def _refuse_another(name: str, key: StudyKey, entered: StudyKey) -> None:
-    differences = key.differences(entered)
-    if differences:
-        told = "; ".join(f"{field}: {theirs} there, {mine} here" for field, (mine, theirs) in differences.items())
-        raise StudyMismatchError(f"study {name!r} was made for something else ({told}); choose another name")
-
-
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _encode(record: Record) -> str:
-    """JSON that gives an equal record back: a record that JSON cannot hold (inf, nan) is refused, not stored."""
-    stored = record.model_dump_json()
-    try:
-        if type(record).model_validate_json(stored) == record:
-            return stored
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise StoreError(f"a {type(record).__name__} cannot be stored: {where} is not a finite number") from error
-    raise StoreError(f"a {type(record).__name__} cannot be stored: it does not survive JSON")
+def _new_row(name: str, key: StudyKey) -> StudyRow:
+    return StudyRow(name=name, fingerprint=key.fingerprint, key=encode(key), created_at=_now())
 
 
-def _decode(record: type[RecordT], stored: str, study: str) -> RecordT:
-    try:
-        return record.model_validate_json(stored)
-    except ValidationError as error:
-        raise StoreError(
-            f"the {record.__name__} of study {study!r} cannot be read ({error.error_count()} errors); another version "
-            "of autosp wrote it: use that version, or delete the study"
-        ) from error
-
-
-def _summary(row: StudyRow, measured: list[Measurement]) -> StudySummary:
-    fitting = [measurement for measurement in measured if measurement.outcome is Outcome.FITS]
-    best = min(fitting, key=lambda measurement: measurement.latency_s, default=None)
-    return StudySummary(
-        name=row.name,
-        key=_decode(StudyKey, row.key, row.name),
-        created_at=row.created_at,
-        trials=len(measured),
-        best_latency_s=None if best is None else best.latency_s,
-        peak_bytes=None if best is None else best.peak_bytes,
-        finished=row.finished,
-    )
+def _newest_name(session: Session, key: StudyKey) -> str | None:
+    query = select(StudyRow.name).where(StudyRow.fingerprint == key.fingerprint)
+    return session.scalar(query.order_by(StudyRow.id.desc()).limit(1))

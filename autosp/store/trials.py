@@ -48,7 +48,7 @@ def open_optuna_storage(
     # RDBStorage passes its URL through str.format.
     text = url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
     try:
-        with translated(url), nested_reads(), warnings.catch_warnings():
+        with _translated_of_optuna(url), nested_reads(), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             return optuna.storages.RDBStorage(
                 text,
@@ -56,11 +56,30 @@ def open_optuna_storage(
                 heartbeat_interval=heartbeat_interval_s,
                 grace_period=grace_period_s,
             )
+    except RuntimeError as error:
+        raise StoreError(f"{shown(url)}: {error}") from error
+
+
+def delete_optuna_study(storage: optuna.storages.RDBStorage, name: str) -> None:
+    """Delete Optuna's study of that name, with its trials.
+
+    Raises: StoreReadOnlyError if the database cannot be written, StoreError for the rest.
+    """
+    with _translated_of_optuna(storage.engine.url):
+        storage.delete_study(storage.get_study_id_from_name(name))
+
+
+@contextmanager
+def _translated_of_optuna(url: URL) -> Iterator[None]:
+    """`translated`, also of what Optuna wraps an error of the database in."""
+    import optuna
+
+    try:
+        with translated(url):
+            yield
     except optuna.exceptions.StorageInternalError as error:
         cause = error.__cause__
         raise store_error(cause if isinstance(cause, SQLAlchemyError) else error, url) from error
-    except RuntimeError as error:
-        raise StoreError(f"{shown(url)}: {error}") from error
 
 
 @contextmanager

@@ -96,7 +96,7 @@ def test_a_process_of_its_own_measures_what_this_one_does(slow_tier: Tier, tmp_p
         here = [validate(bench, workload, reference, BUDGET_BYTES, candidate) for candidate in candidates]
         brief = [validate(bench, workload, reference, BUDGET_BYTES, candidates[0], hopeless_s=0.0)]
     steps: list[str] = []
-    ranked = [prediction(candidate) for candidate in candidates]
+    ranked = [prediction(candidates[0])]  # the other one is a finalist of another process's ranking
     opened = IsolatedTrials(
         workload, device, profile, cache_dir, (BUDGET_BYTES, None), Isolation(), ranked, steps.append
     )
@@ -142,6 +142,7 @@ def test_a_trial_hangs_when_it_takes_far_longer_than_predicted() -> None:
     slow = prediction(Candidate(k=1, k_prime=1), latency_s=100.0)
     assert Isolation().timeout_s(slow) == 60 + 20 * (100 + 300)
     assert Isolation().timeout_s(slow.model_copy(update={"cold_latency_s": 200.0})) == 60 + 20 * (200 + 300)
+    assert Isolation().timeout_s(prediction(Candidate(k=2, k_prime=1)), slow) == Isolation().timeout_s(slow)
     assert Isolation(5.0).timeout_s(slow) == 5.0
 
 

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import math
+import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import closing
 
 import pytest
 
-from autosp.errors import BudgetTooSmallError, SettingError
+from autosp.cost_model.reading import planned_reading
+from autosp.errors import IsolationError, SettingError
 from autosp.search.evidence import known_measurements, known_profile, unless_known
-from autosp.search.lean import MOST_BUDGETS, checked_slack, least_memory
+from autosp.search.failure import no_plan
+from autosp.search.lean import MOST_BUDGETS, checked_slack, least_memory, plan_of
 from autosp.search.space import front, rank
-from autosp.spec import Candidate, Measurement, Outcome, Plan, Profile, StudyKey
-from autosp.store import Repository
-from builders import measurement, partition, plan, profile, study_key, trial
+from autosp.settings import settings
+from autosp.spec import Candidate, Measurement, Outcome, Plan, Profile, StudyKey, Tier
+from autosp.store import Repository, StudyName
+from builders import link, measurement, partition, plan, prediction, profile, study_key, trial
 
 BUDGET = 1200
 TINY = profile((100,) * 10, forward_s=0.1, bytes_per_s=150.0)
 """Ten layers, each of which computes for 0.1 s and comes in 0.67 s: fastest are all of them resident."""
+
+LEAN = StudyName("lean", given="lean")
 
 
 def key(budget_bytes: int = BUDGET, slack: float | None = None, model: str = "m" * 32) -> StudyKey:
@@ -52,10 +59,10 @@ def tuner(repository: Repository, slower: float = 1.0) -> tuple[list[int], Calla
 
 def test_the_front_is_what_no_setting_beats() -> None:
     line = front(TINY, BUDGET)
-    everything = [prediction for budget in range(100, BUDGET, 50) for prediction in rank(TINY, budget)]
-    for prediction in everything:
+    everything = [predicted for budget in range(100, BUDGET, 50) for predicted in rank(TINY, budget)]
+    for predicted in everything:
         assert any(
-            one.peak_bytes <= prediction.peak_bytes and one.latency_s <= prediction.latency_s + 1e-9 for one in line
+            one.peak_bytes <= predicted.peak_bytes and one.latency_s <= predicted.latency_s + 1e-9 for one in line
         )
     assert line[0].peak_bytes == 100
     assert line[-1].candidate.residents == tuple(range(10))
@@ -64,7 +71,7 @@ def test_the_front_is_what_no_setting_beats() -> None:
 
 def test_least_memory_within_the_slack(repository: Repository) -> None:
     asked, fastest_under = tuner(repository)
-    found = least_memory(repository, "lean", key(slack=1.0), fastest_under)
+    found = least_memory(repository, LEAN, key(slack=1.0), fastest_under)
     within = [one for one in front(TINY, BUDGET) if one.latency_s <= 2 * 1.0]  # everything resident takes 1 s
     assert found.measurement is not None
     assert found.measurement.peak_bytes == within[0].peak_bytes < 1000
@@ -77,21 +84,61 @@ def test_least_memory_within_the_slack(repository: Repository) -> None:
 
 def test_what_turns_out_too_slow_is_not_the_answer(repository: Repository) -> None:
     asked, fastest_under = tuner(repository, slower=3.0)
-    found = least_memory(repository, "lean", key(slack=1.0), fastest_under)
+    found = least_memory(repository, LEAN, key(slack=1.0), fastest_under)
     assert found.candidate.residents == tuple(range(10))
     assert found.measurement is not None and found.measurement.latency_s == pytest.approx(1.0)
     assert 1 < len(asked) <= 1 + MOST_BUDGETS
 
 
-def test_a_budget_under_which_all_need_more_is_no_answer_either(repository: Repository) -> None:
+@pytest.mark.parametrize(
+    "outcome", [Outcome.OVER_BUDGET, Outcome.OUTPUT_DIFFERS, Outcome.HOST_OUT_OF_MEMORY, Outcome.KILLED]
+)
+def test_a_budget_without_a_plan_is_no_answer_either(repository: Repository, outcome: Outcome) -> None:
     _, fastest_under = tuner(repository)
 
     def picky(budget_bytes: int) -> Plan:
         if budget_bytes < BUDGET:
-            raise BudgetTooSmallError("no", budget_bytes=budget_bytes, least_bytes=BUDGET, layer="blocks.0")
+            failed = trial(rank(TINY, budget_bytes)[0], outcome=outcome)
+            raise no_plan(TINY, budget_bytes, [failed], finished=True)
         return fastest_under(budget_bytes)
 
-    assert least_memory(repository, "lean", key(slack=1.0), picky).candidate.residents == tuple(range(10))
+    assert least_memory(repository, LEAN, key(slack=1.0), picky).candidate.residents == tuple(range(10))
+
+
+def test_the_fastest_must_have_a_plan(repository: Repository) -> None:
+    def none(budget_bytes: int) -> Plan:
+        raise no_plan(TINY, budget_bytes, [trial(rank(TINY, BUDGET)[0], outcome=Outcome.KILLED)], finished=True)
+
+    with pytest.raises(IsolationError):
+        least_memory(repository, LEAN, key(slack=1.0), none)
+
+
+def test_a_study_that_goes_on_keeps_the_trials_it_had_once_each(repository: Repository) -> None:
+    before = [*rank(TINY, 300)[:2], rank(TINY, BUDGET)[0]]
+    stored(repository, "lean", key(slack=1.0), TINY)
+    for number, one in enumerate(before):
+        repository.add_trial("lean", trial(one, number=number))
+    least_memory(repository, LEAN, key(slack=1.0), tuner(repository)[1])
+    after = [one.prediction.candidate for one in repository.trials("lean")]
+    assert len(after) == len(set(after))
+    assert {one.candidate for one in before} <= set(after)
+
+
+def test_a_plan_of_another_trial_reads_as_that_one_does_best_and_says_where_it_is_from() -> None:
+    """In the page cache, reading takes a tenth of the time, and of compute: it pays for what moves, not for the rest."""
+    disk = link(bytes_per_s=150.0, source=Tier.DISK).model_copy(
+        update={"target": Tier.DEVICE, "cached_bytes_per_s": 1500.0}
+    )
+    known = TINY.model_copy(update={"links": (disk,)})
+    resident = Candidate(k=10, k_prime=1, residents=tuple(range(10)))
+    moved = prediction(Candidate(k=2, k_prime=1), latency_s=6.7, moved_bytes=1000)
+    best = plan(trial(prediction(resident)), known, budget_bytes=BUDGET, study_name="under")
+    best = best.model_copy(update={"reading": planned_reading(known, prediction(resident)), "why": "it won"})
+    found = plan_of(trial(moved), best, known)
+    assert found.candidate == moved.candidate and found.budget_bytes == BUDGET
+    assert (best.reading.from_cache, found.reading.from_cache) == (False, True)
+    assert found.why == "k=2 k'=1 residents=0 was measured on the way to study under's k=10 k'=1 residents=10"
+    assert plan_of(trial(prediction(resident)), best, known) == best
 
 
 @pytest.mark.parametrize("slack", [0, -0.1, 1.5, float("nan"), "5%", True])
@@ -137,6 +184,17 @@ def test_measurements_of_other_budgets_on_the_same_profile(repository: Repositor
     repository.add_trial("own", trial(window))
     known = known_measurements(repository, "own", TINY, BUDGET)
     assert known == {resident.candidate: measurement(latency_s=1.5, peak_bytes=BUDGET)}
+
+
+def test_measurements_of_another_version_are_no_evidence(repository: Repository) -> None:
+    (resident, *_) = rank(TINY, BUDGET)
+    stored(repository, "newer", key(2 * BUDGET), TINY)
+    repository.add_trial("newer", trial(resident))
+    with closing(sqlite3.connect(settings().storage)) as database, database:
+        database.execute("UPDATE autosp_trial SET measurement = json_set(measurement, '$.from_the_future', 1)")
+    stored(repository, "own", key(), TINY)
+    assert known_measurements(repository, "own", TINY, BUDGET) == {}
+    assert known_profile(repository, key(), TINY.partition, None) == TINY
 
 
 def test_what_is_known_is_answered_once() -> None:

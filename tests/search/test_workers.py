@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from contextlib import ExitStack
@@ -14,7 +15,7 @@ from optuna.trial import TrialState
 import study_workers
 from autosp.search.sampler import PARAMETERS
 from autosp.search.space import key_of
-from autosp.spec import Trial
+from autosp.spec import Candidate, Measurement, Trial
 from autosp.store import Repository
 from autosp.store.trials import running_trial
 from databases import memory_folder
@@ -72,6 +73,25 @@ def test_a_trial_that_another_worker_ends_while_the_results_are_read_is_not_miss
         verdict = study_workers.work(storage, ranked, study_workers.Noisy())
     assert verdict.finished, verdict.why
     assert "every candidate under the budget was tried" in verdict.why
+
+
+def test_a_trial_that_another_worker_took_for_dead_counts_as_measured(tmp_path: Path) -> None:
+    """As after a suspend of some minutes: the heartbeats had stopped, and the process goes on."""
+    storage, ranked = str(tmp_path / "shared.db"), study_workers.candidates(2)
+
+    class Slept(study_workers.Noisy):
+        def validate(self, candidate: Candidate, hopeless_s: float = math.inf) -> Measurement:
+            with Repository(storage) as other:
+                study = optuna.load_study(study_name=study_workers.NAME, storage=other.optuna_storage())
+                for running in study.get_trials(states=(TrialState.RUNNING,)):
+                    study.tell(running.number, state=TrialState.FAIL)
+            return super().validate(candidate, hopeless_s)
+
+    verdict = study_workers.work(storage, ranked, Slept())
+    ours, optunas = stored(storage)
+    assert verdict.finished and verdict.best in ours
+    assert {trial.prediction.candidate for trial in ours} == {one.candidate for one in ranked}
+    assert {trial.state for trial in optunas} == {TrialState.FAIL}
 
 
 def test_processes_killed_at_any_moment_lose_their_running_trial_at_most(shared_storage: str, tmp_path: Path) -> None:

@@ -46,6 +46,13 @@ def write_trials(storage: str | Path, numbers: range) -> None:
             repository.add_trial("tiny", store_samples.trial(number))
 
 
+def enter_studies(storage: str, budgets: range) -> list[str]:
+    """Enter a study without a name under each budget, all processes at once."""
+    with Repository(storage) as repository:
+        start_together()
+        return [repository.enter_study("tiny", store_samples.study_key(budget)) for budget in budgets]
+
+
 def claim_trials(storage: Path) -> list[int]:
     """Make Optuna's tables if no other process was faster, then run enqueued trials until none is left."""
     import optuna

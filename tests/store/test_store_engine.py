@@ -48,6 +48,7 @@ def test_a_mistyped_path_makes_no_folder(name: str, tmp_path: Path, monkeypatch:
     [
         autosp.list_studies,
         partial(autosp.load_plan, "tiny"),
+        partial(autosp.delete_study, "tiny"),
         partial(autosp.resume, "tiny", nn.Linear(1, 1), torch.ones(1, 1)),
     ],
 )
@@ -70,7 +71,7 @@ def test_path_and_url_name_the_same_file_for_us_and_for_optuna(tmp_path: Path, n
         url = repository.url
     with Repository(url) as repository:
         assert repository.study_key("tiny") == store_samples.study_key()
-        assert repository.unique_name("theirs") == "theirs-2"
+        assert repository.enter_study("theirs", store_samples.study_key(1)) == "theirs-2"
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 

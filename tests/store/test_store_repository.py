@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 import store_samples
 from autosp.errors import StoreError, StudyMismatchError, StudyNotFoundError
 from autosp.spec import Outcome
-from autosp.store import Repository
+from autosp.store import Repository, StudyName
+from autosp.store.trials import running_trial
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 
@@ -135,13 +136,31 @@ def test_an_unknown_study_names_close_ones(
     assert str(storage) in message
 
 
-def test_unique_names_avoid_ours_and_optunas(repository: Repository) -> None:
+def test_a_study_without_a_name_gets_one_that_neither_we_nor_optuna_use(repository: Repository) -> None:
     import optuna
 
-    assert repository.unique_name("new") == "new"
-    assert repository.unique_name("tiny") == "tiny-2"
-    optuna.create_study(study_name="tiny-2", storage=repository.optuna_storage())
-    assert repository.unique_name("tiny") == "tiny-3"
+    assert repository.enter_study("new", store_samples.study_key(1)) == "new"
+    assert repository.enter_study("tiny", store_samples.study_key(2)) == "tiny-2"
+    optuna.create_study(study_name="tiny-3", storage=repository.optuna_storage())
+    assert repository.enter_study("tiny", store_samples.study_key(3)) == "tiny-4"
+    assert repository.study_key("tiny-4") == store_samples.study_key(3)
+
+
+def test_a_study_without_a_name_is_the_newest_with_its_key(repository: Repository) -> None:
+    repository.create_study("mine", store_samples.study_key())
+    assert repository.enter_study("tiny", store_samples.study_key()) == "mine"
+    assert [summary.name for summary in repository.summaries()] == ["mine", "tiny"]
+
+
+def test_a_name_is_the_one_given_or_is_made_as_its_study_is_entered(repository: Repository) -> None:
+    mine, made = StudyName("mine", given="mine"), StudyName("tiny")
+    key, other = store_samples.study_key(1), store_samples.study_key(2)
+    assert [name.find(repository, key) for name in (mine, made)] == [None, None]
+    assert (mine.enter(repository, key), made.enter(repository, other)) == ("mine", "tiny-2")
+    assert (mine.find(repository, key), made.find(repository, other)) == ("mine", "tiny-2")
+    for use in (mine.find, mine.enter):
+        with pytest.raises(StudyMismatchError, match="'mine' was made for something else"):
+            use(repository, other)
 
 
 def test_summaries_tell_the_fastest_trial_that_fits(repository: Repository) -> None:
@@ -161,12 +180,62 @@ def test_deleting_a_study_leaves_no_row_behind_and_others_alone(repository: Repo
     for name in ("tiny", "other"):
         repository.add_trial(name, store_samples.trial())
         repository.save_plan(name, store_samples.plan())
+    repository.add_trial("tiny", store_samples.trial(1))
     with Repository(storage) as reopened:
-        reopened.delete_study("tiny")
+        assert reopened.delete_study("tiny") == 2
     assert [summary.name for summary in repository.summaries()] == ["other"]
     with closing(sqlite3.connect(storage)) as database:
         for table in ("autosp_study", "autosp_trial", "autosp_plan"):
             assert database.execute(f"SELECT count(*) FROM {table}").fetchone() == (1,)
+
+
+def test_a_study_under_the_name_of_a_deleted_one_begins_afresh(repository: Repository, storage: Path) -> None:
+    import optuna
+
+    with Repository(storage) as reopened:
+        theirs = reopened.optuna_storage()
+        for name in ("tiny", "other"):
+            study = optuna.create_study(study_name=name, storage=theirs)
+            with running_trial(study, theirs) as trial:
+                trial.suggest_int("x", 0, 9)
+                trial.set_constraint("memory", 1.0)
+                study.tell(trial, 1.0)
+    assert repository.delete_study("tiny") == 0
+    assert optuna.get_all_study_names(repository.optuna_storage()) == ["other"]
+    repository.create_study("tiny", store_samples.study_key(1))
+    assert optuna.create_study(study_name="tiny", storage=repository.optuna_storage()).trials == []
+
+
+def from_the_future(storage: Path, column: str, study: str) -> None:
+    """What a newer version might have written of a study."""
+    table = f"autosp_{'trial' if column in ('prediction', 'measurement') else 'study'}"
+    which = "study_id = (SELECT id FROM autosp_study WHERE name = ?)" if table == "autosp_trial" else "name = ?"
+    with closing(sqlite3.connect(storage)) as database, database:
+        database.execute(
+            f"UPDATE {table} SET {column} = json_set({column}, '$.from_the_future', 1) WHERE {which}", [study]
+        )
+
+
+@pytest.mark.parametrize("column", ["key", "measurement"])
+def test_a_study_of_another_version_is_left_out_of_the_list_and_can_be_deleted(
+    repository: Repository, storage: Path, column: str
+) -> None:
+    repository.create_study("newer", store_samples.study_key(1))
+    repository.add_trial("newer", store_samples.trial())
+    from_the_future(storage, column, "newer")
+    with pytest.warns(UserWarning, match=r"left out: .* of study 'newer' cannot be read .* another version of autosp"):
+        summaries = repository.summaries()
+    assert [summary.name for summary in summaries] == ["tiny"]
+    assert repository.delete_study("newer") == 1
+    assert [summary.name for summary in repository.summaries()] == ["tiny"]
+
+
+def test_a_study_of_another_version_is_no_sibling(repository: Repository, storage: Path) -> None:
+    for name, budget_bytes in (("newer", 1), ("older", 2)):
+        repository.create_study(name, store_samples.study_key(budget_bytes))
+        repository.save_profile(name, store_samples.profile())
+    from_the_future(storage, "key", "newer")
+    assert repository.siblings(store_samples.study_key()) == ["older"]
 
 
 def test_a_row_of_another_version_is_an_error_that_names_the_study(repository: Repository, storage: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import optuna
@@ -29,6 +31,16 @@ def test_one_process_at_a_time_has_its_turn(shared_storage: str, tmp_path: Path)
     lines = log.read_text().split()
     assert len(lines) == 2 * processes * turns
     assert all(first == second for first, second in zip(lines[::2], lines[1::2], strict=True))
+
+
+def test_processes_that_enter_studies_without_names_at_once_find_names_for_all(shared_storage: str) -> None:
+    processes, each = 4, 6
+    found = store_workers.at_once(store_workers.enter_studies, [(shared_storage, range(1, each + 1))] * processes)
+    assert all(names == found[0] for names in found), "a key has one study"
+    assert sorted(found[0]) == sorted(["tiny", *(f"tiny-{number}" for number in range(2, each + 1))])
+    with Repository(shared_storage) as repository:
+        for budget, name in enumerate(found[0], start=1):
+            assert repository.study_key(name) == store_samples.study_key(budget)
 
 
 def test_a_turn_ends_with_its_process(shared_storage: str) -> None:
@@ -87,6 +99,45 @@ def test_waiting_for_a_lock_is_told(tmp_path: Path) -> None:
         entered.append("first")
     thread.join(60)
     assert entered == ["first", "other"]
+
+
+def test_a_lock_ends_with_its_block_whatever_was_forked_inside(tmp_path: Path) -> None:
+    path, (ready, done) = tmp_path / "lock", os.pipe()
+    with locked(path):
+        child = os.fork()
+        if not child:
+            os.close(done)
+            os.read(ready, 1)  # until the parent ends, or says so
+            os._exit(0)
+    os.close(ready)
+    try:
+        assert not is_locked(path)
+    finally:
+        os.close(done)
+        os.waitpid(child, 0)
+
+
+def test_a_forked_process_that_leaves_the_block_leaves_the_lock_to_its_parent(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with ExitStack() as held:
+        held.enter_context(locked(path))
+        child = os.fork()
+        if not child:
+            held.close()
+            os._exit(0)
+        assert os.waitpid(child, 0) == (child, 0)
+        assert is_locked(path)
+    assert not is_locked(path)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether somebody would wait for it."""
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
 
 
 def test_who_is_dead() -> None:
