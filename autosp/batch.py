@@ -8,8 +8,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
-from functools import partial
-from types import CellType, CodeType, FunctionType, MethodType
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -82,70 +81,33 @@ def no_backward_of_its_own() -> Iterator[None]:
         ) from error
 
 
-def signature(batch: Any) -> str:
-    """Names, dtypes and shapes: what a plan's timings depend on. Keys may be in any order."""
+PLAIN = (bool, int, float, complex, str, bytes)
+"""Types of values that are what they say."""
+
+
+def signature(batch: Any, looks_inside: bool = True) -> str:
+    """Names, dtypes and shapes: what a plan's timings depend on. Keys may be in any order.
+
+    Of an object that is no container its attributes count, of objects among these the class; of arrays of other
+    libraries dtype and shape.
+    """
     if isinstance(batch, torch.Tensor):
         return f"{str(batch.dtype).removeprefix('torch.')}[{','.join(map(str, batch.shape))}]"
     if isinstance(batch, Mapping):
-        return "{" + ", ".join(f"{key}: {signature(batch[key])}" for key in sorted(batch, key=str)) + "}"
+        items = (f"{key}: {signature(batch[key], looks_inside)}" for key in sorted(batch, key=str))
+        return "{" + ", ".join(items) + "}"
     if isinstance(batch, tuple | list):
-        return "(" + ", ".join(signature(item) for item in batch) + ")"
-    if batch is None or isinstance(batch, _PLAIN):
+        return "(" + ", ".join(signature(item, looks_inside) for item in batch) + ")"
+    if batch is None or isinstance(batch, PLAIN):
         return repr(batch)
     name = type(batch).__qualname__
     if is_dataclass(batch) and not isinstance(batch, type):
-        return name + signature({field.name: getattr(batch, field.name) for field in fields(batch)})
+        return name + signature({field.name: getattr(batch, field.name) for field in fields(batch)}, looks_inside)
+    if hasattr(batch, "shape") and hasattr(batch, "dtype"):
+        return f"{name} of {batch.dtype}[{','.join(map(str, batch.shape))}]"
+    if looks_inside and getattr(batch, "__dict__", None) and not isinstance(batch, type | FunctionType):
+        return name + signature(vars(batch), looks_inside=False)
     return name
-
-
-def step_name(step: Step | None) -> str:
-    """What runs a pass: `call`, or the step's name with a hash of its code, defaults and closure.
-
-    Of what the step closes over, plain values, tuples of them and functions count by value; other objects, which may
-    change between calls (a counter, a list), by type.
-    """
-    if step is None:
-        return "call"
-    name = f"{getattr(step, '__module__', '')}.{getattr(step, '__qualname__', type(step).__qualname__)}"
-    return f"{name}#{hashlib.sha256(_described(step, 0).encode()).hexdigest()[:12]}"
-
-
-_PLAIN = (bool, int, float, complex, str, bytes)
-
-
-def _described(value: Any, depth: int) -> str:
-    """A text that differs where the behaviour of a step may, and is the same in every process."""
-    if value is None or isinstance(value, _PLAIN):
-        return repr(value)
-    if depth > 8:
-        return type(value).__qualname__
-    parts: list[Any]
-    if isinstance(value, tuple):
-        parts = list(value)
-    elif isinstance(value, frozenset):
-        return "{" + ",".join(sorted(_described(item, depth + 1) for item in value)) + "}"
-    elif isinstance(value, partial):
-        parts = [value.func, value.args, *(item for pair in value.keywords.items() for item in pair)]
-    elif isinstance(value, MethodType):
-        parts = [value.__func__]
-    elif isinstance(value, CodeType):
-        parts = [value.co_code, value.co_names, value.co_consts]
-    elif isinstance(value, FunctionType):
-        cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
-        keywords = [item for pair in (value.__kwdefaults__ or {}).items() for item in pair]
-        parts = [value.__code__, value.__defaults__, *keywords, *cells]
-    elif isinstance(vars(type(value)).get("__call__"), FunctionType):
-        return f"{type(value).__qualname__}({_described(vars(type(value))['__call__'], depth + 1)})"
-    else:
-        return getattr(value, "__qualname__", type(value).__qualname__)
-    return f"{type(value).__name__}({','.join(_described(part, depth + 1) for part in parts)})"
-
-
-def _is_filled(cell: CellType) -> bool:
-    try:
-        return cell.cell_contents is not cell
-    except ValueError:
-        return False
 
 
 def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
@@ -222,7 +184,7 @@ def equal(left: Any, right: Any) -> bool:
         return all(equal(getattr(left, field.name), getattr(right, field.name)) for field in fields(left))
     if isinstance(left, float) and isinstance(right, float):
         return struct.pack("d", left) == struct.pack("d", right)
-    if left is None or right is None or isinstance(left, _PLAIN) or isinstance(right, _PLAIN):
+    if left is None or right is None or isinstance(left, PLAIN) or isinstance(right, PLAIN):
         return bool(type(left) is type(right) and left == right)
     return True
 

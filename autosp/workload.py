@@ -24,9 +24,9 @@ from autosp.batch import (
     map_tensors,
     no_backward_of_its_own,
     signature,
-    step_name,
     tensors_in,
 )
+from autosp.described import attributes_digest, step_name
 from autosp.devices import Device
 from autosp.errors import BudgetError, ModelError, SettingError
 from autosp.intercept import check_plain
@@ -252,6 +252,7 @@ class Workload:
             device_fingerprint=device.info.fingerprint,
             batch_signature=signature(self.batch),
             step=step_name(self.step),
+            attributes=attributes_digest(self.model),
             mode=self.mode,
             trained=_trained(self.model) if self.mode == "training" else None,
             group=self.group,

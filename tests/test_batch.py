@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections import OrderedDict, UserDict, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
-from types import FunctionType
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import nn
 
-from autosp.batch import call, equal, map_tensors, signature, step_name, tensors_in
+from autosp.batch import call, equal, map_tensors, signature, tensors_in
 from autosp.errors import SettingError
 
 
@@ -105,94 +103,6 @@ def test_signature_of_a_dataclass() -> None:
 
 def test_signature_of_keywords_in_any_order() -> None:
     assert signature({"x": ONE, "y": TWO}) == signature({"y": TWO, "x": ONE})
-
-
-def plain_step(model: nn.Module, batch: Any) -> Any:
-    return model(batch)
-
-
-def same_but_for_a_constant(constant: int) -> Callable[..., Any]:
-    """Steps of one name."""
-    return {1: lambda model, batch: model(batch, 1), 2: lambda model, batch: model(batch, 2)}[constant]
-
-
-def test_step_name_is_its_name_and_code() -> None:
-    assert step_name(None) == "call"
-    name, _, code = step_name(plain_step).partition("#")
-    assert name == f"{__name__}.plain_step"
-    assert len(code) == 12
-    assert step_name(plain_step) == step_name(plain_step)
-
-
-def test_step_name_changes_with_the_code() -> None:
-    first, second = same_but_for_a_constant(1), same_but_for_a_constant(2)
-    assert step_name(first).partition("#")[0] == step_name(second).partition("#")[0]
-    assert step_name(first) != step_name(second)
-    assert step_name(first) == step_name(same_but_for_a_constant(1))
-    assert step_name(lambda model, batch: model.encode(batch)) != step_name(lambda model, batch: model.decode(batch))
-
-
-def test_step_name_of_a_callable_object() -> None:
-    class Step:
-        def __call__(self, model: nn.Module, batch: Any) -> Any:
-            return model(batch)
-
-    assert step_name(Step()).partition("#")[0] == f"{__name__}.{Step.__qualname__}"
-    assert step_name(Step()) == step_name(Step())
-    assert " at 0x" not in step_name(Step())
-
-
-def compiled(body: str) -> FunctionType:
-    """A step, compiled anew: its code objects are elsewhere, as in another process."""
-    space: dict[str, Any] = {"__name__": "steps"}
-    exec(f"def step(model, batch):\n    return {body}", space)
-    step = space["step"]
-    assert isinstance(step, FunctionType)
-    return step
-
-
-def test_step_name_has_no_address() -> None:
-    body = "sorted(batch, key=lambda item: item)"
-    first, second = compiled(body), compiled(body)  # both live: their lambdas are two objects
-    assert step_name(first) == step_name(second)
-
-
-def test_step_name_does_not_depend_on_the_order_of_a_set() -> None:
-    first, second = compiled("batch in {0, 8}"), compiled("batch in {0, 8}")
-    # Equal sets; 0 and 8 take each other's place in a table of 8.
-    swapped = [frozenset([8, 0]) if isinstance(one, frozenset) else one for one in second.__code__.co_consts]
-    second.__code__ = second.__code__.replace(co_consts=tuple(swapped))
-    assert first.__code__.co_consts == second.__code__.co_consts
-    assert repr(first.__code__.co_consts) != repr(second.__code__.co_consts)
-    assert step_name(first) == step_name(second)
-
-
-@pytest.mark.parametrize("kind", ["closure", "default", "partial", "inner function"])
-def test_step_name_changes_with_what_the_step_does(kind: str) -> None:
-    def times(count: int) -> Callable[..., Any]:
-        def closure(model: nn.Module, batch: Any) -> None:
-            for _ in range(count):
-                model(batch)
-
-        def default(model: nn.Module, batch: Any, count: int = count) -> None:
-            for _ in range(count):
-                model(batch)
-
-        def one(model: nn.Module, batch: Any) -> Any:
-            return max(batch, key=lambda item: item + 1)
-
-        def other(model: nn.Module, batch: Any) -> Any:
-            return max(batch, key=lambda item: item + 2)
-
-        other.__qualname__ = one.__qualname__
-        return {
-            "closure": closure,
-            "default": default,
-            "partial": partial(plain_step, count=count),
-            "inner function": one if count == 1 else other,
-        }[kind]
-
-    assert step_name(times(1)) != step_name(times(100))
 
 
 def doubled(value: Any) -> Any:

@@ -113,6 +113,30 @@ def test_tune_apply_and_answer_from_the_database(monkeypatch: pytest.MonkeyPatch
     assert (summary.name, summary.finished) == (plan.study_name, True)
 
 
+class Repeated(nn.Module):
+    """Its passes take as much memory as an attribute says."""
+
+    def __init__(self, model: nn.Module, times: int) -> None:
+        super().__init__()
+        self.model = model
+        self.times = times
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = self.model(x.repeat(self.times, 1))
+        return output[: len(x)]
+
+
+def test_a_model_that_was_told_otherwise_is_another_question() -> None:
+    """Its tensors are the same, but not what a pass takes."""
+    model, batch = big()
+    known = autosp.tune(Repeated(model, 1), batch, BUDGET_GB, device="cpu", progress=False)
+    assert autosp.tune(Repeated(model, 1), batch, BUDGET_GB, device="cpu", progress=False) == known
+    with pytest.raises(BudgetTooSmallError):
+        autosp.tune(Repeated(model, 20000), batch, BUDGET_GB, device="cpu", progress=False)
+    with pytest.raises(StudyMismatchError, match=r"attributes: .* configs, and eval\(\) or train\(\)"):
+        autosp.resume(str(known.study_name), Repeated(model, 2), batch, device="cpu", progress=False)
+
+
 def test_an_answer_from_the_database_needs_no_optuna_and_no_pass(tmp_path: Path) -> None:
     model, batch = big()
     autosp.tune(model, batch, BUDGET_GB, device="cpu", progress=False, max_trials=3)

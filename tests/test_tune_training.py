@@ -136,7 +136,6 @@ def test_a_second_call_answers_from_the_database() -> None:
     assert tune(model, batch, "1GB", max_trials=1) == first
     with Repository(None) as repository:
         assert repository.plan(first.study_name or "") == first
-    model.train(False)
     before = copy.deepcopy(model.state_dict())
     again = autosp.resume(first.study_name or "", model, batch, step=loss_step, device="cpu", progress=False)
     assert again == first

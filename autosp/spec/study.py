@@ -17,6 +17,9 @@ class StudyKey(Record):
     device_fingerprint: str
     batch_signature: str
     step: str = Field(description="what runs a pass: `call`, or the qualified name and code hash of `step`")
+    attributes: str | None = Field(
+        default=None, description="hash of what modules are told: sizes, flags, train() or eval(), configs"
+    )
     mode: Mode
     trained: str | None = Field(default=None, description="in training: which parameters get gradients")
     group: int = Field(default=1, description="microbatches that share a pass")
@@ -36,9 +39,10 @@ class StudyKey(Record):
         return self.differences(other).keys() <= {"group", "budget_bytes", "host_budget_bytes", "slack"}
 
     def differences(self, other: StudyKey) -> dict[str, tuple[object, object]]:
-        """Field name -> (mine, theirs) for every field that differs."""
+        """Field name -> (mine, theirs) for every field that differs. Attributes that one does not know are no other."""
         mine, theirs = self.model_dump(), other.model_dump()
-        return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
+        unknown = {"attributes"} if None in (self.attributes, other.attributes) else set()
+        return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name] and name not in unknown}
 
 
 class StudySummary(Record):

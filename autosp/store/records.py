@@ -54,7 +54,9 @@ def refuse_another(name: str, key: StudyKey, entered: StudyKey) -> None:
     differences = key.differences(entered)
     if differences:
         told = "; ".join(f"{field}: {theirs} there, {mine} here" for field, (mine, theirs) in differences.items())
-        raise StudyMismatchError(f"study {name!r} was made for something else ({told}); choose another name")
+        what = ". Attributes are plain values of modules, their configs, and eval() or train()"
+        hint = what if "attributes" in differences else ""
+        raise StudyMismatchError(f"study {name!r} was made for something else ({told}); choose another name{hint}")
 
 
 def summary(row: StudyRow, stored: Sequence[str]) -> StudySummary:
