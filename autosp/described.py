@@ -1,6 +1,6 @@
-"""What a step does and what a model's modules were told, as texts that are the same in every process.
+"""What a step does, and what modules do and were told, as texts that are the same in every process.
 
-A study is of one step, and of modules with one set of attributes: others may need other memory and time.
+A study is of one step, and of modules with one code and one set of attributes: others may need other memory and time.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dis import get_instructions
 from functools import cache, partial
 from inspect import unwrap
 from types import CellType, CodeType, FunctionType, MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -38,8 +38,9 @@ def step_name(step: Step | None) -> str:
     return f"{name}#{hashlib.sha256(_described(step, 0, set()).encode()).hexdigest()[:12]}"
 
 
-def attributes_digest(model: nn.Module) -> str:
-    """A hash of what its modules were told beside their tensors: public attributes that are plain values, or configs.
+def behaviour_of(model: nn.Module) -> str:
+    """A hash of what its modules do, beside their tensors: the code of `forward`, and public attributes that are plain
+    values or configs.
 
     Sizes, flags, names of implementations, `training`. What passes write to counts by nothing: what `forward` assigns,
     lists and other objects.
@@ -47,9 +48,10 @@ def attributes_digest(model: nn.Module) -> str:
     found = hashlib.sha256()
     configs: dict[int, str] = {}
     for path, module in model.named_modules():
-        written = _written_by_passes(module.__class__)
+        forward = _forward_of(module.__class__)
+        found.update(f"{path}:{forward.digest}\n".encode())
         for name, value in sorted(vars(module).items()):
-            if name.startswith("_") or name in ORIGINS or name in written:
+            if name.startswith("_") or name in ORIGINS or name in forward.assigned:
                 continue
             if _is_config(value):
                 if id(value) not in configs:
@@ -60,10 +62,19 @@ def attributes_digest(model: nn.Module) -> str:
     return found.hexdigest()[:12]
 
 
+class _Forward(NamedTuple):
+    """Of a class of modules: its `forward`, the methods that this names, and so on."""
+
+    assigned: frozenset[str]
+    """Attributes that they assign: counters and the like."""
+    digest: str
+    """Of their code."""
+
+
 @cache
-def _written_by_passes(kind: type[nn.Module]) -> frozenset[str]:
-    """Attributes that its `forward` assigns, or a method that this names, and so on: counters and the like."""
-    written: set[str] = set()
+def _forward_of(kind: type[nn.Module]) -> _Forward:
+    assigned: set[str] = set()
+    digest = hashlib.sha256()
     seen: set[str] = set(vars(nn.Module)) - {"forward"}
     names = ["forward"]
     while names:
@@ -71,9 +82,10 @@ def _written_by_passes(kind: type[nn.Module]) -> frozenset[str]:
         method = unwrap(getattr(kind, name)) if name not in seen and callable(getattr(kind, name, None)) else None
         seen.add(name)
         for code in _codes_in(method.__code__) if isinstance(method, FunctionType) else ():
-            written.update(one.argval for one in get_instructions(code) if one.opname == "STORE_ATTR")
+            assigned.update(one.argval for one in get_instructions(code) if one.opname == "STORE_ATTR")
+            digest.update(_described(code, 0, set()).encode())
             names += code.co_names
-    return frozenset(written)
+    return _Forward(frozenset(assigned), digest.hexdigest())
 
 
 def _is_config(value: Any) -> bool:

@@ -26,7 +26,7 @@ from autosp.batch import (
     signature,
     tensors_in,
 )
-from autosp.described import attributes_digest, step_name
+from autosp.described import behaviour_of, step_name
 from autosp.devices import Device
 from autosp.errors import BudgetError, ModelError, SettingError
 from autosp.intercept import check_plain
@@ -252,7 +252,7 @@ class Workload:
             device_fingerprint=device.info.fingerprint,
             batch_signature=signature(self.batch),
             step=step_name(self.step),
-            attributes=attributes_digest(self.model),
+            behaviour=behaviour_of(self.model),
             mode=self.mode,
             trained=_trained(self.model) if self.mode == "training" else None,
             group=self.group,

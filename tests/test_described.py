@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from autosp.described import attributes_digest, step_name
+from autosp.described import behaviour_of, step_name
 
 
 def plain_step(model: nn.Module, batch: Any) -> Any:
@@ -184,7 +184,25 @@ SAME: dict[str, Callable[[Told], Any]] = {
 
 
 @pytest.mark.parametrize("change", [*CHANGES, *SAME])
-def test_attributes(change: str) -> None:
+def test_behaviour(change: str) -> None:
     model = Told()
     (CHANGES | SAME)[change](model)
-    assert (attributes_digest(model) == attributes_digest(Told())) == (change in SAME)
+    assert (behaviour_of(model) == behaviour_of(Told())) == (change in SAME)
+
+
+def test_behaviour_is_of_the_code_that_a_pass_runs() -> None:
+    def made(body: str) -> nn.Module:
+        space: dict[str, Any] = {"nn": nn}
+        exec(
+            "class Model(nn.Module):\n"
+            "    def forward(self, x):\n        return self.inner(x)\n"
+            f"    def inner(self, x):\n        return {body}\n"
+            f"    def unused(self):\n        return {len(body)}",
+            space,
+        )
+        model = space["Model"]()
+        assert isinstance(model, nn.Module)
+        return model
+
+    assert behaviour_of(made("x + 1")) == behaviour_of(made("x +  1"))
+    assert behaviour_of(made("x + 1")) != behaviour_of(made("x + 2"))

@@ -133,7 +133,7 @@ def test_a_model_that_was_told_otherwise_is_another_question() -> None:
     assert autosp.tune(Repeated(model, 1), batch, BUDGET_GB, device="cpu", progress=False) == known
     with pytest.raises(BudgetTooSmallError):
         autosp.tune(Repeated(model, 20000), batch, BUDGET_GB, device="cpu", progress=False)
-    with pytest.raises(StudyMismatchError, match=r"attributes: .* configs, and eval\(\) or train\(\)"):
+    with pytest.raises(StudyMismatchError, match=r"behaviour: .* configs say, and eval\(\) or train\(\)"):
         autosp.resume(str(known.study_name), Repeated(model, 2), batch, device="cpu", progress=False)
 
 

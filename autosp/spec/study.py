@@ -17,8 +17,8 @@ class StudyKey(Record):
     device_fingerprint: str
     batch_signature: str
     step: str = Field(description="what runs a pass: `call`, or the qualified name and code hash of `step`")
-    attributes: str | None = Field(
-        default=None, description="hash of what modules are told: sizes, flags, train() or eval(), configs"
+    behaviour: str | None = Field(
+        default=None, description="hash of modules' code, sizes, flags and configs, and of train() or eval()"
     )
     mode: Mode
     trained: str | None = Field(default=None, description="in training: which parameters get gradients")
@@ -39,9 +39,9 @@ class StudyKey(Record):
         return self.differences(other).keys() <= {"group", "budget_bytes", "host_budget_bytes", "slack"}
 
     def differences(self, other: StudyKey) -> dict[str, tuple[object, object]]:
-        """Field name -> (mine, theirs) for every field that differs. Attributes that one does not know are no other."""
+        """Field name -> (mine, theirs) for every field that differs. A behaviour that one does not know is no other."""
         mine, theirs = self.model_dump(), other.model_dump()
-        unknown = {"attributes"} if None in (self.attributes, other.attributes) else set()
+        unknown = {"behaviour"} if None in (self.behaviour, other.behaviour) else set()
         return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name] and name not in unknown}
 
 

@@ -54,8 +54,8 @@ def refuse_another(name: str, key: StudyKey, entered: StudyKey) -> None:
     differences = key.differences(entered)
     if differences:
         told = "; ".join(f"{field}: {theirs} there, {mine} here" for field, (mine, theirs) in differences.items())
-        what = ". Attributes are plain values of modules, their configs, and eval() or train()"
-        hint = what if "attributes" in differences else ""
+        what = ". Behaviour is what modules' code, plain attributes and configs say, and eval() or train()"
+        hint = what if "behaviour" in differences else ""
         raise StudyMismatchError(f"study {name!r} was made for something else ({told}); choose another name{hint}")
 
 
