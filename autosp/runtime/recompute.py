@@ -25,7 +25,6 @@ from autosp.partition import Inputs
 from autosp.partition.trace import Attributes, attributes_of, restore_attributes
 from autosp.runtime.executor import Observer
 
-
 Hooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
 """What packs, and what unpacks, the tensors that autograd saves."""
 
