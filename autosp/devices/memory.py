@@ -103,12 +103,16 @@ def read_regions(regions: Sequence[Region], target: torch.Tensor) -> int:
 
 
 def pin(memory: torch.Tensor, device: torch.device) -> bool:
-    """Pin the pages of a tensor from `anonymous` for CUDA or ROCm, in place. False, and a warning, where it fails."""
+    """Pin the pages of a tensor from `anonymous` for CUDA or ROCm, in place. False, and a warning, where it fails.
+
+    The runtime registers them with the device that is current, and makes a context there: so that is this one.
+    """
     pages = _PAGES[memory.data_ptr()]
     address = memory.data_ptr()
     try:
         runtime = torch.cuda.cudart()
-        torch.cuda.check_error(runtime.cudaHostRegister(address, memory.numel(), PORTABLE_AND_MAPPED))
+        with torch.cuda.device(device):
+            torch.cuda.check_error(runtime.cudaHostRegister(address, memory.numel(), PORTABLE_AND_MAPPED))
     except (RuntimeError, AssertionError) as error:
         _clear_error(device)
         warnings.warn(
