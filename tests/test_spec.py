@@ -207,6 +207,11 @@ def test_schema_that_never_was(tmp_path: Path, version: object) -> None:
             id="a layer's index twice",
         ),
         pytest.param(
+            lambda data: data["partition"].update(lookups=data["partition"]["layers"][1]),
+            "at partition: Value error, layer 1 (blocks.1) is in place 3",
+            id="lookup tables with a layer's index",
+        ),
+        pytest.param(
             lambda data: data["partition"]["layers"][1].update(rows=[0, 256]),
             "at partition.layers.1: Value error, layer 1 (blocks.1) has rows (0, 256)",
             id="rows of a whole layer",

@@ -96,7 +96,8 @@ class Partition(Record):
 
     @model_validator(mode="after")
     def _indices_are_places(self) -> Partition:
-        for place, layer in enumerate(self.layers):
+        """Lookup tables come after all layers."""
+        for place, layer in enumerate([*self.layers, *filter(None, [self.lookups])]):
             if layer.index != place:
                 raise ValueError(f"layer {layer.index} ({layer.name}) is in place {place}: layers are in their order")
         return self
