@@ -40,9 +40,11 @@ class Pretrained:
         """Raises: CheckpointError if the config cannot be used, SettingError if transformers is not installed."""
         self.folder = folder
         self._class = _model_class(folder)
+        from huggingface_hub.errors import StrictDataclassError
+
         try:
             self._config = self._class.config_class.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, StrictDataclassError) as error:
             raise CheckpointError(f"transformers cannot use {folder / CONFIG}: {error}") from error
 
     def dtypes(self, saved: SavedTensors, asked: torch.dtype | None) -> dict[str, torch.dtype]:
@@ -174,7 +176,7 @@ def _architecture(config: Path) -> str:
         return str(found["architectures"][0])
     except OSError as error:
         raise CheckpointError(f"{config} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise CheckpointError(
             f"{config} names no architecture, so the class to build is unknown: pass a factory that builds the model, "
             f"and weights={str(config.parent)!r}"

@@ -177,12 +177,16 @@ def test_a_directory_that_cannot_be_used(tmp_path: Path) -> None:
     folder = saved("llama", tmp_path)
     with pytest.raises(SettingError, match="has weights of its own: weights= goes with a factory"):
         autosp.load(folder, weights=folder)
+    changed_config(folder, hidden_size="x")
+    with pytest.raises(CheckpointError, match=r"transformers cannot use .*config\.json: .*hidden_size"):
+        autosp.load(folder)
     changed_config(folder, architectures=None)
     with pytest.raises(CheckpointError, match="names no architecture, so the class to build is unknown"):
         autosp.load(folder)
-    (folder / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="names no architecture"):
-        autosp.load(folder)
+    for text in ("{", "[" * 100_000):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(CheckpointError, match="names no architecture"):
+            autosp.load(folder)
     (folder / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         autosp.load(folder)
