@@ -32,6 +32,9 @@ CAST_SHARE = 0.05
 UNMAPPED_BYTES = 2**20
 """What lives in RAM is told from here on."""
 
+OF_VALUES = (OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError)
+"""What transformers raises of a config's values, which it looks at one by one where it comes to use them."""
+
 
 class Pretrained:
     """A directory with a config that transformers knows. Nothing in it is executed: see `trust_remote_code`."""
@@ -44,8 +47,8 @@ class Pretrained:
 
         try:
             self._config = self._class.config_class.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, TypeError, StrictDataclassError) as error:
-            raise CheckpointError(f"transformers cannot use {folder / CONFIG}: {error}") from error
+        except (*OF_VALUES, StrictDataclassError) as error:
+            raise _unusable(folder / CONFIG, error) from error
 
     def dtypes(self, saved: SavedTensors, asked: torch.dtype | None) -> dict[str, torch.dtype]:
         """Tensors to convert on the disk, and to what: see [Note: dtypes that transformers casts]."""
@@ -62,8 +65,11 @@ class Pretrained:
         return cast if sum(saved.tensors[name].nbytes for name in cast) > CAST_SHARE * n_bytes else {}
 
     def _skeleton(self, dtype: torch.dtype) -> nn.Module:
-        with torch.device("meta"):
-            model: nn.Module = self._class._from_config(self._config, dtype=dtype)
+        try:
+            with torch.device("meta"):
+                model: nn.Module = self._class._from_config(self._config, dtype=dtype)
+        except OF_VALUES as error:
+            raise _unusable(self.folder / CONFIG, error) from error
         return model
 
     def load(self, weights: Path, dtype: torch.dtype | None) -> nn.Module:
@@ -83,8 +89,8 @@ class Pretrained:
                 ignore_mismatched_sizes=True,  # named below, with both sizes
                 output_loading_info=True,
             )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"transformers cannot load {self.folder}: {error}") from error
+        except OF_VALUES as error:
+            raise _unusable(self.folder, error) from error
         self._refuse_differences(info)
         _tell_unmapped(model, self.folder)
         model.name_or_path = model.config.name_or_path = str(self.folder)
@@ -114,6 +120,11 @@ class Pretrained:
                 f"{self.folder} lacks {len(missing)} tensors of {self._class.__name__}: {some(missing)}. They would be "
                 "random: fetch all of its files, or correct the architecture in its config"
             )
+
+
+def _unusable(path: Path, error: Exception) -> CheckpointError:
+    """Of a KeyError the text alone would be a word."""
+    return CheckpointError(f"transformers cannot use {path} ({type(error).__name__}: {error}): correct its config, or fetch it again")
 
 
 class _OwnDtypes:
