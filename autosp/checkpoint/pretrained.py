@@ -124,7 +124,9 @@ class Pretrained:
 
 def _unusable(path: Path, error: Exception) -> CheckpointError:
     """Of a KeyError the text alone would be a word."""
-    return CheckpointError(f"transformers cannot use {path} ({type(error).__name__}: {error}): correct its config, or fetch it again")
+    return CheckpointError(
+        f"transformers cannot use {path} ({type(error).__name__}: {error}): correct its config, or fetch it again"
+    )
 
 
 class _OwnDtypes:
