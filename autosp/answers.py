@@ -55,8 +55,12 @@ def kept_study(
     device: str | None,
     group: int,
     storage: str | None,
+    study_name: str | None,
 ) -> str | None:
-    """The study that `tune` of this subject would continue. With slack: at least that of the fastest plan."""
+    """The study that `tune` of this subject would continue: that of the name, where one was given.
+
+    With slack: at least that of the fastest plan, which goes by a name of its own.
+    """
     from autosp.devices import choose_device
     from autosp.profiler.host import whole_device
     from autosp.store import Repository
@@ -66,8 +70,12 @@ def kept_study(
     workload = Workload.of(subject.model, subject.batch, subject.step, mode, chosen, group=group)
     budgets = parse_budgets(whole_device(chosen) if budget is None else budget, host_budget, chosen.info.slow_tier)
     with Repository(storage) as repository:
-        keys = workload.key(chosen, *budgets, slack), workload.key(chosen, *budgets)
-        return next(filter(None, map(repository.find_study, keys)), None)
+        key, fastest = workload.key(chosen, *budgets, slack), workload.key(chosen, *budgets)
+        if study_name is None:
+            found = repository.find_study(key)
+        else:
+            found = study_name if repository.has_study(study_name, key) else None
+        return found or (repository.find_study(fastest) if slack else None)
 
 
 def show_answer(plan: Plan, storage: str | None, output: Path | None) -> None:

@@ -43,6 +43,7 @@ except ImportError as missing:  # the console script exists without the extra, t
 
 from autosp.errors import SettingError, StudyNotFoundError
 from autosp.factory import make_subject
+from autosp.files import write_atomically
 from autosp.spec import Plan
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -105,8 +106,8 @@ def tune(
     began = _now()
     budget = None if max_gpu_gb is None else budget_of(max_gpu_gb)
     host_budget = None if max_cpu_gb is None else budget_of(max_cpu_gb)
-    kept = partial(answers.kept_study, subject, mode, budget, host_budget, slack, device, group, storage)
-    with interruptible(factory, storage, device, kept):
+    kept = partial(answers.kept_study, subject, mode, budget, host_budget, slack, device, group, storage, study_name)
+    with interruptible(factory, storage, device, isolate, kept):
         plan = autosp.tune(
             subject.model,
             subject.batch,
@@ -150,7 +151,7 @@ def resume(
     answers.read_study(study, storage)  # a wrong name is known before the model is made
     subject = make_subject(factory)
     began = _now()
-    with interruptible(factory, storage, device, lambda: study):
+    with interruptible(factory, storage, device, isolate, lambda: study):
         plan = autosp.resume(
             study,
             subject.model,
@@ -237,7 +238,7 @@ def export(
         if output is None:
             typer.echo(text)
         else:
-            output.write_text(text + "\n", encoding="utf-8")
+            save("schema", output, lambda path: write_atomically(path, text + "\n"))
         return
     plan = load_plan(study, storage)
     if output is None:

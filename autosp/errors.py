@@ -30,6 +30,9 @@ An exception raised by the user's own model or step passes through unwrapped.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 
 class AutospError(Exception):
     """Base of all errors raised by autosp."""
@@ -50,6 +53,11 @@ class BudgetTooSmallError(BudgetError):
         self.budget_bytes = budget_bytes
         self.least_bytes = least_bytes
         self.layer = layer
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied, and sent to another process, with its attributes: exceptions are made anew of their arguments."""
+        made = partial(type(self), budget_bytes=self.budget_bytes, least_bytes=self.least_bytes, layer=self.layer)
+        return made, self.args, self.__dict__
 
 
 class ModelError(AutospError):

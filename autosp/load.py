@@ -17,7 +17,7 @@ from autosp.checkpoint.cache import Conversion, converted, remove_unreferenced
 from autosp.checkpoint.convert import CASTABLE
 from autosp.checkpoint.pretrained import Pretrained, pretrained_folder
 from autosp.checkpoint.skeleton import build, cast_buffers, fill, parameters_left_alone, refuse_misfits, tell_dtypes
-from autosp.checkpoint.source import Checkpoint, Format, SavedTensors, find_checkpoint, open_tensors
+from autosp.checkpoint.source import Checkpoint, Format, SavedTensors, exists, find_checkpoint, open_tensors
 from autosp.errors import CheckpointError, SettingError
 from autosp.factory import find_factory, names_factory
 from autosp.runtime.streamed_model import StreamedModel
@@ -96,7 +96,7 @@ def _find(source: PathLike | Factory) -> Path | Factory:
             raise SettingError(f"source is a {type(source).__name__}; pass a path, module:factory, or a function")
         return source
     path = Path(source)
-    if path.exists():
+    if exists(path):
         return path
     name = os.fspath(source)
     if names_factory(name):

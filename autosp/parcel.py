@@ -198,7 +198,7 @@ def _sources(storages: list[torch.UntypedStorage]) -> list[Source | None]:
     """Where the storages lie in files, of those that are mapped from one and were never written to."""
     extents = []
     for number, storage in enumerate(storages):
-        whole = torch.empty(0, dtype=torch.uint8).set_(storage)
+        whole = torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)
         named = NamedTensor(whole, [f"storage {number} of the model"], False)
         extents.append(Extent(storage, 0, storage.nbytes(), [named]))
     locate(extent for extent in extents if extent.n_bytes)
@@ -228,6 +228,6 @@ def _storage(pages: mmap.mmap, place: Place) -> torch.UntypedStorage:
 
 def _set_storage(tensor: torch.Tensor, storage: torch.UntypedStorage) -> None:
     with torch.inference_mode(False), torch.no_grad():
-        tensor.data = torch.empty(0, dtype=tensor.dtype).set_(
+        tensor.data = torch.empty(0, dtype=tensor.dtype, device="cpu").set_(
             storage, tensor.storage_offset(), tensor.size(), tensor.stride()
         )

@@ -38,9 +38,9 @@ class Commands(TyperGroup):
 
 @contextmanager
 def interruptible(
-    factory: str, storage: str | None, device: str | None, study: Callable[[], str | None]
+    factory: str, storage: str | None, device: str | None, isolate: bool, study: Callable[[], str | None]
 ) -> Iterator[None]:
-    """On Ctrl-C, say that the study is kept, and how to go on with it."""
+    """On Ctrl-C, say that the study is kept, and how to go on with it in the same way."""
     try:
         yield
     except KeyboardInterrupt as interrupt:
@@ -51,6 +51,7 @@ def interruptible(
             command = ["autosp", "resume", name, factory]
             for option, value in (("--storage", storage), ("--device", device)):
                 command += [option, value] if value else []
+            command += ["--isolate"] if isolate else []
             tell(f"interrupted; study {name} keeps what was measured: go on with `{shlex.join(command)}`")
         raise typer.Exit(130) from interrupt
 

@@ -362,6 +362,17 @@ def test_an_interrupt_before_the_study(shell: Path, monkeypatch: Environment) ->
     assert "interrupted" in autosp("studies", code=130)
 
 
+def test_an_interrupted_study_is_the_one_that_was_named(study: Path, monkeypatch: Environment) -> None:
+    def interrupted(*_arguments: Any, **_options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("autosp.tune", interrupted)
+    command = ("tune", "tiny_models:make", *ROOM, "--isolate")
+    assert "before the study began" in autosp(*command, "--study-name", "mine", code=130)
+    for named in ((), ("--study-name", "tiny")):
+        assert "`autosp resume tiny tiny_models:make --isolate`" in autosp(*command, *named, code=130)
+
+
 def test_doctor_looks_and_leaves_no_trace(shell: Path) -> None:
     said = autosp("doctor", "--probe-mb", "4", "--device", "cpu")
     for part in ("torch 2.", "device cpu", "slow tier disk", "not there yet", "Link disk → device", "under compute"):
@@ -455,6 +466,8 @@ def test_the_users_own_error_keeps_its_traceback(factory: str, error: type[Excep
         (("show", "tiny", "--plot", "no/folder.png"), "there is no folder no"),
         (("export",), "name a study, or pass --schema"),
         (("export", "tiny", "-o", "no/plan.json"), "there is no folder no"),
+        (("export", "--schema", "-o", "no/schema.json"), "there is no folder no"),
+        (("export", "--schema", "-o", "/proc/schema.json"), "/proc/schema.json cannot be written: No such file"),
         (("tune", "tiny_models:make", *ROOM, "-o", "no/plan.json"), "there is no folder no"),
         (("tune", "tiny_models:make", "--max-gpu-gb", "much"), "max_gpu_gb='much' is not a positive amount"),
         (("tune", "tiny_models:make", *ROOM, "--max-cpu-gb", "some"), "max_cpu_gb='some' is not a positive amount"),

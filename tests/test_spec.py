@@ -201,6 +201,21 @@ def test_schema_that_never_was(tmp_path: Path, version: object) -> None:
         pytest.param(
             lambda data: data["partition"]["layers"][1].pop("n_bytes"), "partition.layers.1.n_bytes", id="item"
         ),
+        pytest.param(
+            lambda data: data["partition"]["layers"][1].update(index=0),
+            "at partition: Value error, layer 0 (blocks.1) is in place 1",
+            id="a layer's index twice",
+        ),
+        pytest.param(
+            lambda data: data["partition"].update(lookups=data["partition"]["layers"][1]),
+            "at partition: Value error, layer 1 (blocks.1) is in place 3",
+            id="lookup tables with a layer's index",
+        ),
+        pytest.param(
+            lambda data: data["partition"]["layers"][1].update(rows=[0, 256]),
+            "at partition.layers.1: Value error, layer 1 (blocks.1) has rows (0, 256)",
+            id="rows of a whole layer",
+        ),
         pytest.param(lambda data: data["candidate"].update(k=-1), "candidate.k:", id="k below 0"),
         pytest.param(lambda data: data["candidate"].update(k_prime=0), "candidate.k_prime:", id="k' below 1"),
         pytest.param(lambda data: data.update(floor_s="soon"), "floor_s:", id="wrong type"),

@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -79,13 +79,18 @@ def _parse(path: Path, text: bytes) -> dict[str, Entry]:
     try:
         found = json.loads(text)
         found.pop("__metadata__", None)
-        entries = {
-            name: Entry(record["dtype"], tuple(record["shape"]), *record["data_offsets"])
-            for name, record in found.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        entries = {name: _entry(record) for name, record in found.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is no safetensors file, or its header is damaged: fetch it again") from error
     return dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
+
+
+def _entry(record: dict[str, Any]) -> Entry:
+    """Raises: ValueError, KeyError or TypeError for what no file has."""
+    begin, end = record["data_offsets"]
+    if not (type(begin) is type(end) is int and 0 <= begin <= end):
+        raise ValueError(f"data_offsets {begin!r} and {end!r}")
+    return Entry(record["dtype"], tuple(record["shape"]), begin, end)
 
 
 def make_header(entries: Iterable[tuple[str, torch.dtype, torch.Size]]) -> tuple[bytes, dict[str, Entry]]:

@@ -32,6 +32,9 @@ CAST_SHARE = 0.05
 UNMAPPED_BYTES = 2**20
 """What lives in RAM is told from here on."""
 
+OF_VALUES = (OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError)
+"""What transformers raises of a config's values, which it looks at one by one where it comes to use them."""
+
 
 class Pretrained:
     """A directory with a config that transformers knows. Nothing in it is executed: see `trust_remote_code`."""
@@ -40,10 +43,12 @@ class Pretrained:
         """Raises: CheckpointError if the config cannot be used, SettingError if transformers is not installed."""
         self.folder = folder
         self._class = _model_class(folder)
+        from huggingface_hub.errors import StrictDataclassError
+
         try:
             self._config = self._class.config_class.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, TypeError) as error:
-            raise CheckpointError(f"transformers cannot use {folder / CONFIG}: {error}") from error
+        except (*OF_VALUES, StrictDataclassError) as error:
+            raise _unusable(folder / CONFIG, error) from error
 
     def dtypes(self, saved: SavedTensors, asked: torch.dtype | None) -> dict[str, torch.dtype]:
         """Tensors to convert on the disk, and to what: see [Note: dtypes that transformers casts]."""
@@ -60,8 +65,11 @@ class Pretrained:
         return cast if sum(saved.tensors[name].nbytes for name in cast) > CAST_SHARE * n_bytes else {}
 
     def _skeleton(self, dtype: torch.dtype) -> nn.Module:
-        with torch.device("meta"):
-            model: nn.Module = self._class._from_config(self._config, dtype=dtype)
+        try:
+            with torch.device("meta"):
+                model: nn.Module = self._class._from_config(self._config, dtype=dtype)
+        except OF_VALUES as error:
+            raise _unusable(self.folder / CONFIG, error) from error
         return model
 
     def load(self, weights: Path, dtype: torch.dtype | None) -> nn.Module:
@@ -81,8 +89,8 @@ class Pretrained:
                 ignore_mismatched_sizes=True,  # named below, with both sizes
                 output_loading_info=True,
             )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"transformers cannot load {self.folder}: {error}") from error
+        except OF_VALUES as error:
+            raise _unusable(self.folder, error) from error
         self._refuse_differences(info)
         _tell_unmapped(model, self.folder)
         model.name_or_path = model.config.name_or_path = str(self.folder)
@@ -112,6 +120,13 @@ class Pretrained:
                 f"{self.folder} lacks {len(missing)} tensors of {self._class.__name__}: {some(missing)}. They would be "
                 "random: fetch all of its files, or correct the architecture in its config"
             )
+
+
+def _unusable(path: Path, error: Exception) -> CheckpointError:
+    """Of a KeyError the text alone would be a word."""
+    return CheckpointError(
+        f"transformers cannot use {path} ({type(error).__name__}: {error}): correct its config, or fetch it again"
+    )
 
 
 class _OwnDtypes:
@@ -174,7 +189,7 @@ def _architecture(config: Path) -> str:
         return str(found["architectures"][0])
     except OSError as error:
         raise CheckpointError(f"{config} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise CheckpointError(
             f"{config} names no architecture, so the class to build is unknown: pass a factory that builds the model, "
             f"and weights={str(config.parent)!r}"

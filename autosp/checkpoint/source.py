@@ -62,7 +62,7 @@ def find_checkpoint(path: Path) -> Checkpoint:
 
     Raises: CheckpointError naming what is missing, truncated, or not a checkpoint.
     """
-    if not path.exists():
+    if not exists(path):
         raise CheckpointError(f"there is no checkpoint {path}: pass {ACCEPTED}")
     if path.is_dir():
         return _in_folder(path)
@@ -71,9 +71,17 @@ def find_checkpoint(path: Path) -> Checkpoint:
     return _of_files(path, [path])
 
 
+def exists(path: Path) -> bool:
+    """Raises: CheckpointError if that cannot be said: of a name that is too long, or in a folder that is not ours."""
+    try:
+        return path.exists()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be looked for: {error.strerror}") from error
+
+
 def _in_folder(folder: Path) -> Checkpoint:
     for name in FOUND_FIRST:
-        if (folder / name).exists():
+        if exists(folder / name):
             return find_checkpoint(folder / name)
     indices = sorted(folder.glob(f"*{INDEX}"))
     if len(indices) == 1:
@@ -98,9 +106,9 @@ def _indexed(index: Path) -> Checkpoint:
         shards = {name: index.parent / name for name in sorted(set(weight_map.values()))}
     except OSError as error:
         raise CheckpointError(f"{index} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index} is no index of a checkpoint: it has no usable weight_map") from error
-    missing = [name for name, shard in shards.items() if not shard.exists()]
+    missing = [name for name, shard in shards.items() if not exists(shard)]
     if missing or not shards:
         count = sum(shard in missing for shard in weight_map.values())
         raise CheckpointError(

@@ -258,4 +258,5 @@ def _processor_name() -> str:
 def _start_thread_pools() -> None:
     """What torch takes once for its threads and kernels is any torch program's, not a plan's."""
     with torch.no_grad():
-        torch.mm(torch.ones(256, 256), torch.ones(256, 256))
+        ones = torch.ones(256, 256, device="cpu")
+        torch.mm(ones, ones)

@@ -48,7 +48,7 @@ def anonymous(n_bytes: int) -> torch.Tensor:
     """Zero pages, huge where the kernel grants them, each taking RAM once it is written to. uint8."""
     with torch.inference_mode(False):
         if n_bytes == 0:
-            return torch.empty(0, dtype=torch.uint8)
+            return torch.empty(0, dtype=torch.uint8, device="cpu")
         pages = Pages(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if n_bytes >= HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
             pages.madvise(mmap.MADV_HUGEPAGE)
@@ -60,7 +60,7 @@ def anonymous(n_bytes: int) -> torch.Tensor:
 def lying_as(value: torch.Tensor, memory: torch.Tensor, begin: int = 0) -> torch.Tensor:
     """A tensor that lies in `memory` (uint8), from that byte of its storage on, as `value` does in its own."""
     with torch.inference_mode(False), torch.no_grad():
-        return torch.empty(0, dtype=value.dtype).set_(
+        return torch.empty(0, dtype=value.dtype, device=memory.device).set_(
             memory.untyped_storage(), begin // value.element_size(), value.size(), value.stride()
         )
 
@@ -103,12 +103,16 @@ def read_regions(regions: Sequence[Region], target: torch.Tensor) -> int:
 
 
 def pin(memory: torch.Tensor, device: torch.device) -> bool:
-    """Pin the pages of a tensor from `anonymous` for CUDA or ROCm, in place. False, and a warning, where it fails."""
+    """Pin the pages of a tensor from `anonymous` for CUDA or ROCm, in place. False, and a warning, where it fails.
+
+    The runtime registers them with the device that is current, and makes a context there: so that is this one.
+    """
     pages = _PAGES[memory.data_ptr()]
     address = memory.data_ptr()
     try:
         runtime = torch.cuda.cudart()
-        torch.cuda.check_error(runtime.cudaHostRegister(address, memory.numel(), PORTABLE_AND_MAPPED))
+        with torch.cuda.device(device):
+            torch.cuda.check_error(runtime.cudaHostRegister(address, memory.numel(), PORTABLE_AND_MAPPED))
     except (RuntimeError, AssertionError) as error:
         _clear_error(device)
         warnings.warn(
@@ -147,7 +151,7 @@ def part(memory: torch.Tensor, begin: int, n_bytes: int) -> torch.Tensor:
     """
     with torch.inference_mode(False):
         if n_bytes == 0:
-            return torch.empty(0, dtype=torch.uint8)
+            return torch.empty(0, dtype=torch.uint8, device="cpu")
         run = (ctypes.c_char * n_bytes).from_buffer(_PAGES[memory.data_ptr()], begin)
         finalize(run, drop_pages, memory.data_ptr() + begin, n_bytes).atexit = False
         return torch.frombuffer(run, dtype=torch.uint8)

@@ -82,7 +82,7 @@ class VirtualDevice:
 
     def allocate(self, n_bytes: int) -> torch.Tensor:
         """Plain memory, filled with bytes that make a missing copy visible."""
-        return torch.full((n_bytes,), 0xFF, dtype=torch.uint8)
+        return torch.full((n_bytes,), 0xFF, dtype=torch.uint8, device=self.torch_device)
 
     def pin(self, memory: torch.Tensor) -> None:
         """All memory is as fast."""

@@ -136,10 +136,12 @@ def bind(model: nn.Module, plan: Partition, slow_tier: Tier = Tier.HOST) -> Boun
         _check_size(layer, parts)
         layout, disk_layout = layouts(parts, slow_tier)
         found = layer.model_copy(update={"n_bytes": layout.n_bytes, "disk_bytes": disk_layout.n_bytes})
-        return BoundLayer(found, model.get_submodule(path), layout, disk_layout, leaf)
+        return BoundLayer(found, _module(model, path, f"layer {layer.index}"), layout, disk_layout, leaf)
 
     layers = tuple(bound(layer, layer.path) for layer in plan.layers)
     lookups = bound(plan.lookups, "") if plan.lookups else None
+    for path in (*(block.path for block in plan.blocks), *plan.called_again):
+        _module(model, path, "what is computed again")
     sizes = {"layers": tuple(found.layer for found in layers), "lookups": lookups.layer if lookups else None}
     return BoundModel(
         model=model,
@@ -155,7 +157,7 @@ def _bind_leaf(
     model: nn.Module, leaf: Leaf, plan: Partition, extents: Callable[[Sequence[str], str], list[Extent]]
 ) -> BoundLeaf:
     """Raises: PlanMismatchError if its module is no linear one here, or the plan's runs are not all of its rows."""
-    module = model.get_submodule(leaf.path)
+    module = _module(model, leaf.path, "a weight that is cut into rows")
     runs = [layer for layer in plan.layers if layer.rows and layer.path == leaf.path]
     whole = extents([name for layer in runs for name in layer.tensors], f"leaf {leaf.path}")
     if not is_linear(module) or len(whole) != 1 or whole[0].tensors[0].tensor is not module.weight:
@@ -170,6 +172,16 @@ def _bind_leaf(
         raise PlanMismatchError(f"the plan's runs of rows of {leaf.path} are not one after another all that it has")
     assert isinstance(module, nn.Linear)
     return BoundLeaf(module, weight, leaf.inputs)
+
+
+def _module(model: nn.Module, path: str, owner: str) -> nn.Module:
+    """Raises: PlanMismatchError if there is none at that path."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError as error:
+        raise PlanMismatchError(
+            f"{owner}: {type(model).__name__} has no module {path!r}; make a new plan for the model as it is now"
+        ) from error
 
 
 def _check_size(layer: Layer, parts: Sequence[Extent]) -> None:

@@ -183,7 +183,7 @@ def move_out(placed: Sequence[Placed]) -> None:
     """Copy every extent's bytes, as they are now, to ordinary memory of its own; what was shared stays shared."""
     for place in placed:
         with torch.inference_mode(False):
-            memory = torch.empty(place.extent.n_bytes, dtype=torch.uint8)
+            memory = torch.empty(place.extent.n_bytes, dtype=torch.uint8, device="cpu")
         alone = (Placed(place.extent, 0),)
         copy_to(alone, memory)
         settle(alone, memory)

@@ -121,7 +121,7 @@ class Extent:
 
     def raw(self) -> torch.Tensor:
         """The bytes, as a uint8 view of the storage they are in."""
-        return torch.empty(0, dtype=torch.uint8).set_(self.storage, self.begin, (self.n_bytes,), (1,))
+        return torch.empty(0, dtype=torch.uint8, device="cpu").set_(self.storage, self.begin, (self.n_bytes,), (1,))
 
     def release(self) -> None:
         """Let go of the storage, once the tensors are somewhere else."""

@@ -42,9 +42,9 @@ class Settled(StandIn):
     def __call__(self, change: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         """The change, unless all it does is to move to the device of the plan. Empty tensors show what it does."""
         if self.stands:
-            tensors = (*self._module.parameters(), *self._module.buffers())
+            kinds = {one.dtype for one in (*self._module.parameters(), *self._module.buffers())}
             with torch.no_grad():
-                changed = [(kind, change(torch.empty(0, dtype=kind))) for kind in {one.dtype for one in tensors}]
+                changed = [(kind, change(torch.empty(0, dtype=kind, device="cpu"))) for kind in kinds]
             if all(one.device == self._device and one.dtype == kind for kind, one in changed):
                 return self._module
         return type(self._module)._apply(self._module, change, recurse)

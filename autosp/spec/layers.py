@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from autosp.spec.record import Record
 
@@ -29,6 +29,12 @@ class Layer(Record):
     weight_bytes: int | None = Field(default=None, description="bytes of the tensors alone; None before schema 3")
     rows: tuple[int, int] | None = Field(default=None, description="from and to, if it is a run of a weight's rows")
     gradient_bytes: int = Field(default=0, description="bytes of the gradients that a training pass gives")
+
+    @model_validator(mode="after")
+    def _name_says_rows(self) -> Layer:
+        if self.rows is not None and not self.name.endswith(f"[{self.rows[0]}:{self.rows[1]}]"):
+            raise ValueError(f"layer {self.index} ({self.name}) has rows {self.rows}, which its name does not end in")
+        return self
 
     @property
     def read_bytes(self) -> int:
@@ -87,6 +93,14 @@ class Partition(Record):
     called_again: tuple[str, ...] = Field(
         default=(), description="modules inside layers that a checkpoint of the model's own calls in the backward"
     )
+
+    @model_validator(mode="after")
+    def _indices_are_places(self) -> Partition:
+        """Lookup tables come after all layers."""
+        for place, layer in enumerate([*self.layers, *filter(None, [self.lookups])]):
+            if layer.index != place:
+                raise ValueError(f"layer {layer.index} ({layer.name}) is in place {place}: layers are in their order")
+        return self
 
     def whole(self, layers: Collection[int]) -> frozenset[int]:
         """These layers, and all other runs of the leaves that they are runs of: together those rest as one tensor."""

@@ -22,8 +22,10 @@ CGROUP_FILES = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
-"""A container's memory limit and use: version 2, version 1."""
+"""A container's memory limit and use: version 2, version 1. What the use consists of is in memory.stat beside it."""
 
+CACHED, UNWRITTEN = ("inactive_file", "active_file"), ("file_dirty", "file_writeback", "dirty", "writeback")
+"""Of memory.stat: the page cache, and what of it must be written to a disk before it can go, by both versions."""
 
 TRIM_EVERY_BYTES = 16 * 2**20
 """Weights that were on the C heap go back to the kernel after so many: each time costs a walk over the heap, and what
@@ -157,11 +159,30 @@ def check_free(n_bytes: int, purpose: str, advice: str) -> None:
 
 
 def available_bytes() -> int:
-    """Host memory that can still be had: the machine's, or what the container's limit leaves."""
+    """Host memory that can still be had: the machine's, or what the container's limit leaves.
+
+    Page cache that is on disk already goes as soon as memory is asked for: it takes none of it.
+    """
     available = int(psutil.virtual_memory().available)
     for limit, used in CGROUP_FILES:
         try:
-            available = min(available, int(Path(limit).read_text()) - int(Path(used).read_text()))
+            limit_bytes, used_bytes = int(Path(limit).read_text()), int(Path(used).read_text())
         except (OSError, ValueError):  # no such controller, or "max": no limit
             continue
+        taken = max(0, used_bytes - _reclaimable_bytes(Path(used).with_name("memory.stat")))
+        available = min(available, limit_bytes - taken)
     return max(0, available)
+
+
+def _reclaimable_bytes(stat: Path) -> int:
+    """Page cache of a container, with those in it, that needs no writing. 0 where its figures cannot be read."""
+    try:
+        figures = {name: int(value) for name, value in map(str.split, stat.read_text().splitlines())}
+    except (OSError, ValueError):
+        return 0
+
+    def total(names: Sequence[str]) -> int:
+        """Version 1 has the whole of a figure, with the containers in this one, under another name."""
+        return sum(figures.get(f"total_{name}", figures.get(name, 0)) for name in names)
+
+    return max(0, total(CACHED) - total(UNWRITTEN))

@@ -241,6 +241,35 @@ def test_damaged_and_missing_files(tmp_path: Path) -> None:
         autosp.load(Stack, weights=tmp_path / "notes.txt")
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        '{"a": {"dtype": "F32", "shape": [2], "data_offsets": ["0", "8"]}}',
+        '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [null, null]}}',
+        '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},'
+        ' "b": {"dtype": "F32", "shape": [2], "data_offsets": ["8", "16"]}}',
+        '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}}',
+        "[" * 90_000,
+    ],
+    ids=["texts", "nothing", "numbers and texts", "backwards", "too deep"],
+)
+def test_a_header_of_other_things_than_offsets(header: str, tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(16))
+    with pytest.raises(CheckpointError, match="its header is damaged"):
+        autosp.load(Stack, weights=path)
+
+
+def test_names_that_no_file_can_have(tmp_path: Path) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "x" * 300 + ".safetensors"}}))
+    for weights in (index, tmp_path / ("x" * 300)):
+        with pytest.raises(CheckpointError, match="xxx.* cannot be looked for: File name too long"):
+            autosp.load(Stack, weights=weights)
+    with pytest.raises(CheckpointError, match="xxx.* cannot be looked for: File name too long"):
+        autosp.load("x" * 300)
+
+
 def test_an_index_that_promises_too_much(tmp_path: Path) -> None:
     index = save_shards(Stack(), tmp_path / "shards")
     said = json.loads(index.read_text())
@@ -252,9 +281,10 @@ def test_an_index_that_promises_too_much(tmp_path: Path) -> None:
         CheckpointError, match=r"names 3 shards, of which 1 are not there, model-00002-of-00003.* \(14 t"
     ):
         autosp.load(Stack, weights=index)
-    index.write_text("{}")
-    with pytest.raises(CheckpointError, match="it has no usable weight_map"):
-        autosp.load(Stack, weights=index)
+    for text in ("{}", "[" * 100_000):
+        index.write_text(text)
+        with pytest.raises(CheckpointError, match="it has no usable weight_map"):
+            autosp.load(Stack, weights=index)
 
 
 def test_a_tensor_in_two_files(tmp_path: Path) -> None:

@@ -180,11 +180,30 @@ def test_a_directory_that_cannot_be_used(tmp_path: Path) -> None:
     changed_config(folder, architectures=None)
     with pytest.raises(CheckpointError, match="names no architecture, so the class to build is unknown"):
         autosp.load(folder)
-    (folder / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="names no architecture"):
-        autosp.load(folder)
+    for text in ("{", "[" * 100_000):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(CheckpointError, match="names no architecture"):
+            autosp.load(folder)
     (folder / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        autosp.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"hidden_size": "x"}, r"\(StrictDataclass.*hidden_size"),
+        ({"num_attention_heads": 0}, r"\(ZeroDivisionError"),
+        ({"hidden_act": "x"}, r"\(KeyError: 'x'\)"),
+        ({"vocab_size": -1}, r"\(RuntimeError: .*negative"),
+        ({"dtype": []}, r"\(IndexError"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_config_of_values_that_transformers_cannot_use(change: dict[str, Any], why: str, tmp_path: Path) -> None:
+    folder = saved("llama", tmp_path)
+    changed_config(folder, **change)
+    with pytest.raises(CheckpointError, match=rf"(?s)transformers cannot use .*llama.* {why}.*or fetch it again"):
         autosp.load(folder)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from autosp.devices import CpuDevice, Device, Piece, VirtualDevice, choose_device
 from autosp.devices.accelerator import AcceleratorDevice
-from autosp.devices.memory import anonymous, memory_of
+from autosp.devices.memory import anonymous, memory_of, part
 from autosp.errors import ReadError, SettingError
 from autosp.partition import bind, partition
 from autosp.spec import Tier
@@ -37,6 +37,14 @@ def test_allocation_is_aligned_and_writable(device: Device) -> None:
     memory.fill_(7)
     assert bool((memory == 7).all())
     assert device.allocate(0).numel() == 0
+
+
+def test_memory_is_where_it_is_taken_wherever_tensors_are_made_by_default(device: Device) -> None:
+    with torch.device("meta"):
+        for n_bytes in (0, 4096):
+            assert device.allocate(n_bytes).device.type == device.torch_device.type
+            memory = anonymous(n_bytes)
+            assert memory.device.type == part(memory, 0, 0).device.type == "cpu"
 
 
 def test_copies_run_in_order_and_deliver_the_bytes(device: Device, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -20,10 +22,20 @@ class Runtime:
 
     def __init__(self, fails: bool = False) -> None:
         self.calls: list[tuple[object, ...]] = []
+        self.current = torch.device("cuda:0")
+        self.registered_with: list[torch.device] = []
         self._fails = fails
+
+    @contextmanager
+    def device(self, device: torch.device) -> Iterator[None]:
+        """The current one, as long as this is open."""
+        before, self.current = self.current, device
+        yield
+        self.current = before
 
     def cudaHostRegister(self, address: int, n_bytes: int, flags: int) -> int:  # noqa: N802 - the runtime's name
         self.calls.append(("register", address, n_bytes, flags))
+        self.registered_with.append(self.current)
         return 1 if self._fails else 0
 
     def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
@@ -39,7 +51,9 @@ def _check(code: int) -> None:
 @pytest.fixture
 def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
     fake = Runtime()
-    monkeypatch.setattr(pages.torch, "cuda", SimpleNamespace(cudart=lambda: fake, check_error=_check))
+    monkeypatch.setattr(
+        pages.torch, "cuda", SimpleNamespace(cudart=lambda: fake, check_error=_check, device=fake.device)
+    )
     return fake
 
 
@@ -93,6 +107,12 @@ def test_pinned_pages_are_unpinned_once_and_before_they_go(runtime: Runtime) -> 
     del memory
     gc.collect()
     assert runtime.calls[3:] == [("unregister", address)]
+
+
+def test_pages_are_pinned_for_their_device_whichever_is_current(runtime: Runtime) -> None:
+    assert pin(anonymous(MIB), torch.device("cuda:1"))
+    assert runtime.registered_with == [torch.device("cuda:1")]
+    assert runtime.current == torch.device("cuda:0")
 
 
 def test_runs_of_pinned_pages_are_pinned(runtime: Runtime) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -10,7 +12,7 @@ from autosp.batch import call
 from autosp.errors import EmptyModelError, MetaModelError, ModelError, PlanMismatchError
 from autosp.partition import BoundModel, bind, model_fingerprint, partition
 from autosp.partition.tensors import collect
-from autosp.spec import Partition
+from autosp.spec import Block, Layer, Leaf, Partition
 from models import MAKERS, EarlyExit, FusedViews, Shared, Stack, TwoTowers, make, tokens, vectors
 
 CPU = torch.device("cpu")
@@ -160,6 +162,21 @@ def test_bind_refuses_another_model() -> None:
         bind(Shared(), parts)
     with pytest.raises(PlanMismatchError, match="bytes, the plan says"):
         bind(Stack(width=32), parts)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({"layers": (Layer(index=0, name="nowhere", tensors=(), n_bytes=0, weight_bytes=0),)}, id="layer"),
+        pytest.param({"leaves": (Leaf(path="nowhere", inputs=()),)}, id="leaf"),
+        pytest.param({"blocks": (Block(path="nowhere", layers=(1,)),)}, id="block"),
+        pytest.param({"called_again": ("nowhere",)}, id="part of a layer"),
+    ],
+)
+def test_bind_refuses_a_module_that_is_not_there(change: dict[str, Any]) -> None:
+    model, batch = make("stack")
+    with pytest.raises(PlanMismatchError, match="Stack has no module 'nowhere'"):
+        bind(model, parts_of(model, batch).model_copy(update=change))
 
 
 def test_fingerprint_is_of_structure_not_of_values() -> None:

@@ -50,6 +50,13 @@ def test_a_move_elsewhere_is_a_move() -> None:
         assert devices(model.to(META)) == {"meta"}
 
 
+def test_what_a_move_does_is_seen_on_the_host_wherever_tensors_are_made_by_default() -> None:
+    model = nn.Linear(3, 3)
+    with surrounded(model, META, "inference", outside), torch.device("meta"):
+        assert model.to("cpu") is model
+        assert devices(model) == {"cpu"}
+
+
 def test_state_follows_its_parameter() -> None:
     here, there = (nn.Parameter(torch.ones(3)) for _ in range(2))
     optimizer = torch.optim.Adam([here, there])

@@ -182,6 +182,33 @@ def test_available_memory_respects_the_container_s_limit(tmp_path: Path, monkeyp
     assert host.available_bytes() > 10**6
 
 
+@pytest.mark.parametrize(
+    ("stat", "expected"),
+    [
+        ("anon 1000\nfile 2000\ninactive_file 1500\nactive_file 400\nfile_dirty 200\nfile_writeback 100\n", 3600),
+        (
+            "cache 9\ninactive_file 1\nactive_file 1\ndirty 2\nwriteback 0\n"
+            "total_inactive_file 1500\ntotal_active_file 400\ntotal_dirty 200\ntotal_writeback 100\n",
+            3600,
+        ),
+        ("inactive_file 8000\nactive_file 0\n", 5000),
+        ("inactive_file 10\nfile_dirty 500\n", 2000),
+        ("inactive_file max\n", 2000),
+        ("inactive_file\n", 2000),
+        ("", 2000),
+    ],
+    ids=["version 2", "version 1", "more than is used", "all unwritten", "no number", "no value", "empty"],
+)
+def test_page_cache_that_is_on_disk_already_takes_none_of_a_container_s_memory(
+    stat: str, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "max").write_text("5000\n")
+    (tmp_path / "current").write_text("3000\n")
+    (tmp_path / "memory.stat").write_text(stat)
+    monkeypatch.setattr(host, "CGROUP_FILES", ((str(tmp_path / "max"), str(tmp_path / "current")),))
+    assert host.available_bytes() == expected
+
+
 def test_two_stores_as_one(tmp_path: Path) -> None:
     model, layers = _layers()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
