@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import is_dataclass
 from dis import get_instructions
-from functools import cache, partial
+from functools import cached_property, partial
 from inspect import unwrap
 from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any, NamedTuple
@@ -19,8 +20,11 @@ from torch import nn
 
 from autosp.batch import PLAIN, Step
 
-ORIGINS = ("name_or_path", "_name_or_path", "_commit_hash", "transformers_version")
-"""Attributes that say where a model is from: from anywhere else it is the same."""
+ORIGINS = ("name_or_path", "transformers_version", "architectures", "model_type", "dtype", "torch_dtype")
+"""Attributes that say where a model is from, or what its tensors say: some change as it is saved."""
+
+CHOICE = "implementation"
+"""In the names of private attributes of configs that count. Others hold what a library notes for itself."""
 
 DEEPEST = 8
 """Calls of functions by functions, and what else is inside each other, that are looked into."""
@@ -29,7 +33,7 @@ DEEPEST = 8
 def step_name(step: Step | None) -> str:
     """What runs a pass: `call`, or the step's name with a hash of its code, defaults, closure and globals.
 
-    Of what the step closes over, and of the globals of its module that it names, plain values, tuples of them and
+    Of what the step closes over, and of the globals that it uses and does not assign, plain values, tuples of them and
     functions count by value; other objects, which may change between calls (a counter, a list), by type.
     """
     if step is None:
@@ -47,11 +51,15 @@ def behaviour_of(model: nn.Module) -> str:
     """
     found = hashlib.sha256()
     configs: dict[int, str] = {}
+    forwards: dict[Any, _Forward] = {}
     for path, module in model.named_modules():
-        forward = _forward_of(module.__class__)
+        own = vars(module).get("forward", module.__class__)
+        if own not in forwards:
+            forwards[own] = _forward_of(own, module.__class__)
+        forward = forwards[own]
         found.update(f"{path}:{forward.digest}\n".encode())
         for name, value in sorted(vars(module).items()):
-            if name.startswith("_") or name in ORIGINS or name in forward.assigned:
+            if not _counts(name) or name in forward.assigned:
                 continue
             if _is_config(value):
                 if id(value) not in configs:
@@ -71,21 +79,33 @@ class _Forward(NamedTuple):
     """Of their code."""
 
 
-@cache
-def _forward_of(kind: type[nn.Module]) -> _Forward:
-    assigned: set[str] = set()
+def _forward_of(own: Any, kind: type[nn.Module]) -> _Forward:
+    """`own`: the class, or a `forward` that a module has for itself."""
+    assigned = {name for one in kind.__mro__ for name, value in vars(one).items() if isinstance(value, cached_property)}
     digest = hashlib.sha256()
     seen: set[str] = set(vars(nn.Module)) - {"forward"}
     names = ["forward"]
     while names:
         name = names.pop()
-        method = unwrap(getattr(kind, name)) if name not in seen and callable(getattr(kind, name, None)) else None
+        method = None if name in seen else own if name == "forward" and own is not kind else getattr(kind, name, None)
         seen.add(name)
-        for code in _codes_in(method.__code__) if isinstance(method, FunctionType) else ():
+        for code in _codes_of(method):
             assigned.update(one.argval for one in get_instructions(code) if one.opname == "STORE_ATTR")
             digest.update(_described(code, 0, set()).encode())
             names += code.co_names
     return _Forward(frozenset(assigned), digest.hexdigest())
+
+
+def _codes_of(method: Any) -> Iterator[CodeType]:
+    """Of what a method runs, whatever is wrapped around it."""
+    with suppress(ValueError):  # something that wraps itself
+        function = unwrap(getattr(method, "__func__", method)) if callable(method) else None
+        if isinstance(function, FunctionType):
+            yield from _codes_in(function.__code__)
+
+
+def _counts(name: str) -> bool:
+    return name not in ORIGINS and (not name.startswith("_") or CHOICE in name)
 
 
 def _is_config(value: Any) -> bool:
@@ -103,7 +123,7 @@ def _text_of(value: Any, depth: int) -> str:
     if _is_plain(value):
         return repr(value)
     if depth < DEEPEST and isinstance(value, Mapping):
-        items = (f"{key}:{_text_of(item, depth + 1)}" for key, item in value.items() if key not in ORIGINS)
+        items = (f"{key}:{_text_of(item, depth + 1)}" for key, item in value.items() if _counts(str(key)))
         return "{" + ",".join(sorted(items)) + "}"
     if depth < DEEPEST and isinstance(value, list | tuple):
         return "(" + ",".join(_text_of(item, depth + 1) for item in value) + ")"
@@ -146,8 +166,10 @@ def _described(value: Any, depth: int, seen: set[int]) -> str:
 
 
 def _globals_of(function: FunctionType) -> list[Any]:
-    """What it names of its module's: plain values, tuples, and functions that are defined there."""
-    names = {name for code in _codes_in(function.__code__) for name in code.co_names}
+    """What it uses of its module's, and does not assign: plain values, tuples, functions that are defined there."""
+    used = [one for code in _codes_in(function.__code__) for one in get_instructions(code)]
+    names = {one.argval for one in used if one.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    names -= {one.argval for one in used if one.opname == "STORE_GLOBAL"}
     found = {name: function.__globals__[name] for name in names if name in function.__globals__}
     return [
         value

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from types import FunctionType
+from functools import cached_property, partial
+from pathlib import Path
+from types import FunctionType, MethodType
 from typing import Any
 
 import pytest
@@ -117,8 +121,17 @@ def stepping(**globals_: Any) -> FunctionType:
 
 
 def test_step_name_changes_with_the_globals_that_it_names() -> None:
-    assert step_name(stepping()) == step_name(stepping(others=[1, 2], unused=3))
+    assert step_name(stepping()) == step_name(stepping(others=[1, 2], unused=3, append=4))
     assert len({step_name(stepping()), step_name(stepping(times=2)), step_name(stepping(size=3))}) == 3
+
+
+def test_a_step_that_counts_in_a_global_keeps_its_name() -> None:
+    space: dict[str, Any] = {"__name__": "steps", "count": 0}
+    exec("def step(model, batch):\n    global count\n    count += 1\n    return model(batch)", space)
+    before = step_name(space["step"])
+    space["step"](lambda batch: batch, 1)
+    assert space["count"] == 1
+    assert step_name(space["step"]) == before
 
 
 def test_steps_that_call_each_other_have_a_name() -> None:
@@ -142,6 +155,16 @@ class ToyConfig:
         self.inner = Settings()
 
 
+class Patched:
+    """What patches put in the place of a method."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.__wrapped__ = forward
+
+    def __call__(self, *args: Any) -> Any:
+        return self.__wrapped__(*args)
+
+
 class Told(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -156,6 +179,10 @@ class Told(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self._count()
         return self.linear(x)
+
+    @cached_property
+    def scale(self) -> float:
+        return 2.0
 
     def _count(self) -> None:
         self.passes += 1
@@ -172,11 +199,16 @@ CHANGES: dict[str, Callable[[Told], Any]] = {
     "dataclass in a config": lambda model: setattr(model.config.inner, "heads", 4),
     "dataclass": lambda model: setattr(model.settings, "kinds", ("full", "sliding")),
     "eval mode": lambda model: model.eval(),
+    "a forward of its own": lambda model: setattr(model, "forward", MethodType(lambda self, x: x, model)),
+    "a forward of a child's": lambda model: setattr(model.linear, "forward", Patched(lambda x: x)),
 }
 SAME: dict[str, Callable[[Told], Any]] = {
     "nothing": lambda model: None,
     "a list that passes fill": lambda model: model.seen.append(3),
     "a counter of passes": lambda model: model(torch.ones(1, 4)),
+    "a value that is kept": lambda model: model.scale,
+    "what a library notes in a config": lambda model: setattr(model.config, "_original_object_hash", hash("x")),
+    "where it is from": lambda model: setattr(model.config, "architectures", ["Told"]),
     "a private attribute": lambda model: setattr(model, "_private", 1),
     "weights": lambda model: torch.nn.init.zeros_(model.linear.weight),
     "another object": lambda model: setattr(model, "lock", object()),
@@ -206,3 +238,44 @@ def test_behaviour_is_of_the_code_that_a_pass_runs() -> None:
 
     assert behaviour_of(made("x + 1")) == behaviour_of(made("x +  1"))
     assert behaviour_of(made("x + 1")) != behaviour_of(made("x + 2"))
+
+
+def test_code_that_is_patched_is_another() -> None:
+    class Model(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    before = behaviour_of(Model())
+    Model.forward = lambda self, x: x + 1  # type: ignore[method-assign]
+    assert behaviour_of(Model()) != before
+
+
+def test_a_forward_that_wraps_itself() -> None:
+    model = Told()
+    own = Patched(model.linear.forward)
+    own.__wrapped__ = own
+    model.linear.forward = own  # type: ignore[method-assign]
+    assert behaviour_of(model)
+
+
+SAVED = """
+import sys, torch, transformers
+from autosp.described import behaviour_of
+config = transformers.LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                  vocab_size=32)
+made = transformers.LlamaForCausalLM(config).eval()
+print(behaviour_of(made))
+made.save_pretrained(sys.argv[1])
+print(behaviour_of(made))
+print(behaviour_of(transformers.LlamaForCausalLM.from_pretrained(sys.argv[1]).eval()))
+"""
+
+
+def test_a_transformer_is_the_same_in_every_process_and_from_wherever(tmp_path: Path) -> None:
+    found = []
+    for seed in ("1", "2"):
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        run = [sys.executable, "-c", SAVED, str(tmp_path / "model")]
+        found += subprocess.run(run, env=environment, capture_output=True, text=True, check=True).stdout.split()
+    assert len(found) == 6
+    assert len(set(found)) == 1

@@ -38,7 +38,26 @@ def two_groups(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=torch.tensor(0.01), foreach=False)
 
 
+class Custom(torch.optim.Optimizer):
+    """Asks whether a parameter has an entry, not whether that is empty."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                if parameter not in self.state:
+                    self.state[parameter]["mean"] = torch.zeros_like(parameter)
+                mean = self.state[parameter]["mean"].mul_(0.9).add_(parameter.grad)
+                parameter.sub_(mean, alpha=group["lr"])
+
+
 OPTIMIZERS: dict[str, Make] = {
+    "custom": lambda model: Custom(model.parameters()),
     "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
     "sgd with momentum": lambda model: torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True),
     "sgd over lists": lambda model: torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, foreach=True),

@@ -70,7 +70,8 @@ class Move:
     def lend(self, optimizer: Optimizer, pairs: Pairs, one: Optimizer) -> bool:
         """Give stand-ins, in `one`, the entries of their parameters. Whether the slot needs what is in the file."""
         for parameter, stand_in in pairs:
-            one.state[stand_in] = dict(optimizer.state[parameter])
+            if optimizer.state[parameter]:
+                one.state[stand_in] = dict(optimizer.state[parameter])
         stand_ins = _by_parameter(pairs)
         for value, place in self._found(optimizer):
             if self._is_at(value, place):

@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 from weakref import WeakSet
 
 import torch
@@ -64,6 +64,7 @@ class Gradients:
         self._known: dict[int, Gradient] = {}
         self._calls: defaultdict[tuple[int | None, int], WeakSet[_Call]] = defaultdict(WeakSet)
         """By microbatch, and by None for all of them, and layer."""
+        self._kept_calls: list[_Call] = []
         self._microbatch: int | None = None
         self._others_follow = False
         self._waiting: list[Gradient] = []
@@ -96,10 +97,11 @@ class Gradients:
         is gone, as of a loss that was dropped, counts no more.
         """
         call = _Call()
-        for tensor in tensors_in(output):
-            if tensor.grad_fn is not None:
-                metadata: Any = tensor.grad_fn.metadata
-                metadata.setdefault(_Call, []).append(call)
+        nodes = [tensor.grad_fn for tensor in tensors_in(output) if tensor.grad_fn is not None]
+        for metadata in [cast(dict[Any, Any], node.metadata) for node in nodes]:
+            metadata.setdefault(_Call, []).append(call)
+        if not nodes:  # nothing says where its graph is, nor when it is gone
+            self._kept_calls.append(call)
         for microbatch in {None, self._microbatch}:
             self._calls[microbatch, layer].add(call)
 
@@ -141,7 +143,7 @@ class Gradients:
         What it had added before arrives, unless the user wrote to that gradient meanwhile: it was zeroed.
         """
         self._copies.abandon()
-        self._calls.clear()
+        self._forget_calls()
         self._waiting = []
         for gradient in self._known.values():
             gradient.aside, gradient.waits, gradient.sums = None, False, {}
@@ -150,7 +152,7 @@ class Gradients:
     def settle(self) -> None:
         """Wait for copies under way."""
         self._copies.settle()
-        self._calls.clear()
+        self._forget_calls()
 
     def close(self) -> None:
         """Stop watching. Gradients stay where they are."""
@@ -161,6 +163,10 @@ class Gradients:
                 hook.remove()
         self._known = {}
         self._layers = ()
+
+    def _forget_calls(self) -> None:
+        self._calls.clear()
+        self._kept_calls.clear()
 
     def _find(self) -> None:
         found = [(layer, new) for layer in self._layers if (new := self._new_in(layer))]

@@ -36,13 +36,14 @@ class Guests:
         if not self._changed:
             return
         self._changed = False
-        for outer in (*self._model.parameters(), *self._model.buffers()):
-            for _, tensor in held_by(outer):
-                if id(tensor) not in self._known:
-                    self._known[id(tensor)] = tensor
-                    data = tensor.data
-                    tensor.data = self._place(data)
-                    self._moved.append((tensor, data))
+        with torch.inference_mode(False):  # whatever the pass runs in, tensors stay ordinary ones
+            for outer in (*self._model.parameters(), *self._model.buffers()):
+                for _, tensor in held_by(outer):
+                    if id(tensor) not in self._known:
+                        self._known[id(tensor)] = tensor
+                        data = tensor.data
+                        tensor.data = self._place(data)
+                        self._moved.append((tensor, data))
 
     def close(self) -> None:
         """Bring them back, with the values they have now, and watch no longer."""

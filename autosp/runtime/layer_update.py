@@ -67,9 +67,10 @@ class LayerUpdate:
         self.entries = [optimizer.state.setdefault(parameter, {}) for parameter, _ in self.parameters]
 
     def share_state(self) -> None:
-        """Where its state is in RAM: stand-ins have the very entries of their parameters."""
+        """Where its state is in RAM: stand-ins have the very entries of their parameters, but for empty ones."""
         for (_, stand_in), entry in zip(self.parameters, self.entries, strict=True):
-            self.optimizer.state[stand_in] = entry
+            if entry:
+                self.optimizer.state[stand_in] = entry
 
     def give_back(self, optimizer: Optimizer) -> None:
         """Once it is over: the user's parameters are ordinary ones, and their state is in the user's optimizer.
@@ -84,7 +85,8 @@ class LayerUpdate:
             self.move.give_back(optimizer, pairs, self.optimizer)
         else:
             for parameter, stand_in in pairs:
-                optimizer.state[parameter] = self.optimizer.state[stand_in]
+                if stand_in in self.optimizer.state:
+                    optimizer.state[parameter] = self.optimizer.state[stand_in]
         for parameter, _ in pairs:
             if not optimizer.state[parameter]:
                 del optimizer.state[parameter]

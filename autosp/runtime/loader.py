@@ -216,11 +216,12 @@ class Loader:
 
     def reset(self) -> None:
         """Bring every layer to rest, wherever a pass was when it raised: it may have been just binding one."""
-        for layer in self._by_index.values():
-            if layer.running or layer.is_bound():
-                layer.bind_rest()
-                layer.running = 0
-                layer.place(self._place_of(layer))
+        with self.updates.inside:  # a layer whose update is under way is at rest
+            for layer in self._by_index.values():
+                if layer.running or layer.is_bound():
+                    layer.bind_rest()
+                    layer.running = 0
+                    layer.place(self._place_of(layer))
         for group in set(self.group_of.values()):
             group.running = 0
         self.running = 0

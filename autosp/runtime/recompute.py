@@ -9,7 +9,7 @@ layer saves inside a checkpoint of the user's, which may go on to layers whose b
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -94,7 +94,7 @@ class Recomputed:
         """
         here = self._here()
         hooks = around if here is None else here.hooks
-        if hooks is None:
+        if hooks is None or hooks[0].__module__ != checkpoint.__module__:
             return None
         pack, unpack = hooks
         return partial(unpack, pack(torch.empty(0)))
@@ -116,21 +116,23 @@ class Recomputed:
 def _checkpointed(module: nn.Module, name: str, inputs: Inputs, run: Callable[[bool], Any]) -> Any:
     """`run(again)`, now and in the backward pass. What the module's buffers and attributes count, they do once.
 
-    Random numbers, autocast and attributes are as they were the first time.
+    Random numbers, autocast, attributes and buffers are as they were the first time.
     """
     first: Attributes | None = None
+    buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def first_or_again(_: Any) -> Any:
         nonlocal first
         if first is None:
             first = attributes_of(module)
+            buffers.extend(_values_of(module))
             return run(False)
         if not inputs.untouched():
             raise ModelChangedError(
                 f"{name} cannot be computed again in the backward pass: its inputs were written to after it was "
                 "called; make the plan with recompute=0, or write to a copy of them"
             )
-        with _as_it_was(module, first):
+        with _as_it_was(module, first, buffers):
             return run(True)
 
     return checkpoint(first_or_again, inputs.given, use_reentrant=False)
@@ -145,14 +147,24 @@ def _observed(observer: Observer, forward: Callable[..., Any], *args: Any, **kwa
 
 
 @contextmanager
-def _as_it_was(module: nn.Module, first: Attributes) -> Iterator[None]:
-    """With the attributes of then; afterwards as it is now. No version counter sees what is written to buffers."""
-    now = attributes_of(module)
-    values = [(buffer, buffer.clone()) for buffer in module.buffers()]
+def _as_it_was(
+    module: nn.Module, first: Attributes, buffers: Sequence[tuple[torch.Tensor, torch.Tensor]]
+) -> Iterator[None]:
+    """With the attributes and buffers of then; afterwards as it is now. No version counter sees what is written."""
+    now, values = attributes_of(module), _values_of(module)
     restore_attributes(first)
     try:
+        _write(buffers)
         yield
     finally:
         restore_attributes(now)
-        for buffer, value in values:
-            buffer.data.copy_(value)
+        _write(values)
+
+
+def _values_of(module: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+
+
+def _write(values: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for buffer, value in values:
+        buffer.data.copy_(value)

@@ -175,3 +175,31 @@ def test_buffers_that_only_training_writes_to_where_the_plan_was_made_in_eval_mo
                 backward(one, batch, step)
             assert_same_gradients(model, plain)
     assert_same_weights(model, plain)
+
+
+class Normalised(nn.Module):
+    """Divides by what it has just written to its buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(64, 64) / 8)
+        self.register_buffer("scale", torch.ones(64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.scale.mul_(0.9).add_(x.abs().mean(0), alpha=0.1)
+        return torch.tanh(x @ self.weight / self.scale.clone())
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_what_is_computed_again_finds_the_buffers_of_the_first_time(blocks: bool, apply: Apply) -> None:
+    torch.manual_seed(0)
+    inside = (nn.Sequential(Normalised(), nn.Linear(64, 64)) if blocks else Normalised() for _ in range(4))
+    model, plain = twins(nn.Sequential(*inside))
+    batch = vectors()
+    apply(model, batch, Candidate(k=2, k_prime=1, recompute=ALL))
+    for step in range(3):
+        for one in (model, plain):
+            backward(one, batch, step)
+        assert_same_gradients(model, plain)
+    assert_same_weights(model, plain)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import autosp
@@ -190,4 +191,53 @@ def test_gradients_after_a_backward_that_raised(
         if zeroing is not None:
             one.zero_grad(set_to_none=zeroing)
         backward(one, tokens(2, 7))
+    assert_same_gradients(model, plain)
+
+
+def quantised(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Powers of two: what comes back is what there was, and nothing can be made of a tensor without elements."""
+    largest = tensor.abs().max()
+    return tensor / 4, largest
+
+
+def test_hooks_of_the_user_that_take_no_empty_tensor(apply: Apply) -> None:
+    model, batch = make("stack")
+    model, plain = twins(model)
+    apply(model, batch, PLANS["k=1 k'=1"])
+    for one in (model, plain):
+        with saved_tensors_hooks(
+            lambda tensor: quantised(tensor) if tensor.is_floating_point() else (tensor, None),
+            lambda packed: packed[0] if packed[1] is None else packed[0] * 4,
+        ):
+            loss = loss_step(one, batch)
+        loss.backward()
+    assert_same_gradients(model, plain)
+
+
+class Answer:
+    """An output that nobody looks into."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self.value = value
+
+
+class Answering(nn.Linear):
+    def forward(self, x: Any) -> Any:
+        return Answer(super().forward(x.value if isinstance(x, Answer) else x))
+
+
+def test_layers_that_hide_their_outputs_and_run_twice(apply: Apply) -> None:
+    """On a device of its own each call gives a gradient: they are added before what the user had is."""
+    torch.manual_seed(0)
+    model, plain = twins(nn.Sequential(*(Answering(64, 64) for _ in range(4))))
+    batch = vectors()
+
+    def step(model: nn.Module, batch: Any) -> torch.Tensor:
+        loss: torch.Tensor = (model(batch).value * model(2 * batch).value).square().mean()
+        return loss
+
+    apply(model, batch, PLANS["k=3 k'=1"], step=step, device=VirtualDevice(bytes_per_s=1e6))
+    for _ in range(3):
+        for one in (model, plain):
+            step(one, batch).backward()
     assert_same_gradients(model, plain)
