@@ -300,3 +300,34 @@ def test_streams_of_the_model_s_own(setting: dict[str, int], device: Accelerator
     with autosp.apply(model, plan, device=device), torch.no_grad():
         outputs = [model(batch) for _ in range(3)]
     assert all(torch.equal(output.cpu(), expected) for output in outputs)
+
+
+class Answer:
+    """An output that nobody looks into."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self.value = value
+
+
+class Answering(nn.Linear):
+    def forward(self, x: Any) -> Any:
+        return Answer(super().forward(x.value if isinstance(x, Answer) else x))
+
+
+def test_layers_that_hide_their_outputs_and_run_twice(device: AcceleratorDevice) -> None:
+    """Each call gives a gradient: they are added to each other before what the user had is."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Answering(64, 64) for _ in range(4))).train()
+    twin = copy.deepcopy(model).to(device.torch_device)
+    batch = vectors()
+
+    def step(model: nn.Module, batch: Any) -> torch.Tensor:
+        loss: torch.Tensor = (model(batch).value * model(2 * batch).value).square().mean()
+        return loss
+
+    plan = autosp.plan(model, batch, k=3, k_prime=1, mode="training", step=step, device=device)
+    with autosp.apply(model, plan, device=device):
+        for _ in range(3):
+            step(model, batch.to(device.torch_device)).backward()
+            step(twin, batch.to(device.torch_device)).backward()
+        assert_same_gradients(model, twin)

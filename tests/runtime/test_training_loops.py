@@ -212,32 +212,3 @@ def test_hooks_of_the_user_that_take_no_empty_tensor(apply: Apply) -> None:
             loss = loss_step(one, batch)
         loss.backward()
     assert_same_gradients(model, plain)
-
-
-class Answer:
-    """An output that nobody looks into."""
-
-    def __init__(self, value: torch.Tensor) -> None:
-        self.value = value
-
-
-class Answering(nn.Linear):
-    def forward(self, x: Any) -> Any:
-        return Answer(super().forward(x.value if isinstance(x, Answer) else x))
-
-
-def test_layers_that_hide_their_outputs_and_run_twice(apply: Apply) -> None:
-    """On a device of its own each call gives a gradient: they are added before what the user had is."""
-    torch.manual_seed(0)
-    model, plain = twins(nn.Sequential(*(Answering(64, 64) for _ in range(4))))
-    batch = vectors()
-
-    def step(model: nn.Module, batch: Any) -> torch.Tensor:
-        loss: torch.Tensor = (model(batch).value * model(2 * batch).value).square().mean()
-        return loss
-
-    apply(model, batch, PLANS["k=3 k'=1"], step=step, device=VirtualDevice(bytes_per_s=1e6))
-    for _ in range(3):
-        for one in (model, plain):
-            step(one, batch).backward()
-    assert_same_gradients(model, plain)
