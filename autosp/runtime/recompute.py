@@ -94,7 +94,7 @@ class Recomputed:
         """
         here = self._here()
         hooks = around if here is None else here.hooks
-        if hooks is None or hooks[0].__module__ != checkpoint.__module__:
+        if hooks is None or not _is_checkpoint(hooks):
             return None
         pack, unpack = hooks
         return partial(unpack, pack(torch.empty(0)))
@@ -111,6 +111,15 @@ class Recomputed:
             yield
         finally:
             self._threads.here = around
+
+
+def in_checkpoint() -> bool:
+    """Whether this thread is in a checkpoint, which will compute again what it calls, or does so now."""
+    return _is_checkpoint(hooks_around(True))
+
+
+def _is_checkpoint(hooks: Hooks | None) -> bool:
+    return hooks is not None and hooks[0].__module__ == checkpoint.__module__
 
 
 def _checkpointed(module: nn.Module, name: str, inputs: Inputs, run: Callable[[bool], Any]) -> Any:

@@ -31,7 +31,7 @@ from autosp.runtime.executor import Executor, uncached_autocast, without_fast_pa
 from autosp.runtime.gradients import Gradients
 from autosp.runtime.loader import Loader
 from autosp.runtime.offload import Offload, Visit
-from autosp.runtime.recompute import Recomputed
+from autosp.runtime.recompute import Recomputed, in_checkpoint
 from autosp.runtime.saved import SavedTensors
 from autosp.runtime.streamed_layer import StreamedLayer
 from autosp.runtime.thread_state import backward_task
@@ -176,7 +176,7 @@ class TrainingExecutor(Executor):
             return super().visit(layer, forward, args, kwargs)
         if backward_task() is None:
             self._watch_inputs(index, (args, kwargs))
-        if index not in self._recomputed:
+        if index not in self._recomputed or in_checkpoint():  # of the user's, with what it does twice
             return self._visit(layer, forward, args, kwargs)
         self._offload.stays(tensors_in((args, kwargs)))
         name = layer.layer.name
@@ -184,7 +184,7 @@ class TrainingExecutor(Executor):
 
     def run_block(self, block: Block, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """One call of a block that is computed again as a whole, within a pass."""
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or in_checkpoint():
             return forward(*args, **kwargs)
         self._offload.stays(tensors_in((args, kwargs)))
         observer = self.observer if backward_task() is None else None

@@ -84,6 +84,28 @@ def test_a_checkpoint_over_layers_that_a_loss_does_not_need(losses: str, plan: s
     assert_same_gradients(model, plain)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("plan", ["recompute", "recompute some", "k=1 k'=1"])
+def test_running_statistics_in_a_checkpoint_of_the_user(plan: str, reentrant: bool, apply: Apply) -> None:
+    """They are updated twice, as in plain torch."""
+
+    class Counting(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for part in self:
+                x = checkpoint(part, x, use_reentrant=reentrant)
+            return x
+
+    torch.manual_seed(0)
+    parts = (nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Linear(64, 64)) for _ in range(4))
+    model, plain = twins(Counting(*parts))
+    batch = vectors().requires_grad_()
+    apply(model, batch, PLANS[plan])
+    for one in (model, plain):
+        backward(one, batch)
+    assert_same_gradients(model, plain)
+    assert_same_weights(model, plain)
+
+
 class InBackward:
     """Updates every parameter as soon as its gradient is complete, and drops the gradient: no optimizer is needed."""
 
