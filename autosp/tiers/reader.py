@@ -13,6 +13,9 @@ from autosp.tiers.direct import DIRECT, bypass_cache, bypasses_cache
 from autosp.tiers.page_cache import is_cached
 from autosp.tiers.readers import Open, Readers
 
+CLOSED = -1
+"""In place of a descriptor."""
+
 RETRIES = 2
 """Times that a read which failed with EIO is repeated before it is an error."""
 
@@ -119,10 +122,11 @@ class WeightFile:
             )
 
     def close(self) -> None:
-        """Let go of the file."""
-        if self._buffered != self.descriptor:
-            os.close(self._buffered)
-        os.close(self.descriptor)
+        """Let go of the file. Twice is harmless."""
+        descriptors = {self.descriptor, self._buffered} - {CLOSED}
+        self.descriptor = self._buffered = CLOSED
+        for descriptor in descriptors:
+            os.close(descriptor)
 
     def _read_through_cache(self) -> None:
         """Some filesystems take O_DIRECT at opening and refuse it at reading, to every reader that is reading."""
