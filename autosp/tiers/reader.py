@@ -129,9 +129,12 @@ class WeightFile:
             os.close(descriptor)
 
     def _read_through_cache(self) -> None:
-        """Some filesystems take O_DIRECT at opening and refuse it at reading, to every reader that is reading."""
-        self._direct = False
+        """Some filesystems take O_DIRECT at opening and refuse it at reading, to every reader that is reading.
+
+        Whoever is refused goes on as long as `_direct` says so: until it cannot happen any more.
+        """
         bypass_cache(self.descriptor, False)
+        self._direct = False
 
 
 def _open(path: Path, direct: bool, open_file: Open) -> int:

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from autosp.errors import ReadError
 from autosp.spec import Reading
-from autosp.tiers import Readers
+from autosp.tiers import Readers, reader
+from autosp.tiers.direct import bypass_cache
 from autosp.tiers.page_cache import is_cached
 from autosp.tiers.reader import WeightFile
 from autosp.tiers.readers import blocks_of
@@ -163,6 +164,25 @@ def test_o_direct_that_is_refused_to_all_readers_at_once(path: Path) -> None:
         assert content(file) == path.read_bytes()
     file.close()
     several.close()
+
+
+def test_o_direct_that_is_refused_to_one_reader_while_another_one_turns_it_off(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        if is_direct(descriptor):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return os.preadv(descriptor, buffers, offset)
+
+    def turn_off(descriptor: int, bypass: bool) -> None:
+        monkeypatch.undo()
+        assert content(file) == path.read_bytes()
+        bypass_cache(descriptor, bypass)
+
+    monkeypatch.setattr(reader, "bypass_cache", turn_off)
+    file = WeightFile(path, Readers(read=refuse))
+    assert content(file) == path.read_bytes()
+    file.close()
 
 
 def evict(path: Path) -> None:
