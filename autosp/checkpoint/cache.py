@@ -1,7 +1,8 @@
 """Converted checkpoints in the cache folder: each made once, shared by all processes, gone when nothing refers to it.
 
-A conversion is a folder `checkpoints/<key>`, where the key hashes the source files (paths, sizes, times of change) and
-the header of the result: another source, or another dtype, is another conversion. In it are
+A conversion is a folder `checkpoints/<key>`, where the key hashes the source files (paths, sizes, times of change,
+inodes, from before they were mapped) and the header of the result: another source, or another dtype, is another
+conversion. In it are
 
     source.json        the source files as they were: once one is gone or changed, the conversion is unreferenced
     partial, journal   an unfinished conversion: see autosp.checkpoint.convert
@@ -33,12 +34,12 @@ from typing import Any
 import torch
 
 from autosp.checkpoint.convert import Layout, Show, is_as_written, lay_out, write
-from autosp.checkpoint.source import Checkpoint, SavedTensors
+from autosp.checkpoint.source import Checkpoint, SavedTensors, identity_of
 from autosp.errors import CheckpointError, TierError
 from autosp.files import NO_ROOM, cache_error, write_atomically
 from autosp.settings import settings
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Counts up when the files of a conversion change their meaning."""
 
 WEIGHTS = "model.safetensors"
@@ -71,7 +72,7 @@ def converted(checkpoint: Checkpoint, saved: SavedTensors, dtypes: Mapping[str, 
     is no room (nothing is left behind then), TierError if the cache folder cannot be written.
     """
     layout = lay_out(saved.tensors, dtypes)
-    sources = [_identity(path) for path in checkpoint.files]
+    sources = [list(identity) for identity in checkpoint.identities]
     root = _root()
     text = json.dumps([FORMAT_VERSION, sources]).encode() + layout.header
     folder = root / hashlib.sha256(text).hexdigest()[:32]
@@ -211,15 +212,9 @@ def _fingerprint(weights: Path) -> list[int]:
     return [found.st_size, found.st_mtime_ns, found.st_ino]
 
 
-def _identity(path: Path) -> list[Any]:
-    real = path.resolve()
-    found = real.stat()
-    return [str(real), found.st_size, found.st_mtime_ns]
-
-
 def _is_unchanged(sources: list[list[Any]], path: str) -> bool:
     try:
-        return _identity(Path(path)) in sources
+        return list(identity_of(Path(path))) in sources
     except OSError:
         return False
 
