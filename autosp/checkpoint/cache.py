@@ -24,6 +24,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 import warnings
 from collections.abc import Mapping
@@ -44,6 +45,10 @@ FORMAT_VERSION = 2
 
 WEIGHTS = "model.safetensors"
 _REMOVED = ".removed-"
+
+TRIES, PAUSE_S = 50, 0.1
+"""How long a conversion that is damaged is waited for before it counts as in use: a model keeps it as long as it lives.
+"""
 
 
 class Conversion:
@@ -68,8 +73,9 @@ def converted(checkpoint: Checkpoint, saved: SavedTensors, dtypes: Mapping[str, 
 
     Written now unless that was done before; a process that is at it is waited for. `show` is told of bytes written.
 
-    Raises: CheckpointError if a source changes meanwhile or has a dtype that safetensors lacks, DiskFullError if there
-    is no room (nothing is left behind then), TierError if the cache folder cannot be written.
+    Raises: CheckpointError if a source changes meanwhile or has a dtype that safetensors lacks, or if the conversion is
+    damaged and in use; DiskFullError if there is no room (nothing is left behind then), TierError if the cache folder
+    cannot be written.
     """
     layout = lay_out(saved.tensors, dtypes)
     sources = [list(identity) for identity in checkpoint.identities]
@@ -81,7 +87,9 @@ def converted(checkpoint: Checkpoint, saved: SavedTensors, dtypes: Mapping[str, 
             lock = _Lock(folder)
             try:
                 if not _is_sound(folder, layout):
-                    lock.take(fcntl.LOCK_EX)
+                    if not lock.take_alone(folder):
+                        lock.close()
+                        continue
                     if lock.is_of(folder) and not _is_sound(folder, layout):
                         _convert(folder, layout, sources, show)
                     lock.take(fcntl.LOCK_SH)  # let go of for a moment: another process may have removed it
@@ -134,6 +142,31 @@ class _Lock:
     def take(self, mode: int) -> None:
         """Change to LOCK_SH or LOCK_EX; not in one step, so what was seen before may have changed."""
         fcntl.flock(self._descriptor, mode)
+
+    def take_alone(self, folder: Path) -> bool:
+        """Change to LOCK_EX. False if another converts, or did meanwhile: look again.
+
+        Raises: CheckpointError if others keep it shared, who use what is there.
+        """
+        seen = _seen(folder)
+        for _ in range(TRIES):
+            if self._takes(fcntl.LOCK_EX):
+                return True
+            if not self._takes(fcntl.LOCK_SH) or _seen(folder) != seen:
+                return False
+            self.take(fcntl.LOCK_UN)  # who looks at a conversion at the same time lets go of it as soon
+            time.sleep(PAUSE_S)
+        raise CheckpointError(
+            f"the conversion {folder} is damaged, and in use by a model of this process or of another one: let go of "
+            "that model, or delete the folder; then load again"
+        )
+
+    def _takes(self, mode: int) -> bool:
+        try:
+            self.take(mode | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
 
     def is_of(self, folder: Path) -> bool:
         """Whether the folder is still the one that was locked, not removed or made anew meanwhile."""
@@ -210,6 +243,14 @@ def _save_checksums(folder: Path, weights: Path, crc32: Mapping[str, int]) -> No
 def _fingerprint(weights: Path) -> list[int]:
     found = weights.stat()
     return [found.st_size, found.st_mtime_ns, found.st_ino]
+
+
+def _seen(folder: Path) -> list[int] | None:
+    """What of the finished file another conversion changes; None if there is none."""
+    try:
+        return _fingerprint(folder / WEIGHTS)
+    except FileNotFoundError:
+        return None
 
 
 def _is_unchanged(sources: list[list[Any]], path: str) -> bool:

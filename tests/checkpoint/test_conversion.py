@@ -301,6 +301,35 @@ def test_a_damaged_conversion_is_made_again(how: str, stack: Path, cache_dir: Pa
         assert loads_half_right(stack)
 
 
+def test_a_damaged_conversion_that_is_in_use_is_told(
+    stack: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "TRIES", 2, raising=False)
+    model = load_half(stack)
+    (the_conversion(cache_dir) / cache.WEIGHTS).unlink()
+    with pytest.raises(CheckpointError, match="is damaged, and in use by a model of this process or of another one"):
+        load_half(stack)
+    del model
+    assert loads_half_right(stack)
+
+
+def test_a_conversion_that_another_makes_anew_and_keeps_is_used(
+    stack: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_half(stack)
+    (the_conversion(cache_dir) / cache.WEIGHTS).unlink()
+    models: list[nn.Module] = []
+    looking = cache._Lock(the_conversion(cache_dir))
+
+    def make_it(_: float) -> None:
+        looking.close()
+        models.append(load_half(stack))
+
+    monkeypatch.setattr(cache.time, "sleep", make_it)
+    assert loads_half_right(stack)
+    assert len(models) == 1
+
+
 def test_a_conversion_that_was_only_touched_is_kept(stack: Path, cache_dir: Path) -> None:
     load_half(stack)
     weights = the_conversion(cache_dir) / cache.WEIGHTS
