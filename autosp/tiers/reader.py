@@ -102,15 +102,14 @@ class WeightFile:
     def check(self, name: str) -> None:
         """Raises: ReadError if the file is not what it was when it was opened.
 
-        Call it after reading, for the kernel notes a change before it makes it. Being unlinked or replaced changes the
-        link count and with it the time of change, but not a byte.
+        Call it after reading, for the kernel notes a change before it makes it. Being unlinked, replaced or renamed
+        changes the time of change, with the link count or without, but not a byte.
         """
         now, then = os.fstat(self.descriptor), self._opened
-        relinked = now.st_nlink != then.st_nlink
         if (
             now.st_size != then.st_size
             or now.st_mtime_ns != then.st_mtime_ns
-            or (now.st_ctime_ns != then.st_ctime_ns and not relinked)
+            or (now.st_ctime_ns != then.st_ctime_ns and now.st_nlink == then.st_nlink and self._is_at_its_path(now))
         ):
             what = (
                 f"has {now.st_size} bytes instead of {then.st_size}" if now.st_size != then.st_size else "was written"
@@ -120,6 +119,12 @@ class WeightFile:
                 "cannot be trusted: call remove() on the streamed model, and load it again from a file that stays as "
                 "it is"
             )
+
+    def _is_at_its_path(self, opened: os.stat_result) -> bool:
+        try:
+            return os.path.samestat(self.path.stat(), opened)
+        except OSError:
+            return False
 
     def close(self) -> None:
         """Let go of the file. Twice is harmless."""

@@ -237,6 +237,23 @@ def test_a_file_that_is_written_is_told_though_it_comes_from_the_page_cache(path
     file.close()
 
 
+@pytest.mark.parametrize("another", [True, False])
+def test_a_file_that_is_moved_away_goes_on_being_read(another: bool, path: Path) -> None:
+    file, expected = WeightFile(path, Readers()), path.read_bytes()
+    old = path.rename(path.with_name("old"))
+    os.utime(old, ns=(0, file._opened.st_mtime_ns))  # its time of change is another one, however soon this comes
+    if another:
+        path.write_bytes(b"another")
+    file.check("blocks.3")
+    assert content(file) == expected
+    with old.open("r+b") as other:
+        other.write(b"other")
+    os.utime(old, (0, 0))
+    with pytest.raises(ReadError, match="weights was written"):
+        file.check("blocks.3")
+    file.close()
+
+
 def test_bytes_that_nobody_can_have_are_not_cached(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     path.read_bytes()
