@@ -19,6 +19,7 @@ import autosp
 from autosp.batch import equal
 from autosp.devices import CpuDevice
 from autosp.intercept import is_intercepted
+from autosp.settings import settings
 from autosp.spec import Tier
 from trained import PLANS, Apply, assert_same_gradients, backward, twins
 
@@ -104,10 +105,10 @@ def test_a_training_pass(apply: Apply) -> None:
 
 
 def packed_files() -> list[str]:
-    """Of this process: those that are open, and those that are mapped."""
+    """Of this test: those that are open, and those that are mapped."""
     names = [str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
     names += Path("/proc/self/maps").read_text().splitlines()
-    return [name for name in names if "packed-" in name]
+    return [name for name in names if f"{settings().cache_dir}/packed-" in name]
 
 
 @pytest.mark.parametrize(
