@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -11,7 +12,7 @@ from torch.optim import Optimizer
 
 from autosp.devices import Device, device_for
 from autosp.errors import PlanMismatchError, SettingError
-from autosp.intercept import check_plain
+from autosp.intercept import call_all, check_plain, to_its_end
 from autosp.partition import bind, model_fingerprint
 from autosp.runtime.disk_state import open_disk_state
 from autosp.runtime.gradients import gradient_bytes
@@ -100,11 +101,13 @@ def apply(
     if optimizer is not None:
         schedule = with_updates(schedule)
     stored = bound.stored(plan.candidate.residents)
-    with ExitStack() as opened:
+    opened: list[Callable[[], None]] = []
+    close = partial(call_all, opened)
+    try:
         readers = Readers(plan.reading)
-        opened.callback(readers.close)
+        opened.append(readers.close)
         if chosen is not device:
-            opened.callback(chosen.close)
+            opened.append(chosen.close)
         disk_state = None
         if optimizer is not None and host_bytes is not None:
             streamed = [one for one in bound.layers if one.layer.index not in plan.candidate.residents]
@@ -112,10 +115,12 @@ def apply(
             folder = settings().cache_dir
             disk_state = open_disk_state(optimizer, streamed, schedule.steps, fixed_bytes, host_bytes, folder)
             if disk_state is not None:
-                opened.callback(disk_state.close)
+                opened.append(disk_state.close)
         store = open_store(chosen, stored, settings().cache_dir, Originals.FREED, plan.candidate.on_disk, readers)
-        opened.callback(store.close)
-        close = opened.pop_all().close
+        opened.append(store.close)
+    except BaseException:
+        to_its_end(close)
+        raise
     group = plan.candidate.group
     pass_floor_s = plan.floor_s / plan.partition.repeats if plan.floor_s else None
     most = group if plan.budget_bytes is not None or group > 1 else None

@@ -47,7 +47,7 @@ def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[N
     import fcntl
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    descriptor = _open_lock(path)
     holder = os.getpid()
     try:
         try:
@@ -60,6 +60,15 @@ def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[N
         if os.getpid() == holder:  # a forked process shares the lock, and may leave the block, too
             fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
+
+
+def _open_lock(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EROFS) or not path.exists():
+            raise
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # somebody else's: to lock it takes no more
 
 
 def free_bytes(folder: Path) -> int:

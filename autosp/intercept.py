@@ -11,7 +11,8 @@ forward is compiled as it would have been, in one graph if nothing below it is w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import cache
 from typing import Any, ClassVar
 
@@ -116,6 +117,13 @@ def to_its_end(undo: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         undo()
         raise
+
+
+def call_all(undo: Sequence[Callable[[], None]]) -> None:
+    """Call them from the last to the first, whatever one raises; where Ctrl-C came in the middle, call it again."""
+    with ExitStack() as undoing:
+        for one in undo:
+            undoing.callback(one)
 
 
 def check_plain(model: nn.Module) -> None:

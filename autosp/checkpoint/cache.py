@@ -1,7 +1,8 @@
 """Converted checkpoints in the cache folder: each made once, shared by all processes, gone when nothing refers to it.
 
-A conversion is a folder `checkpoints/<key>`, where the key hashes the source files (paths, sizes, times of change) and
-the header of the result: another source, or another dtype, is another conversion. In it are
+A conversion is a folder `checkpoints/<key>`, where the key hashes the source files (paths, sizes, times of change,
+inodes, from before they were mapped) and the header of the result: another source, or another dtype, is another
+conversion. In it are
 
     source.json        the source files as they were: once one is gone or changed, the conversion is unreferenced
     partial, journal   an unfinished conversion: see autosp.checkpoint.convert
@@ -23,6 +24,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 import warnings
 from collections.abc import Mapping
@@ -33,16 +35,20 @@ from typing import Any
 import torch
 
 from autosp.checkpoint.convert import Layout, Show, is_as_written, lay_out, write
-from autosp.checkpoint.source import Checkpoint, SavedTensors
+from autosp.checkpoint.source import Checkpoint, SavedTensors, identity_of
 from autosp.errors import CheckpointError, TierError
 from autosp.files import NO_ROOM, cache_error, write_atomically
 from autosp.settings import settings
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Counts up when the files of a conversion change their meaning."""
 
 WEIGHTS = "model.safetensors"
 _REMOVED = ".removed-"
+
+TRIES, PAUSE_S = 50, 0.1
+"""How long a conversion that is damaged is waited for before it counts as in use: a model keeps it as long as it lives.
+"""
 
 
 class Conversion:
@@ -67,11 +73,12 @@ def converted(checkpoint: Checkpoint, saved: SavedTensors, dtypes: Mapping[str, 
 
     Written now unless that was done before; a process that is at it is waited for. `show` is told of bytes written.
 
-    Raises: CheckpointError if a source changes meanwhile or has a dtype that safetensors lacks, DiskFullError if there
-    is no room (nothing is left behind then), TierError if the cache folder cannot be written.
+    Raises: CheckpointError if a source changes meanwhile or has a dtype that safetensors lacks, or if the conversion is
+    damaged and in use; DiskFullError if there is no room (nothing is left behind then), TierError if the cache folder
+    cannot be written.
     """
     layout = lay_out(saved.tensors, dtypes)
-    sources = [_identity(path) for path in checkpoint.files]
+    sources = [list(identity) for identity in checkpoint.identities]
     root = _root()
     text = json.dumps([FORMAT_VERSION, sources]).encode() + layout.header
     folder = root / hashlib.sha256(text).hexdigest()[:32]
@@ -80,7 +87,9 @@ def converted(checkpoint: Checkpoint, saved: SavedTensors, dtypes: Mapping[str, 
             lock = _Lock(folder)
             try:
                 if not _is_sound(folder, layout):
-                    lock.take(fcntl.LOCK_EX)
+                    if not lock.take_alone(folder):
+                        lock.close()
+                        continue
                     if lock.is_of(folder) and not _is_sound(folder, layout):
                         _convert(folder, layout, sources, show)
                     lock.take(fcntl.LOCK_SH)  # let go of for a moment: another process may have removed it
@@ -133,6 +142,31 @@ class _Lock:
     def take(self, mode: int) -> None:
         """Change to LOCK_SH or LOCK_EX; not in one step, so what was seen before may have changed."""
         fcntl.flock(self._descriptor, mode)
+
+    def take_alone(self, folder: Path) -> bool:
+        """Change to LOCK_EX. False if another converts, or did meanwhile: look again.
+
+        Raises: CheckpointError if others keep it shared, who use what is there.
+        """
+        seen = _seen(folder)
+        for _ in range(TRIES):
+            if self._takes(fcntl.LOCK_EX):
+                return True
+            if not self._takes(fcntl.LOCK_SH) or _seen(folder) != seen:
+                return False
+            self.take(fcntl.LOCK_UN)  # who looks at a conversion at the same time lets go of it as soon
+            time.sleep(PAUSE_S)
+        raise CheckpointError(
+            f"the conversion {folder} is damaged, and in use by a model of this process or of another one: let go of "
+            "that model, or delete the folder; then load again"
+        )
+
+    def _takes(self, mode: int) -> bool:
+        try:
+            self.take(mode | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
 
     def is_of(self, folder: Path) -> bool:
         """Whether the folder is still the one that was locked, not removed or made anew meanwhile."""
@@ -211,15 +245,17 @@ def _fingerprint(weights: Path) -> list[int]:
     return [found.st_size, found.st_mtime_ns, found.st_ino]
 
 
-def _identity(path: Path) -> list[Any]:
-    real = path.resolve()
-    found = real.stat()
-    return [str(real), found.st_size, found.st_mtime_ns]
+def _seen(folder: Path) -> list[int] | None:
+    """What of the finished file another conversion changes; None if there is none."""
+    try:
+        return _fingerprint(folder / WEIGHTS)
+    except FileNotFoundError:
+        return None
 
 
 def _is_unchanged(sources: list[list[Any]], path: str) -> bool:
     try:
-        return _identity(Path(path)) in sources
+        return list(identity_of(Path(path))) in sources
     except OSError:
         return False
 

@@ -218,7 +218,7 @@ def _unmapped(model: nn.Module) -> Iterator[tuple[str, int]]:
 
 def _private_file_maps() -> Iterator[tuple[int, int]]:
     """Begin and end addresses."""
-    for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").split("\n")[:-1]:
         addresses, access, _, _, inode, *_ = line.split(maxsplit=5)
         if access.endswith("p") and inode != "0":
             begin, end = addresses.split("-")

@@ -46,6 +46,8 @@ class Checkpoint:
     """What they were found by: a folder, an index, or the one file."""
     files: tuple[Path, ...]
     format: Format
+    identities: tuple[tuple[str | int, ...], ...]
+    """Of the files, see `identity_of`, as they were when they were found: before anything of them was mapped."""
 
 
 @dataclass(frozen=True)
@@ -128,13 +130,24 @@ def _indexed(index: Path) -> Checkpoint:
 
 def _of_files(path: Path, files: list[Path]) -> Checkpoint:
     suffixes = {file.suffix for file in files}
+    try:
+        identities = tuple(identity_of(file) for file in files)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from error
     if suffixes == {SAFETENSORS}:
         for file in files:
             read_header(file)
-        return Checkpoint(path, tuple(files), Format.SAFETENSORS)
+        return Checkpoint(path, tuple(files), Format.SAFETENSORS, identities)
     if suffixes <= set(TORCH_SUFFIXES):
-        return Checkpoint(path, tuple(files), Format.TORCH)
+        return Checkpoint(path, tuple(files), Format.TORCH, identities)
     raise CheckpointError(f"{path} is no checkpoint that autosp reads: pass {ACCEPTED}")
+
+
+def identity_of(path: Path) -> tuple[str | int, ...]:
+    """What tells that other bytes came to be at a path: where, size, times of change, inode. Raises: OSError."""
+    real = path.resolve()
+    found = real.stat()
+    return str(real), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
 
 def open_tensors(checkpoint: Checkpoint) -> SavedTensors:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+from weakref import WeakSet
+
+from autosp.errors import SettingError
+
+FORKED = "this process was forked while a plan was applied: call remove() in it first, and apply the plan again"
+"""A forked process has no threads but one, and what was under way in others never ends in it."""
 
 
 class Settling(Protocol):
@@ -73,6 +81,8 @@ class Worker:
         )
         self._thread: threading.Thread | None = None
         self._last: CopyEvent | None = None
+        self._unfinished: deque[CopyEvent] = deque()
+        _WORKERS.add(self)
 
     def start(self, work: Callable[[], object], after: Sequence[Settling] = ()) -> CopyEvent:
         """Queue a job: once everything in `after` is over, and all jobs before it, `work` is called."""
@@ -81,6 +91,7 @@ class Worker:
             self._thread.start()
         job = CopyEvent()
         self._last = job
+        self._unfinished.append(job)
         self._jobs.put((work, after, job))
         return job
 
@@ -109,5 +120,26 @@ class Worker:
                 job.error = error
             del work, after
             job.set()
+            self._unfinished.popleft()
             del job
             self._after_each()
+
+    def begin_anew(self) -> None:
+        """In a forked process: no job is under way, and those that were not over end in an error."""
+        self._thread, self._jobs = None, queue.SimpleQueue()
+        for job in self._unfinished:
+            if not job.over():
+                job.error = SettingError(FORKED)
+                job.set()
+        self._unfinished.clear()
+
+
+_WORKERS: WeakSet[Worker] = WeakSet()
+
+
+def _forked() -> None:
+    for worker in list(_WORKERS):
+        worker.begin_anew()
+
+
+os.register_at_fork(after_in_child=_forked)

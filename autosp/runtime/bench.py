@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from autosp.devices import Device
+from autosp.intercept import call_all, to_its_end
 from autosp.partition import bind
 from autosp.runtime.streamed_model import StreamedModel
 from autosp.schedule.actions import Schedule
@@ -61,8 +63,7 @@ class Bench:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.store.close()
-        self.readers.close()
+        to_its_end(partial(call_all, [self.readers.close, self.store.close]))
 
     def arena_bytes(self, candidate: Candidate) -> int:
         """Device memory of the candidate's ring."""

@@ -7,6 +7,7 @@ is loaded on the spot (a miss) if it is not there.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,6 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from autosp.devices.base import nothing_to_do
+from autosp.devices.worker import FORKED
 from autosp.errors import SettingError
 from autosp.runtime.cursor import Cursor
 from autosp.runtime.loader import Loader
@@ -81,11 +83,14 @@ class Executor:
         self._owner: int | None = None
         self._group: Microbatches | None = None
         self._primed = False
+        self._process = os.getpid()
 
     def run_pass(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an outermost call of the model. Nested calls run as they are.
 
         If it raises, every layer is at rest again and the next pass starts from the schedule's beginning.
+
+        Raises: SettingError in a process that was forked since: what loads were under way are its parent's.
         """
         if self.running_here():
             return forward(*args, **kwargs)
@@ -96,6 +101,7 @@ class Executor:
                     return forward(*args, **kwargs)
             finally:
                 self._owner = None
+        self._refuse_forked()
         with self._lock:
             self._owner = threading.get_ident()
             try:
@@ -127,8 +133,9 @@ class Executor:
     def shared_pass(self, group: Microbatches) -> Iterator[None]:
         """One pass, of which all calls of the model are a part that `group` makes meanwhile.
 
-        Raises: SettingError within a pass, or within another group.
+        Raises: SettingError within a pass, within another group, or in a forked process.
         """
+        self._refuse_forked()
         if self.running_here() or (self._group is not None and self._group.runs_here()):
             raise SettingError("a group of microbatches begins inside a pass: give a step that calls the model only")
         with self._lock, self.device.training():
@@ -167,6 +174,10 @@ class Executor:
         """The torch modes of a pass."""
         with torch.no_grad(), uncached_autocast(self.device.torch_device.type):
             yield
+
+    def _refuse_forked(self) -> None:
+        if os.getpid() != self._process:
+            raise SettingError(FORKED)
 
     def begin_pass(self) -> None:
         """Prepare for the first visit."""

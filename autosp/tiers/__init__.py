@@ -54,7 +54,7 @@ class Store(Protocol):
     def close(self) -> None:
         """Bring moved layers to the map that has their values, or to memory of their own; then free the store's.
 
-        Views from `rest` end with it.
+        Views from `rest` end with it. Where Ctrl-C came in the middle, another call goes on; else twice is harmless.
         """
 
 

@@ -112,14 +112,16 @@ class HostStore:
         """Bring every layer back to its map or to memory of its own, one by one; the buffer's part goes with its last
         view."""
         unpin(self._buffer)
-        for resting in self._resting:
-            rests = [self._rests.pop(bound.layer.index) for bound in resting.layers]
-            for place in resting.placed:
-                if place.is_in(rests[0]):
+        while self._resting:
+            indices = [bound.layer.index for bound in self._resting[0].layers]
+            for place in self._resting[0].placed:
+                if place.is_in(self._rests[indices[0]]):
                     give_back(place, self._mapped.get(place, ()))
-            del rests
+            del self._resting[0]
+            for index in indices:
+                del self._rests[index]
         self._buffer = torch.empty(0, dtype=torch.uint8)
-        self._resting = []
+        self._rests = {}
         self._places = {}
         self._mapped = {}
 

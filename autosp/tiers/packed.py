@@ -99,15 +99,17 @@ class PackedFile:
             os.fsync(descriptor)
             # What was packed is not RAM any more.
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            self._map = mmap.mmap(descriptor, size + LAYER_ALIGNMENT, mmap.MAP_SHARED)
-            self._tells_writes = _tells_writes(descriptor, self._map, size)
-        except OSError as error:
+            pages = mmap.mmap(descriptor, size + LAYER_ALIGNMENT, mmap.MAP_SHARED)
+            self._tells_writes = _tells_writes(descriptor, pages, size)
+            with torch.inference_mode(False):
+                self.bytes = torch.frombuffer(pages, dtype=torch.uint8)
+        except BaseException as error:
             self.file.close()
-            raise cache_error(error, PACKING, size, cache_dir) from error
+            if isinstance(error, OSError):
+                raise cache_error(error, PACKING, size, cache_dir) from error
+            raise
         finally:
             os.close(descriptor)
-        with torch.inference_mode(False):
-            self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
 
     def _run(self, bound: BoundLayer) -> Run:
         place = self._places[bound.layer.index]
@@ -134,10 +136,9 @@ class PackedFile:
         layer.checksum = None
 
     def close(self) -> None:
-        """The disk space is free once the last view of the map is gone."""
+        """The disk space is free once the last view of the map is gone. Twice is harmless."""
         self.file.close()
         self.bytes = torch.empty(0, dtype=torch.uint8)
-        del self._map
 
     def _was_written(self) -> bool:
         return os.fstat(self.file.descriptor).st_mtime_ns != UNWRITTEN_NS

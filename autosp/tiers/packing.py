@@ -37,28 +37,35 @@ class Run(NamedTuple):
 def write_runs(descriptor: int, runs: Sequence[Run], write: Write = os.pwrite) -> list[int]:
     """Write each of them at its place. Returns their crc32, the zeros included. Raises: OSError.
 
-    After an error no other run is begun, and none is under way.
+    After an error or Ctrl-C no other run is begun, and none is under way. Ctrl-C once more leaves some under way, which
+    never reach another file: each writer has a descriptor of its own.
     """
     bypass_cache(descriptor, True)
     left = deque(enumerate(runs))
     checksums = [0] * len(runs)
 
-    def write_what_is_left() -> None:
-        pages = anonymous(min(WRITE_BYTES, max(run.n_bytes for run in runs)))
-        while left:
-            try:
-                number, run = left.popleft()
-            except IndexError:  # the other writer took it
-                return
-            try:
-                checksums[number] = _write_run(descriptor, write, run, memory_of(pages))
-            except BaseException:
-                left.clear()
-                raise
+    def write_what_is_left(own: int) -> None:
+        try:
+            pages = anonymous(min(WRITE_BYTES, max(run.n_bytes for run in runs)))
+            while left:
+                try:
+                    number, run = left.popleft()
+                except IndexError:  # the other writer took it
+                    return
+                checksums[number] = _write_run(own, write, run, memory_of(pages))
+        except BaseException:
+            left.clear()
+            raise
+        finally:
+            os.close(own)
 
     with ThreadPoolExecutor(WRITERS, thread_name_prefix="autosp-writer") as writers:
-        for written in [writers.submit(write_what_is_left) for _ in range(WRITERS)]:
-            written.result()
+        try:
+            for written in [writers.submit(write_what_is_left, os.dup(descriptor)) for _ in range(WRITERS)]:
+                written.result()
+        except BaseException:
+            left.clear()
+            raise
     return checksums
 
 

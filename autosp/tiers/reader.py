@@ -13,6 +13,9 @@ from autosp.tiers.direct import DIRECT, bypass_cache, bypasses_cache
 from autosp.tiers.page_cache import is_cached
 from autosp.tiers.readers import Open, Readers
 
+CLOSED = -1
+"""In place of a descriptor."""
+
 RETRIES = 2
 """Times that a read which failed with EIO is repeated before it is an error."""
 
@@ -99,15 +102,14 @@ class WeightFile:
     def check(self, name: str) -> None:
         """Raises: ReadError if the file is not what it was when it was opened.
 
-        Call it after reading, for the kernel notes a change before it makes it. Being unlinked or replaced changes the
-        link count and with it the time of change, but not a byte.
+        Call it after reading, for the kernel notes a change before it makes it. Being unlinked, replaced or renamed
+        changes the time of change, with the link count or without, but not a byte.
         """
         now, then = os.fstat(self.descriptor), self._opened
-        relinked = now.st_nlink != then.st_nlink
         if (
             now.st_size != then.st_size
             or now.st_mtime_ns != then.st_mtime_ns
-            or (now.st_ctime_ns != then.st_ctime_ns and not relinked)
+            or (now.st_ctime_ns != then.st_ctime_ns and now.st_nlink == then.st_nlink and self._is_at_its_path(now))
         ):
             what = (
                 f"has {now.st_size} bytes instead of {then.st_size}" if now.st_size != then.st_size else "was written"
@@ -118,16 +120,26 @@ class WeightFile:
                 "it is"
             )
 
+    def _is_at_its_path(self, opened: os.stat_result) -> bool:
+        try:
+            return os.path.samestat(self.path.stat(), opened)
+        except OSError:
+            return False
+
     def close(self) -> None:
-        """Let go of the file."""
-        if self._buffered != self.descriptor:
-            os.close(self._buffered)
-        os.close(self.descriptor)
+        """Let go of the file. Twice is harmless."""
+        descriptors = {self.descriptor, self._buffered} - {CLOSED}
+        self.descriptor = self._buffered = CLOSED
+        for descriptor in descriptors:
+            os.close(descriptor)
 
     def _read_through_cache(self) -> None:
-        """Some filesystems take O_DIRECT at opening and refuse it at reading, to every reader that is reading."""
-        self._direct = False
+        """Some filesystems take O_DIRECT at opening and refuse it at reading, to every reader that is reading.
+
+        Whoever is refused goes on as long as `_direct` says so: until it cannot happen any more.
+        """
         bypass_cache(self.descriptor, False)
+        self._direct = False
 
 
 def _open(path: Path, direct: bool, open_file: Open) -> int:

@@ -20,6 +20,7 @@ from autosp.devices.memory import drop_pages
 from autosp.files import cache_error
 from autosp.tiers.direct import Write, bypass_cache, bypasses_cache, write_all
 from autosp.tiers.page_cache import cached_bytes
+from autosp.tiers.reader import CLOSED
 from autosp.tiers.readers import Readers
 from autosp.tiers.unnamed import create_unnamed
 
@@ -96,13 +97,15 @@ class StateFile:
         return cached_bytes(self._descriptor, 0, self._n_bytes) or 0
 
     def close(self) -> None:
-        """End reading and writing. Tensors in it stay as they are, through the map."""
+        """End reading and writing. Tensors in it stay as they are, through the map. Twice is harmless."""
         self._close()
-        del self._map
+        vars(self).pop("_map", None)
 
     def _close(self) -> None:
         self._file.close()
-        os.close(self._descriptor)
+        if self._descriptor != CLOSED:
+            descriptor, self._descriptor = self._descriptor, CLOSED
+            os.close(descriptor)
         self._readers.close()
 
     def _forget(self, offset: int, n_bytes: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 from autosp.files import cache_error
@@ -18,22 +19,18 @@ def create_unnamed(cache_dir: Path, n_bytes: int, readers: Readers, kind: str, d
 
     Raises: DiskFullError, TierError.
     """
-    try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=cache_dir, prefix=f"{kind}-", suffix=".autosp")
-    except OSError as error:
-        raise cache_error(error, doing, n_bytes, cache_dir) from error
-    try:
-        file = WeightFile(Path(name), readers)
-    except OSError as error:
-        os.close(descriptor)
-        raise cache_error(error, doing, n_bytes, cache_dir) from error
-    finally:
-        Path(name).unlink()
-    try:
-        os.posix_fallocate(descriptor, 0, n_bytes)
-    except OSError as error:
-        os.close(descriptor)
-        file.close()
-        raise cache_error(error, doing, n_bytes, cache_dir) from error
+    with ExitStack() as opened:
+        try:
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            descriptor, name = tempfile.mkstemp(dir=cache_dir, prefix=f"{kind}-", suffix=".autosp")
+            opened.callback(os.close, descriptor)
+            try:
+                file = WeightFile(Path(name), readers)
+                opened.callback(file.close)
+            finally:
+                Path(name).unlink()
+            os.posix_fallocate(descriptor, 0, n_bytes)
+        except OSError as error:
+            raise cache_error(error, doing, n_bytes, cache_dir) from error
+        opened.pop_all()
     return descriptor, file

@@ -301,6 +301,35 @@ def test_a_damaged_conversion_is_made_again(how: str, stack: Path, cache_dir: Pa
         assert loads_half_right(stack)
 
 
+def test_a_damaged_conversion_that_is_in_use_is_told(
+    stack: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "TRIES", 2, raising=False)
+    model = load_half(stack)
+    (the_conversion(cache_dir) / cache.WEIGHTS).unlink()
+    with pytest.raises(CheckpointError, match="is damaged, and in use by a model of this process or of another one"):
+        load_half(stack)
+    del model
+    assert loads_half_right(stack)
+
+
+def test_a_conversion_that_another_makes_anew_and_keeps_is_used(
+    stack: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_half(stack)
+    (the_conversion(cache_dir) / cache.WEIGHTS).unlink()
+    models: list[nn.Module] = []
+    looking = cache._Lock(the_conversion(cache_dir))
+
+    def make_it(_: float) -> None:
+        looking.close()
+        models.append(load_half(stack))
+
+    monkeypatch.setattr(cache.time, "sleep", make_it)
+    assert loads_half_right(stack)
+    assert len(models) == 1
+
+
 def test_a_conversion_that_was_only_touched_is_kept(stack: Path, cache_dir: Path) -> None:
     load_half(stack)
     weights = the_conversion(cache_dir) / cache.WEIGHTS
@@ -318,6 +347,39 @@ def test_a_changed_source_is_converted_anew_and_the_old_conversion_goes(stack: P
     loaded = load_half(stack)
     assert the_conversion(cache_dir) != old
     assert torch.equal(loaded.head.weight, safetensors.load_file(stack)["head.weight"].to(HALF))
+
+
+def replaced_with_other_weights(path: Path) -> None:
+    """Of the same size and age."""
+    before = path.stat()
+    other = path.with_name("other.safetensors")
+    safetensors.save_file({name: tensor + 1 for name, tensor in safetensors.load_file(path).items()}, other)
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    other.replace(path)
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+
+
+def test_a_source_of_the_same_size_and_age_is_another_one(stack: Path) -> None:
+    load_half(stack)
+    replaced_with_other_weights(stack)
+    assert torch.equal(load_half(stack).head.weight, safetensors.load_file(stack)["head.weight"].to(HALF))
+
+
+def test_a_source_that_is_replaced_once_it_is_mapped(stack: Path, cache_dir: Path) -> None:
+    checkpoint = find_checkpoint(stack)
+    saved = open_tensors(checkpoint)
+    replaced_with_other_weights(stack)
+    with pytest.raises(CheckpointError, match=r"weights\.safetensors was changed while it was converted"):
+        converted(checkpoint, saved, dict.fromkeys(saved.tensors, HALF), lambda _: None)
+    assert list(conversions(cache_dir)) == []
+
+
+def test_conversions_of_a_version_that_knew_less_of_their_sources_go(stack: Path, cache_dir: Path) -> None:
+    load_half(stack)
+    source = the_conversion(cache_dir) / "source.json"
+    source.write_text(json.dumps([identity[:3] for identity in json.loads(source.read_text())]))
+    remove_unreferenced()
+    assert list(conversions(cache_dir)) == []
 
 
 def test_what_is_unreferenced_goes_once_no_model_uses_it(stack: Path, cache_dir: Path) -> None:

@@ -160,3 +160,49 @@ def test_a_file_truncated_at_rest_is_an_error_and_no_signal(residents: str, tmp_
     may_run = {"none": ["remove ran"], "all": ["pass of a part ran", "remove ran"]}  # residents are in no file
     assert [line for line in said if not line.endswith("was refused")] == may_run[residents], said
     assert len(said) == 7
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_a_forked_process_is_told_to_remove_the_plan_and_can(maker: str, tmp_path: Path) -> None:
+    """Loads that were under way when it was forked never end in it: its threads are its parent's."""
+    script = """
+        import os, signal, sys, threading
+        from pathlib import Path
+        import torch
+        import autosp
+        from autosp.errors import SettingError
+        from autosp.tiers import Readers
+        from mapped_models import mapped_stack
+        from models import make
+        from autosp.batch import call, equal
+
+        torch.set_num_threads(1)  # torch's own threads are not there either
+        model, batch = mapped_stack(Path(sys.argv[1])) if sys.argv[2] == "mapped" else make("stack")
+        with torch.no_grad():
+            expected = call(model, batch)
+        streamed = autosp.apply(model, autosp.plan(model, batch, k=2, k_prime=1, device="cpu"))
+        call(model, batch)
+        held = threading.Event()
+        streamed._device._reader.start(held.wait)
+        streamed._device._copier.start(held.wait)
+        child = os.fork()
+        if not child:
+            signal.alarm(60)
+            try:
+                call(model, batch)
+            except SettingError as error:
+                print(error)
+            streamed.remove()
+            with torch.no_grad():
+                print("the same", equal(call(model, batch), expected), flush=True)
+            os._exit(0)
+        assert os.waitpid(child, 0) == (child, 0)
+        held.set()
+        print("the parent's", equal(call(model, batch), expected))
+        streamed.remove()
+    """
+    assert run(script, tmp_path / "weights", maker).splitlines() == [
+        "this process was forked while a plan was applied: call remove() in it first, and apply the plan again",
+        "the same True",
+        "the parent's True",
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ import autosp
 from autosp.batch import equal
 from autosp.devices import CpuDevice
 from autosp.intercept import is_intercepted
+from autosp.settings import settings
 from autosp.spec import Tier
 from trained import PLANS, Apply, assert_same_gradients, backward, twins
 
@@ -102,12 +104,22 @@ def test_a_training_pass(apply: Apply) -> None:
     assert places > 50
 
 
-@pytest.mark.parametrize("mode", ["inference", "training"])
-def test_removal(mode: str) -> None:
+def packed_files() -> list[str]:
+    """Of this test: those that are open, and those that are mapped."""
+    names = [str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    names += Path("/proc/self/maps").read_text().splitlines()
+    return [name for name in names if f"{settings().cache_dir}/packed-" in name]
+
+
+@pytest.mark.parametrize(
+    ("mode", "slow_tier"), [("inference", Tier.HOST), ("inference", Tier.DISK), ("training", Tier.HOST)]
+)
+def test_removal(mode: str, slow_tier: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever has a `with` has no handle to try again with: the model is an ordinary one whatever came."""
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # pytest's own keeps the frames
     model, batch = small()
     expected, weights = model(batch).detach(), [one.clone() for one in model.parameters()]
-    device = CpuDevice(slow_tier=Tier.HOST)
+    device = CpuDevice(slow_tier=slow_tier)
     step = None if mode == "inference" else lambda m, b: m(b).sum()
     plan = autosp.plan(model, batch, k=2, k_prime=1, residents=1, device=device, mode=mode, step=step)
     ready: list[autosp.StreamedModel[nn.Module]] = [autosp.apply(model, plan, device=device)]
@@ -117,11 +129,16 @@ def test_removal(mode: str) -> None:
             assert equal(model(batch).detach(), expected), place
             ready[-1].remove()
         assert not is_intercepted(model), place
+        if packed_files():
+            gc.collect()  # frames of the error
+        assert packed_files() == [], place
         assert equal(list(model.parameters()), weights), place
         assert equal(model(batch).detach(), expected), place
         ready.append(autosp.apply(model, plan, device=device))
 
+    gc.freeze()  # else each collection takes long
     places = at_every_place(lambda: ready[-1].remove(), check)
+    gc.unfreeze()
     assert places > 20
     device.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import threading
@@ -128,6 +129,22 @@ def test_a_forked_process_that_leaves_the_block_leaves_the_lock_to_its_parent(tm
         assert os.waitpid(child, 0) == (child, 0)
         assert is_locked(path)
     assert not is_locked(path)
+
+
+def test_a_lock_of_another_user_s_file_can_be_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, real = tmp_path / "lock", os.open
+    path.touch(0o644)
+
+    def refuse(path: Path, flags: int, *mode: int, dir_fd: int | None = None) -> int:
+        if flags & os.O_RDWR:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path, flags, *mode, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with locked(path):
+        assert is_locked(path)
+    with pytest.raises(PermissionError), locked(tmp_path / "another"):
+        pass
 
 
 def is_locked(path: Path) -> bool:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import threading
 import zlib
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from autosp.tiers import packing
+from autosp.tiers import Readers, packed, packing
+from autosp.tiers.packed import PackedFile
 from autosp.tiers.packing import Run, write_runs
 
 BLOCK = 4096
@@ -84,3 +88,69 @@ def test_an_error_ends_both_writers(blocks_of_4_kib: None, tmp_path: Path) -> No
         write_runs(descriptor, RUNS, fails)
     os.close(descriptor)
     assert len(asked) <= packing.WRITERS
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def interrupt(*_: object, **__: object) -> Any:
+    """Ctrl-C."""
+    raise KeyboardInterrupt
+
+
+class Impatient(ThreadPoolExecutor):
+    """Ctrl-C while the writers are waited for, once one writes, and again while they are joined."""
+
+    writing = threading.Event()
+    left: ThreadPoolExecutor
+
+    def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
+        future = super().submit(*args, **kwargs)
+        future.result = lambda timeout=None: interrupt(self.writing.wait(60))  # type: ignore[method-assign]
+        return future
+
+    def __exit__(self, *_: object) -> None:
+        Impatient.left = self
+        interrupt()
+
+
+def test_writers_that_ctrl_c_leaves_alone_end_soon_and_write_to_no_other_file(
+    blocks_of_4_kib: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "ThreadPoolExecutor", Impatient)
+    go_on = threading.Event()
+    begun: list[int] = []
+
+    def waits(descriptor: int, block: memoryview, offset: int) -> int:
+        Impatient.writing.set()
+        go_on.wait(60)
+        begun.append(offset)
+        return os.pwrite(descriptor, block, offset)
+
+    before = open_files()
+    descriptor = os.open(tmp_path / "packed", os.O_RDWR | os.O_CREAT)
+    with pytest.raises(KeyboardInterrupt):
+        write_runs(descriptor, RUNS, waits)
+    os.close(descriptor)
+    other = os.open(tmp_path / "other", os.O_RDWR | os.O_CREAT)
+    assert other == descriptor
+    go_on.set()
+    Impatient.left.shutdown()
+    os.close(other)
+    assert (tmp_path / "other").stat().st_size == 0
+    assert begun
+    assert set(begun) <= {0, *range(BLOCK, 6 * BLOCK, BLOCK)}, "none but the runs that each of them had begun"
+    assert open_files() == before
+
+
+@pytest.mark.parametrize(("where", "called"), [(os, "posix_fallocate"), (packed, "write_runs")])
+def test_ctrl_c_leaves_no_file_open(
+    where: object, called: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = open_files()
+    monkeypatch.setattr(where, called, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        PackedFile([], tmp_path, Readers())
+    assert open_files() == before
+    assert list(tmp_path.iterdir()) == []

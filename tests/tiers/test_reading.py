@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from autosp.errors import ReadError
 from autosp.spec import Reading
-from autosp.tiers import Readers
+from autosp.tiers import Readers, reader
+from autosp.tiers.direct import bypass_cache
 from autosp.tiers.page_cache import is_cached
 from autosp.tiers.reader import WeightFile
 from autosp.tiers.readers import blocks_of
@@ -165,6 +166,25 @@ def test_o_direct_that_is_refused_to_all_readers_at_once(path: Path) -> None:
     several.close()
 
 
+def test_o_direct_that_is_refused_to_one_reader_while_another_one_turns_it_off(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        if is_direct(descriptor):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return os.preadv(descriptor, buffers, offset)
+
+    def turn_off(descriptor: int, bypass: bool) -> None:
+        monkeypatch.undo()
+        assert content(file) == path.read_bytes()
+        bypass_cache(descriptor, bypass)
+
+    monkeypatch.setattr(reader, "bypass_cache", turn_off)
+    file = WeightFile(path, Readers(read=refuse))
+    assert content(file) == path.read_bytes()
+    file.close()
+
+
 def evict(path: Path) -> None:
     """From the page cache, if the filesystem has its files anywhere else."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -213,6 +233,23 @@ def test_a_file_that_is_written_is_told_though_it_comes_from_the_page_cache(path
         other.write(b"other")
     content(file)
     with pytest.raises(ReadError, match=r"weights was written .* layer blocks\.3 cannot be trusted"):
+        file.check("blocks.3")
+    file.close()
+
+
+@pytest.mark.parametrize("another", [True, False])
+def test_a_file_that_is_moved_away_goes_on_being_read(another: bool, path: Path) -> None:
+    file, expected = WeightFile(path, Readers()), path.read_bytes()
+    old = path.rename(path.with_name("old"))
+    os.utime(old, ns=(0, file._opened.st_mtime_ns))  # its time of change is another one, however soon this comes
+    if another:
+        path.write_bytes(b"another")
+    file.check("blocks.3")
+    assert content(file) == expected
+    with old.open("r+b") as other:
+        other.write(b"other")
+    os.utime(old, (0, 0))
+    with pytest.raises(ReadError, match="weights was written"):
         file.check("blocks.3")
     file.close()
 
