@@ -43,8 +43,10 @@ class _Here:
 class Recomputed:
     """Calls of blocks and layers, which may be inside each other and in several threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, in_group: Callable[[], bool]) -> None:
+        """`in_group`: whether calls of several microbatches come between one another. Buffers stay as they are then."""
         self._threads = threading.local()
+        self._in_group = in_group
 
     def block(
         self,
@@ -64,7 +66,7 @@ class Recomputed:
                 return (forward if again else seen)(*args, **kwargs)
 
         inputs = Inputs(args, kwargs)
-        return _checkpointed(module, name, inputs, run) if inputs.plain else seen(*args, **kwargs)
+        return self._checkpointed(module, name, inputs, run) if inputs.plain else seen(*args, **kwargs)
 
     def layer(self, module: nn.Module, name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call a layer. With inputs that may change, such as a cache, it is called as is.
@@ -74,7 +76,7 @@ class Recomputed:
         inputs = Inputs(args, kwargs)
         if not inputs.plain:
             return forward(*args, **kwargs)
-        return _checkpointed(module, name, inputs, lambda again: forward(*args, **kwargs))
+        return self._checkpointed(module, name, inputs, lambda again: forward(*args, **kwargs))
 
     def before_last(self, layer: int) -> bool:
         """Whether this thread computes a block again, and the layer is not the last one of it."""
@@ -94,10 +96,34 @@ class Recomputed:
         """
         here = self._here()
         hooks = around if here is None else here.hooks
-        if hooks is None or not _is_checkpoint(hooks):
+        if hooks is None:
             return None
         pack, unpack = hooks
-        return partial(unpack, pack(torch.empty(0)))
+        return partial(unpack, pack(torch.zeros(1, device="cpu")))  # hooks of others may look for its largest element
+
+    def _checkpointed(self, module: nn.Module, name: str, inputs: Inputs, run: Callable[[bool], Any]) -> Any:
+        """`run(again)`, now and in the backward pass. What the module's buffers and attributes count, they do once.
+
+        Random numbers, autocast, attributes and buffers are as they were the first time.
+        """
+        first: Attributes | None = None
+        buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        def first_or_again(_: Any) -> Any:
+            nonlocal first
+            if first is None:
+                first = attributes_of(module)
+                buffers.extend(() if self._in_group() else _values_of(module))
+                return run(False)
+            if not inputs.untouched():
+                raise ModelChangedError(
+                    f"{name} cannot be computed again in the backward pass: its inputs were written to after it was "
+                    "called; make the plan with recompute=0, or write to a copy of them"
+                )
+            with _as_it_was(module, first, buffers):
+                return run(True)
+
+        return checkpoint(first_or_again, inputs.given, use_reentrant=False)
 
     def _here(self) -> _Here | None:
         return getattr(self._threads, "here", None)
@@ -115,36 +141,8 @@ class Recomputed:
 
 def in_checkpoint() -> bool:
     """Whether this thread is in a checkpoint, which will compute again what it calls, or does so now."""
-    return _is_checkpoint(hooks_around(True))
-
-
-def _is_checkpoint(hooks: Hooks | None) -> bool:
+    hooks = hooks_around(True)
     return hooks is not None and hooks[0].__module__ == checkpoint.__module__
-
-
-def _checkpointed(module: nn.Module, name: str, inputs: Inputs, run: Callable[[bool], Any]) -> Any:
-    """`run(again)`, now and in the backward pass. What the module's buffers and attributes count, they do once.
-
-    Random numbers, autocast, attributes and buffers are as they were the first time.
-    """
-    first: Attributes | None = None
-    buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def first_or_again(_: Any) -> Any:
-        nonlocal first
-        if first is None:
-            first = attributes_of(module)
-            buffers.extend(_values_of(module))
-            return run(False)
-        if not inputs.untouched():
-            raise ModelChangedError(
-                f"{name} cannot be computed again in the backward pass: its inputs were written to after it was "
-                "called; make the plan with recompute=0, or write to a copy of them"
-            )
-        with _as_it_was(module, first, buffers):
-            return run(True)
-
-    return checkpoint(first_or_again, inputs.given, use_reentrant=False)
 
 
 def _observed(observer: Observer, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

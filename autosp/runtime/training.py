@@ -54,7 +54,7 @@ class TrainingExecutor(Executor):
         """`gradients` of the layers that `loader` loads; `blocks` are computed again as a whole, by `run_block`."""
         super().__init__(schedule, loader, prefetches_of_one_pass)
         self._recomputed = schedule.recomputed.difference(*(block.layers for block in blocks))
-        self._again = Recomputed()
+        self._again = Recomputed(lambda: self._group is not None)
         self._gradients = gradients
         self._gradients.connect(self.counters, self.recorder, self._enter_backward)
         self._offload = Offload(schedule.offloaded, loader.device, self.counters, self.recorder, model)
