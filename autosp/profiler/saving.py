@@ -13,6 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from autosp.intercept import Uncompiled
 from autosp.runtime.executor import Observer
 from autosp.runtime.offload import can_be_offloaded
+from autosp.runtime.recompute import MARKER
 from autosp.runtime.thread_state import backward_task
 
 Storages = dict[StorageWeakRef, int]
@@ -30,7 +31,7 @@ def watching(saw: Callable[[torch.Tensor], object]) -> saved_tensors_hooks:
     around = hooks_around(True)
 
     def pack(tensor: torch.Tensor) -> Any:
-        if backward_task() is None:
+        if backward_task() is None and tensor is not MARKER:
             saw(tensor)
         return tensor if around is None else around[0](tensor)
 

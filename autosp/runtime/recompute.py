@@ -29,6 +29,10 @@ Hooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
 """What packs, and what unpacks, the tensors that autograd saves."""
 
 
+MARKER = torch.zeros(1, device="cpu")
+"""Saved for what it stands for. It has an element: hooks of others may look for the largest."""
+
+
 @dataclass(frozen=True)
 class _Here:
     """The call of a block that a thread is in."""
@@ -99,7 +103,7 @@ class Recomputed:
         if hooks is None:
             return None
         pack, unpack = hooks
-        return partial(unpack, pack(torch.zeros(1, device="cpu")))  # hooks of others may look for its largest element
+        return partial(unpack, pack(MARKER))
 
     def _checkpointed(self, module: nn.Module, name: str, inputs: Inputs, run: Callable[[bool], Any]) -> Any:
         """`run(again)`, now and in the backward pass. What the module's buffers and attributes count, they do once.
